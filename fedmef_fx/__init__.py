@@ -1,0 +1,1 @@
+"""Compiler-style model transformation for FedMef."""

@@ -1,0 +1,156 @@
+"""`Config`: every choice a transformation makes, validated when it is made and readable as JSON."""
+
+import dataclasses
+import json
+import math
+from typing import Any, Final, Literal, Self, get_args, get_type_hints
+
+from fedmef_fx.errors import ConfigError
+
+__all__ = ["Config"]
+
+_TYPE_PREFIX: Final = "type:"
+
+
+def _ignore_entry(entry: object) -> str:
+    """A module type becomes the string that also stands for it in JSON; a name or glob stays as it is."""
+    if isinstance(entry, type):
+        return f"{_TYPE_PREFIX}{entry.__module__}.{entry.__qualname__}"
+    if isinstance(entry, str) and entry:
+        return entry
+    raise ConfigError(
+        f"Config.ignore: got {entry!r}; expected module names, globs or module types, "
+        'e.g. ignore=("fc", "layer1.*", torch.nn.Linear)'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `fedmef_fx.transform` does to a model, and how FedMef then adjusts its masks.
+
+    Attributes:
+        density: Active share of the prunable weights, in (0, 1]. 1 prunes nothing and inserts no masks.
+        allocation: How layers share the budget: `"erk"` (Erdos-Renyi-Kernel; Evci et al., ICML 2020) or `"uniform"`.
+        mask_init: Initial masks: `"random"` (the paper's) or `"magnitude"` (for trained weights).
+        normalization: `"nsconv"` turns Conv + BatchNorm into normalised sparse convolutions, `"keep"` leaves BatchNorm.
+        nsconv_statistics: Mean and deviation of an NSConv kernel over its `"active"` weights or over `"all"` of them.
+        residual: `"rescale"` divides the sum of two NSConv branches by sqrt(2), so that variance stays bounded with
+            depth; `"none"` leaves the sum. Only graphs in which an NSConv was made are touched.
+        activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1); 0 leaves all saved
+            tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
+        threshold_sample: Elements sampled to estimate a pruning threshold.
+        threshold_interval: Training steps between two estimates of the same threshold.
+        weight_storage: `"dense"`: parameters keep their shape.
+        ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
+            layers are left alone. Types are stored as `"type:module.Name"`.
+        adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
+        adjustment_interval: Delta_R, rounds between two adjustment rounds.
+        adjustment_stop: R_stop, the round from which masks stay fixed; None for the last round of a run.
+        extrusion_strength: lambda of the surrogate loss (Eq. 2), >= 0; 0 turns extrusion off.
+        gradient_clipping: Adaptive gradient clipping (Brock et al., 2021): the largest allowed ratio of a unit's
+            gradient norm to its weight norm; None turns it off. Used by `fedmef_fx.federated`.
+        seed: Seed of every random choice: masks, clients, batches.
+
+    Raises:
+        ConfigError: A value out of range; the message gives the field, the value and the range.
+
+    Example:
+        >>> Config(density=0.2).density
+        0.2
+        >>> Config.from_json(Config(seed=7).to_json()).seed
+        7
+    """
+
+    density: float = 0.1
+    allocation: Literal["erk", "uniform"] = "erk"
+    mask_init: Literal["random", "magnitude"] = "random"
+    normalization: Literal["nsconv", "keep"] = "nsconv"
+    nsconv_statistics: Literal["active", "all"] = "active"
+    residual: Literal["rescale", "none"] = "rescale"
+    activation_sparsity: float = 0.9
+    threshold_sample: int = 8192
+    threshold_interval: int = 8
+    weight_storage: Literal["dense"] = "dense"
+    ignore: tuple[str | type, ...] = ()
+    adjustment_rate: float = 0.4
+    adjustment_interval: int = 10
+    adjustment_stop: int | None = None
+    extrusion_strength: float = 1e-4
+    gradient_clipping: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, str | type):
+            raise ConfigError(f"Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=({self.ignore!r},)")
+        object.__setattr__(self, "ignore", tuple(_ignore_entry(entry) for entry in self.ignore))
+        self._check_choices()
+        self._check_number("density", low=0.0, high=1.0, open_low=True)
+        self._check_number("activation_sparsity", low=0.0, high=1.0, open_high=True)
+        self._check_number("adjustment_rate", low=0.0, high=1.0, open_low=True)
+        self._check_number("extrusion_strength", low=0.0)
+        self._check_integer("threshold_sample", low=64)
+        self._check_integer("threshold_interval", low=1)
+        self._check_integer("adjustment_interval", low=1)
+        self._check_integer("seed", low=0)
+        if self.adjustment_stop is not None:
+            self._check_integer("adjustment_stop", low=0)
+        if self.gradient_clipping is not None:
+            self._check_number("gradient_clipping", low=0.0, open_low=True)
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
+                allowed = " | ".join(map(repr, choices))
+                raise ConfigError(f"Config.{name}: got {getattr(self, name)!r}; expected {allowed}")
+
+    def _check_number(
+        self, name: str, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if (
+            not is_number
+            or value < low
+            or value > high
+            or (open_low and value == low)
+            or (open_high and value == high)
+        ):
+            raise ConfigError(f"Config.{name}: got {value!r}; expected a number in {interval}")
+
+    def _check_integer(self, name: str, *, low: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"Config.{name}: got {value!r}; expected an integer >= {low}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text that `Config.from_json` reads back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; fields left out take their defaults.
+
+        Raises:
+            ConfigError: Not a JSON object, an unknown field, or a value out of range.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"Config.from_json: not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"Config.from_json: got a JSON {type(fields).__name__}; expected an object")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"Config.from_json: unknown field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}"
+            )
+        if isinstance(fields.get("ignore"), list):
+            fields["ignore"] = tuple(fields["ignore"])
+        return cls(**fields)
