@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import ConfigError
@@ -82,6 +83,8 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.ignore, str | type):
             raise ConfigError(f"Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=({self.ignore!r},)")
+        if not isinstance(self.ignore, tuple | list):
+            raise ConfigError(f'Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=("fc",)')
         object.__setattr__(self, "ignore", tuple(_ignore_entry(entry) for entry in self.ignore))
         self._check_choices()
         self._check_number("density", low=0.0, high=1.0, open_low=True)
@@ -91,7 +94,7 @@ class Config:
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
         self._check_integer("adjustment_interval", low=1)
-        self._check_integer("seed", low=0)
+        self._check_integer("seed", low=0, high=2**64 - 1)  # what torch's generators take
         if self.adjustment_stop is not None:
             self._check_integer("adjustment_stop", low=0)
         if self.gradient_clipping is not None:
@@ -109,20 +112,17 @@ class Config:
     ) -> None:
         value = getattr(self, name)
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if (
-            not is_number
-            or value < low
-            or value > high
-            or (open_low and value == low)
-            or (open_high and value == high)
-        ):
+        # A comparison, as math.isfinite raises on integers that no float can hold; it is false for NaN too.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not is_number or value < low or value > high or (open_low and value == low) or (open_high and value == high):
             raise ConfigError(f"Config.{name}: got {value!r}; expected a number in {interval}")
 
-    def _check_integer(self, name: str, *, low: int) -> None:
+    def _check_integer(self, name: str, *, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"Config.{name}: got {value!r}; expected an integer >= {low}")
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or value < low or (high is not None and value > high):
+            expected = f">= {low}" if high is None else f"in [{low}, {high}]"
+            raise ConfigError(f"Config.{name}: got {value!r}; expected an integer {expected}")
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated again."""
@@ -141,7 +141,7 @@ class Config:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # JSONDecodeError, or an integer with more digits than Python converts
             raise ConfigError(f"Config.from_json: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"Config.from_json: got a JSON {type(fields).__name__}; expected an object")

@@ -1,1 +1,1 @@
-
+"""Runtime operations that transformed graphs call."""

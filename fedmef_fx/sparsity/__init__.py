@@ -1,1 +1,26 @@
+"""Sparse training as tensor math: allocation, masks, adjustment, extrusion schedule; nothing here knows graphs."""
 
+from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive, lowest_magnitude
+from fedmef_fx.sparsity.allocation import allocate
+from fedmef_fx.sparsity.extrusion_schedule import extrusion_rate, floored_rate, rex
+from fedmef_fx.sparsity.masks import magnitude_masks, random_masks
+from fedmef_fx.sparsity.optimizer_state import forget_state
+from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient, average_sparse_gradients
+
+__all__ = [
+    "SparseGradient",
+    "adjust_mask",
+    "adjustment_count",
+    "allocate",
+    "average_sparse_gradients",
+    "extrusion_rate",
+    "floored_rate",
+    "forget_state",
+    "is_adjustment_round",
+    "largest_inactive",
+    "lowest_magnitude",
+    "magnitude_masks",
+    "random_masks",
+    "rex",
+]

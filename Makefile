@@ -1,0 +1,55 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: the first call makes .venv, the next ones start at once.
+# Where pip's index offers only large CUDA builds of torch, a machine without a GPU saves gigabytes with
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 demo` chooses another one.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# Newer than what it depends on: the environment is up to date and pip, which takes seconds to find that out, is not called.
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-slow lint format bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(or $(PYTHON),$(error no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3)) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,fast,viz]'
+	touch $@
+
+install: $(INSTALLED)  ## Make .venv and install the project into it
+
+demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a minute
+	$(BIN)/fedmef-fx demo
+
+test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)  ## Run only the tests that take a few seconds at most
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)  ## Run only the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Rewrite the files in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED)  ## Run every benchmark, or BENCHMARKS='benchmarks/one.py'
+	@test -n '$(BENCHMARKS)' || { echo 'make bench: no script in benchmarks/' >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## Remove build products and caches; .venv stays
+	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .nox .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

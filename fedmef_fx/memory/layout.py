@@ -1,0 +1,70 @@
+"""The order of a tensor's elements in memory, so that any dense tensor can be treated as flat without a copy."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape and strides of a dense tensor: contiguous, channels last, transposed, ...
+
+    Two tensors of one layout have corresponding elements at corresponding places of their flat views.
+
+    Attributes:
+        shape: Sizes.
+        stride: Strides in elements.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Layout":
+        """The layout of `x`; for a tensor with gaps or overlaps (slices, expanded ones) that of its contiguous copy."""
+        shape = tuple(x.shape)
+        expected = 1
+        for size, stride in sorted(zip(shape, x.stride(), strict=True), key=lambda axis: (axis[1], axis[0])):
+            if size != 1 and stride != expected:
+                return cls(shape, _contiguous(shape))
+            expected *= size
+        return cls(shape, tuple(x.stride()) if expected else _contiguous(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """The elements of `x` `[*shape]` in this layout's order, `[n]`, detached; a view where `x` has this layout.
+
+        Raises:
+            ValueError: Another shape.
+        """
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"Layout.flatten: got a tensor {list(x.shape)}; expected {list(self.shape)}")
+        x = x.detach()
+        if not self._describes(x):
+            x = torch.empty_strided(self.shape, self.stride, dtype=x.dtype, device=x.device).copy_(x)
+        return x.as_strided((self.numel,), (1,))
+
+    def empty(self, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor of this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
+
+    def _describes(self, x: Tensor) -> bool:
+        """Whether `x` has these strides; that of an axis of size 1 is never used."""
+        axes = zip(self.shape, x.stride(), self.stride, strict=True)
+        return self.numel == 0 or all(size == 1 or got == wanted for size, got, wanted in axes)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,52 @@
+"""Run a kernel over consecutive spans of a flat tensor, on as many threads as torch uses.
+
+Plain threads rather than a compiler's parallel loops: numpy and `nogil` kernels let go of the interpreter lock,
+threads can be used from several callers at once (numba's default threading layer ends the process in that case), and
+serial kernels compile several times faster.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+import torch
+
+__all__ = ["BLOCK", "run_spans"]
+
+Result = TypeVar("Result")
+
+# Elements per block: 128 KiB of float32, so that what a block computes step by step stays in the second-level cache;
+# a multiple of 64, so that two spans never write the same byte or word of a bitmap.
+BLOCK: Final = 32_768
+# Below this size a thread costs more than it saves.
+_SMALLEST_SPAN: Final = 4 * BLOCK
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(pid: int) -> ThreadPoolExecutor:
+    """The threads of this process; keyed by process, because threads do not survive a fork."""
+    del pid
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="fedmef-fx-pack")
+
+
+def run_spans(numel: int, work: Callable[[int, int], Result]) -> list[Result]:
+    """Call `work(start, stop)` for spans that cover `[0, numel)`.
+
+    Args:
+        numel: Elements in total.
+        work: Called concurrently; each `start` is a multiple of `BLOCK`.
+
+    Returns:
+        The results in the order of the spans; at least one, also when `numel` is 0.
+    """
+    spans = max(1, min(torch.get_num_threads(), numel // _SMALLEST_SPAN))
+    if spans == 1:
+        return [work(0, numel)]
+    blocks = -(-numel // BLOCK)
+    edges = [blocks * i // spans * BLOCK for i in range(spans)] + [numel]
+    pool = _pool(os.getpid())
+    others = [pool.submit(work, start, stop) for start, stop in itertools.pairwise(edges[1:])]
+    return [work(edges[0], edges[1]), *(future.result() for future in others)]

@@ -1,0 +1,273 @@
+"""What a transformed model knows about itself: its prunable parameters, masks, coverage and pass reports.
+
+A transformation adds two things to a model's module tree: next to each masked parameter `weight` a boolean buffer
+`weight_mask`, and one child module `fedmef` (`Transformation`) that holds the configuration, the facts and the
+activation-packing sites. Both travel with `deepcopy`, `.to()` and `state_dict`; nothing else is needed to train on.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.config import Config
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.pipeline import PassReport
+from fedmef_fx.sparsity.optimizer_state import forget_state
+
+__all__ = [
+    "HOLDER",
+    "Coverage",
+    "MaskedParameter",
+    "PrunableParameter",
+    "Tier",
+    "Transformation",
+    "apply_masks",
+    "coverage",
+    "density",
+    "is_ignored",
+    "is_transformed",
+    "mask_name",
+    "masked_parameters",
+    "masks",
+    "register_mask",
+    "report",
+    "set_masks",
+    "transformation_of",
+]
+
+HOLDER = "fedmef"
+
+Tier = Literal["graph", "module", "hook"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrunableParameter:
+    """One weight that a transformation may prune.
+
+    Attributes:
+        name: Its name in the original model.
+        numel: Number of weights, pruned ones included.
+        tier: Where it is rewritten: in a traced graph, in the graph of a single leaf module, or by hooks.
+        reason: Why the tier is not a higher one, or why the parameter is left dense; empty for the graph tier.
+        masked: Whether it has a mask.
+        region: Path of the traced region that holds it, None outside the graph tier.
+        region_modules: Number of modules with weights in that region; 1 is a leaf on its own.
+    """
+
+    name: str
+    numel: int
+    tier: Tier | None
+    reason: str = ""
+    masked: bool = True
+    region: str | None = None
+    region_modules: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Coverage:
+    """Which prunable parameter is rewritten where, and why not better.
+
+    Attributes:
+        rows: One `PrunableParameter` per prunable parameter, in the order of `named_parameters`.
+    """
+
+    rows: tuple[PrunableParameter, ...]
+
+    @property
+    def graph_fraction(self) -> float:
+        """Share of prunable weights in traced regions larger than one leaf module, 0 to 1."""
+        total = sum(row.numel for row in self.rows)
+        inside = sum(row.numel for row in self.rows if row.tier == "graph" and row.region_modules > 1)
+        return inside / total if total else 0.0
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=9)
+        lines = [f"{'parameter':{width}s}  {'weights':>10s}  tier    reason"]
+        lines += [f"{row.name:{width}s}  {row.numel:10d}  {row.tier or 'dense':6s}  {row.reason}" for row in self.rows]
+        return "\n".join([*lines, f"graph fraction {self.graph_fraction:.3f}"])
+
+
+class MaskedParameter(NamedTuple):
+    """A parameter and the boolean mask of the same shape that rules it (True = active)."""
+
+    parameter: nn.Parameter
+    mask: Tensor
+
+
+class Transformation(nn.Module):
+    """The child module `fedmef` of a transformed model: configuration, facts, reports and packing sites.
+
+    Attributes:
+        config: The configuration of the transformation.
+        prunable: Original parameter name -> `PrunableParameter`.
+        reports: What the passes did, in order.
+        sites: Packing modules that graphs call, by node name.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.prunable: dict[str, PrunableParameter] = {}
+        self.reports: PassReport = PassReport(())
+        self.sites = nn.Module()
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return f"density={self.config.density:g}, masked={sum(p.masked for p in self.prunable.values())}"
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether `fedmef_fx.transform` made this model."""
+    return isinstance(getattr(model, HOLDER, None), Transformation)
+
+
+def transformation_of(model: nn.Module) -> Transformation:
+    """The facts of a transformed model.
+
+    Raises:
+        ConfigError: The model was not made by `fedmef_fx.transform`.
+    """
+    holder = getattr(model, HOLDER, None)
+    if not isinstance(holder, Transformation):
+        raise ConfigError(
+            f"{type(model).__name__} is not a transformed model; expected the result of "
+            "fedmef_fx.transform(model), e.g. sparse = fedmef_fx.transform(model); fedmef_fx.masks(sparse)"
+        )
+    return holder
+
+
+def mask_name(parameter: str) -> str:
+    """The name of the mask buffer of a parameter: `conv1.weight` -> `conv1.weight_mask`."""
+    return f"{parameter}_mask"
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
+    """Put a mask next to its parameter and zero what it masks.
+
+    Args:
+        model: The model that holds the parameter.
+        parameter: Its name.
+        mask: Boolean, of the parameter's shape; True = active.
+    """
+    owner, leaf = _owner(model, parameter)
+    weight = getattr(owner, leaf)
+    owner.register_buffer(mask_name(leaf), mask.to(device=weight.device, dtype=torch.bool).clone())
+    with torch.no_grad():
+        weight.mul_(getattr(owner, mask_name(leaf)))
+
+
+def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
+    """Every masked parameter with its mask, by original name: the live tensors, not copies."""
+    found = {}
+    for name, fact in transformation_of(model).prunable.items():
+        if fact.masked:
+            owner, leaf = _owner(model, name)
+            found[name] = MaskedParameter(getattr(owner, leaf), getattr(owner, mask_name(leaf)))
+    return found
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of a transformed model: original parameter name -> boolean tensor, True = active.
+
+    The tensors are copies; `set_masks` changes a model's masks. Empty when the density is 1.
+    """
+    return {name: entry.mask.clone() for name, entry in masked_parameters(model).items()}
+
+
+def density(model: nn.Module) -> float:
+    """Active share of the prunable weights that have masks, 0 to 1; 1 when there are no masks."""
+    entries = masked_parameters(model).values()
+    total = sum(entry.mask.numel() for entry in entries)
+    return sum(int(entry.mask.sum()) for entry in entries) / total if total else 1.0
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Where each prunable parameter of a transformed model is rewritten, and why not better."""
+    return Coverage(tuple(transformation_of(model).prunable.values()))
+
+
+def report(model: nn.Module) -> PassReport:
+    """What each pass did and refused, with reasons and times."""
+    return transformation_of(model).reports
+
+
+@torch.no_grad()
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Change the topology of a transformed model in place, without tracing again.
+
+    Weights that stay active keep their value, pruned and grown ones become 0. Optimizers that hold the parameters
+    stay valid: before their next step the momentum of pruned and grown weights becomes 0, that of the others stays.
+
+    Args:
+        model: A transformed model.
+        masks: Original parameter name -> boolean mask of its shape; parameters that are left out keep theirs.
+
+    Raises:
+        ConfigError: An unknown name, a wrong shape, or a tensor that is not boolean; nothing is changed then.
+    """
+    entries = masked_parameters(model)
+    for name, mask in masks.items():
+        _check_mask(entries, name, mask)
+    for name, mask in masks.items():
+        parameter, current = entries[name]
+        new = mask.to(current.device)
+        survivors = current & new
+        parameter.mul_(survivors)
+        if parameter.grad is not None:
+            parameter.grad.mul_(survivors)
+        current.copy_(new)
+        forget_state(parameter, keep=survivors)
+
+
+def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor) -> None:
+    if name not in entries:
+        raise ConfigError(
+            f"set_masks: {name!r} has no mask in this model; masked parameters: {', '.join(entries) or 'none'}"
+        )
+    expected = entries[name].mask
+    if mask.dtype != torch.bool or mask.shape != expected.shape:
+        raise ConfigError(
+            f"set_masks: {name!r}: got {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
+            f"{tuple(expected.shape)}"
+        )
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module) -> None:
+    """Set every masked weight to 0, e.g. after weights were written from outside."""
+    for parameter, mask in masked_parameters(model).values():
+        parameter.mul_(mask)
+
+
+def keep_masks_on_load(model: nn.Module) -> None:
+    """Let `load_state_dict` take dictionaries of the original model, which have no masks, and keep masked weights 0."""
+    model.register_load_state_dict_pre_hook(_supply_masks)
+    model.register_load_state_dict_post_hook(_mask_after_load)
+
+
+def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    # A dictionary of the original model: its weights get the masks that this model has now.
+    for name, entry in masked_parameters(model).items():
+        state_dict.setdefault(prefix + mask_name(name), entry.mask)
+
+
+def _mask_after_load(model: nn.Module, _: object) -> None:
+    apply_masks(model)
+
+
+def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:
+    """Whether `Config.ignore` names a module: by its exact name, a glob, or one of its types."""
+    types = {f"type:{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+    return any(
+        str(pattern) in types if str(pattern).startswith("type:") else fnmatch.fnmatchcase(name, str(pattern))
+        for pattern in patterns
+    )

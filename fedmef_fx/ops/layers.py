@@ -1,0 +1,253 @@
+"""Convolutions and linear layers that keep a packed input for their weight gradient (FedMef, Sec. 3.3; after DropIT).
+
+Forward is exact. Of the input x only what `packed` holds is kept; backward reads the rest as 0, so the weight gradient
+is approximate (exact when nothing was dropped) while the gradients of the input and the bias are exact. The effective
+weight is made again in backward instead of being kept.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedmef_fx.errors import FedmefError
+from fedmef_fx.memory import PackedTensor
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
+from fedmef_fx.ops.nsconv import Statistics
+from fedmef_fx.ops.overridable import overridable
+
+__all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
+
+
+class _Layer(Protocol):
+    """How a layer maps its input, and the gradients of that map."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor: ...
+    def bias_gradient(self, grad: Tensor) -> Tensor: ...
+
+
+class ConvolutionGeometry(NamedTuple):
+    """A convolution without its weight, of 1 to 3 spatial dimensions."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of x, [N, in, *size]."""
+        result: Tensor = torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return result
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the weight; exact in x."""
+        result: Tensor = self._backward(grad, x, weight, (False, True, False))[1]
+        return result
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """Gradient of the input; x itself is not needed, only its shape."""
+        result: Tensor = self._backward(grad, grad.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
+        return result
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the bias."""
+        return grad.sum(dim=[0, *range(2, grad.dim())])
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            which,
+        )
+
+
+class _Linear:
+    """x W^T + b over the last dimension."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.sum(dim=list(range(grad.dim() - 1)))
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The type a layer computes in: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+class _PrunedLayer(Function):
+    """A layer whose backward runs on a packed input and on a weight made anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        packed: PackedTensor | None,
+        layer: _Layer,
+        stored: StoredWeight,
+    ) -> Tensor:
+        dtype = _compute_dtype(x, weight)
+        computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
+        if x.requires_grad or weight.requires_grad:
+            ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
+            ctx.mask, ctx.form = stored.mask, stored[3:]
+            ctx.packed = packed if ctx.needs_input_grad[1] else None
+            keep_input = packed is None and ctx.needs_input_grad[1]
+            ctx.save_for_backward(weight, gain, x if keep_input else None)
+        with torch.autocast(x.device.type, enabled=False):
+            effective = effective_weight(stored).to(dtype)
+            return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, gain, x = ctx.saved_tensors
+        stored = StoredWeight(weight, gain, ctx.mask, *ctx.form)
+        effective = effective_weight(stored).to(grad.dtype)
+        grad_weight = grad_gain = grad_input = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
+            ctx.packed = None
+            dense_gradient = ctx.layer.weight_gradient(grad, dense.to(grad.dtype), effective)
+            del dense, x
+            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient)
+            del dense_gradient
+        if ctx.needs_input_grad[0]:
+            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective).to(ctx.x_dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = ctx.layer.bias_gradient(grad)
+        return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
+
+
+def _apply(layer: _Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+    if not x.is_floating_point():
+        raise FedmefError(
+            f"a layer with weight {tuple(stored.weight.shape)} got an input of {x.dtype}; expected a floating point "
+            f"tensor: convert it first, e.g. x.to({stored.weight.dtype})"
+        )
+    result: Tensor = _PrunedLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        x, stored.weight, stored.gain, bias, packed, layer, stored
+    )
+    return result
+
+
+@overridable
+def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
+    x: Tensor,
+    packed: PackedTensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: tuple[int, ...] = (0,),
+    g: float = 1.0,
+    statistics: Statistics = "active",
+) -> Tensor:
+    """A convolution of 1 to 3 dimensions that keeps `packed` instead of x for its backward.
+
+    Args:
+        x: [N, in, *size] or [in, *size].
+        packed: x as it is kept; None keeps x itself.
+        weight: [out, in/groups, *kernel], or [in, out/groups, *kernel] when transposed.
+        bias: [out].
+        gain: gain_i of an NSConv, [out]; None for an ordinary weight.
+        mask: Boolean, of the weight's shape.
+        stride: Per spatial dimension, as the following ones.
+        padding: Zeros on both sides.
+        dilation: Spacing of the kernel.
+        groups: Groups.
+        transposed: Whether it is a transposed convolution.
+        output_padding: Of a transposed convolution.
+        g: Gain of the nonlinearity that follows an NSConv.
+        statistics: Of an NSConv.
+
+    Returns:
+        [N, out, *size]; the gradient of weight is exactly 0 where masked.
+
+    Raises:
+        FedmefError: x is not floating point.
+    """
+    stored = StoredWeight(weight, gain, mask, g, groups, transposed, statistics)
+    dims = weight.dim() - 2
+    output_padding = output_padding if len(output_padding) == dims else output_padding * dims
+    geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
+    if x.dim() == dims + 1:  # without a batch dimension; the packed elements are the same
+        return _apply(geometry, x.unsqueeze(0), packed, bias, stored).squeeze(0)
+    return _apply(geometry, x, packed, bias, stored)
+
+
+@overridable
+def pruned_linear(
+    x: Tensor,
+    packed: PackedTensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    g: float = 1.0,
+    statistics: Statistics = "active",
+) -> Tensor:
+    """A linear layer that keeps `packed` instead of x for its backward.
+
+    Args:
+        x: [..., in].
+        packed: x as it is kept; None keeps x itself.
+        weight: [out, in].
+        bias: [out].
+        gain: gain_i of a standardised weight, [out]; None for an ordinary weight.
+        mask: Boolean, of the weight's shape.
+        g: Gain of the nonlinearity that follows a standardised weight.
+        statistics: Of a standardised weight.
+
+    Returns:
+        [..., out]; the gradient of weight is exactly 0 where masked.
+
+    Raises:
+        FedmefError: x is not floating point.
+    """
+    return _apply(_Linear(), x, packed, bias, StoredWeight(weight, gain, mask, g, statistics=statistics))

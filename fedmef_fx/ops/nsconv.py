@@ -1,0 +1,246 @@
+r"""The NSConv kernel: scaled weight standardisation of a masked kernel (FedMef, Sec. 3.3; Brock et al., NF-Nets 2021).
+
+Per output channel i with N_i active weights (mask m, weights w, learnable gain_i, nonlinearity gain g)
+
+    w_hat = g * gain_i * (w - mean_i) / (std_i * sqrt(N_i))      where m = 1,  0 elsewhere,
+
+so that sum(w_hat_i) = 0 and sum(w_hat_i^2) = (g * gain_i)^2. It is computed as w_hat = c_i * b / sqrt(max(s_i, EPS))
+with c_i = g * gain_i, b = m * (w - mean_i), s_i = std_i^2 * N_i:
+
+- statistics "active": mean_i and std_i over the active weights, s_i = sum(b^2);
+- statistics "all": over all F weights of the channel, masked ones counting as 0, s_i = sum((m*w - mean_i)^2), N_i = F;
+  the mask is applied again after centring.
+
+Guards: N_i = 0 gives a zero kernel. With N_i = 1, or a standard deviation below `DEGENERATE` times the root mean
+square, centring would leave nothing: mean_i is taken as 0 there, so that w_hat = c_i * w / sqrt(sum(w^2)), which is
+w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel that is almost all zeros, such as one
+that was just grown, by 100.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fedmef_fx.ops import growth
+from fedmef_fx.ops.overridable import overridable
+
+__all__ = [
+    "DEGENERATE",
+    "EPS",
+    "Standardized",
+    "Statistics",
+    "nsconv_kernel",
+    "nsconv_kernel_backward",
+    "nsconv_weight",
+]
+
+EPS = 1e-4
+DEGENERATE = 1e-3
+
+Statistics = Literal["active", "all"]
+
+
+@dataclasses.dataclass(slots=True)
+class Standardized:
+    """A standardised kernel in rows, and what its backward needs. Rows are output channels.
+
+    Attributes:
+        base: b of the module docstring, [out, fan_in].
+        scale: c_i / sqrt(max(s_i, EPS)), [out, 1].
+        normalizer: 1 / sqrt(max(s_i, EPS)), [out, 1].
+        inverse_square: 1 / s_i, 0 where the guard EPS acts, [out, 1].
+        centring: 1 / N_i where the mean is subtracted, 0 in degenerate rows, [out, 1].
+    """
+
+    base: Tensor
+    scale: Tensor
+    normalizer: Tensor
+    inverse_square: Tensor
+    centring: Tensor
+
+
+def to_rows(weight: Tensor, *, groups: int, transposed: bool) -> Tensor:
+    """A kernel as [out, fan_in]: [out, in/groups, *k], or [in, out/groups, *k] of a transposed convolution."""
+    if not transposed:
+        return weight.reshape(weight.shape[0], -1)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return grouped.transpose(1, 2).reshape(groups * weight.shape[1], -1)
+
+
+def from_rows(rows: Tensor, shape: torch.Size, *, groups: int, transposed: bool) -> Tensor:
+    """The inverse of `to_rows`."""
+    if not transposed:
+        return rows.reshape(shape)
+    grouped = rows.reshape(groups, shape[1], shape[0] // groups, -1)
+    return grouped.transpose(1, 2).reshape(shape)
+
+
+def standardize(weight: Tensor, mask: Tensor | None, gain: Tensor, *, g: float, statistics: Statistics) -> Standardized:
+    """Standardise a kernel in rows.
+
+    Args:
+        weight: [out, fan_in].
+        mask: Boolean, [out, fan_in]; None = all active.
+        gain: [out].
+        g: Gain of the nonlinearity that follows.
+        statistics: Over the active weights or over all of them.
+
+    Returns:
+        The kernel in factors: w_hat = base * scale.
+    """
+    fan_in = weight.shape[1]
+    base = weight.clone() if mask is None else torch.where(mask, weight, 0.0)
+    number = torch.full_like(weight[:, :1], fan_in) if mask is None else mask.sum(1, keepdim=True, dtype=weight.dtype)
+    counted = torch.full_like(number, fan_in) if statistics == "all" else number.clamp_min(1.0)
+    mean = base.sum(1, keepdim=True).div_(counted)
+    energy = _square_norm(base)
+    degenerate = (number <= 1) | (energy - counted * mean.square() <= DEGENERATE**2 * energy)
+    mean.masked_fill_(degenerate, 0.0)
+    base.sub_(mean)
+    if mask is not None:
+        base.mul_(mask)
+    # Summed anew over the centred values: the difference above cancels when the mean dominates.
+    square = _square_norm(base)
+    if statistics == "all":
+        square.add_((fan_in - number) * mean.square())
+    normalizer = square.clamp_min(EPS).rsqrt_()
+    return Standardized(
+        base=base,
+        scale=g * gain.unsqueeze(1) * normalizer,
+        normalizer=normalizer,
+        inverse_square=torch.where(square > EPS, normalizer.square(), 0.0),
+        centring=torch.where(degenerate, 0.0, counted.reciprocal()),
+    )
+
+
+def _square_norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()
+
+
+def standardize_backward(kernel: Standardized, mask: Tensor | None, grad: Tensor, *, g: float) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gain from the gradient of w_hat.
+
+    Since ds/dw = 2 b for both kinds of statistics (the terms of the mean cancel), with h = m * grad
+
+        dL/dw = m * scale * (h - sum(h) / N - b * <h, b> / s),    dL/dgain = g * <h, b> / sqrt(max(s, EPS)),
+
+    without the second term in degenerate rows and without the third where EPS acts.
+
+    Args:
+        kernel: From `standardize` on the same weight.
+        mask: As there.
+        grad: Gradient of w_hat, [out, fan_in]; not changed.
+        g: As there.
+
+    Returns:
+        The gradients of weight, [out, fan_in], and gain, [out].
+    """
+    inner = torch.einsum("of,of->o", grad, kernel.base).unsqueeze(1)  # b is 0 where masked: no mask on grad needed
+    result = grad.clone() if mask is None else torch.where(mask, grad, 0.0)
+    result.sub_(result.sum(1, keepdim=True) * kernel.centring)
+    result.addcmul_(kernel.base, inner * kernel.inverse_square, value=-1.0)
+    result.mul_(kernel.scale)
+    if mask is not None:
+        result.mul_(mask)
+    return result, (inner * kernel.normalizer).squeeze(1) * g
+
+
+class _NSConvWeight(Function):
+    """`nsconv_weight`; backward standardises again instead of keeping a second kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, gain: Tensor, mask: Tensor | None, form: tuple[float, int, bool, Statistics]
+    ) -> Tensor:
+        ctx.save_for_backward(weight, gain)
+        ctx.mask, ctx.form = mask, form
+        g, groups, transposed, statistics = form
+        return nsconv_kernel(weight, gain, mask, g=g, groups=groups, transposed=transposed, statistics=statistics)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, gain = ctx.saved_tensors
+        g, groups, transposed, statistics = ctx.form
+        grad_weight, grad_gain = nsconv_kernel_backward(
+            weight, gain, ctx.mask, grad, g=g, groups=groups, transposed=transposed, statistics=statistics
+        )
+        return grad_weight, grad_gain, None, None
+
+
+def nsconv_kernel(
+    weight: Tensor,
+    gain: Tensor,
+    mask: Tensor | None,
+    *,
+    g: float,
+    groups: int,
+    transposed: bool,
+    statistics: Statistics,
+) -> Tensor:
+    """`nsconv_weight` without autograd."""
+    rows = to_rows(weight, groups=groups, transposed=transposed)
+    mask_rows = None if mask is None else to_rows(mask, groups=groups, transposed=transposed)
+    kernel = standardize(rows, mask_rows, gain, g=g, statistics=statistics)
+    return from_rows(kernel.base.mul_(kernel.scale), weight.shape, groups=groups, transposed=transposed)
+
+
+def nsconv_kernel_backward(
+    weight: Tensor,
+    gain: Tensor,
+    mask: Tensor | None,
+    grad: Tensor,
+    *,
+    g: float,
+    groups: int,
+    transposed: bool,
+    statistics: Statistics,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `nsconv_weight` with respect to weight and gain.
+
+    While growth candidates are collected, the gradient that an inactive weight would get is offered as
+    scale * dL/dw_hat: the effect of the weight itself, its pull on the channel's mean and deviation left out.
+    """
+    rows = to_rows(weight, groups=groups, transposed=transposed)
+    mask_rows = None if mask is None else to_rows(mask, groups=groups, transposed=transposed)
+    grad_rows = to_rows(grad, groups=groups, transposed=transposed).to(weight.dtype)
+    kernel = standardize(rows, mask_rows, gain, g=g, statistics=statistics)
+    if mask is not None and growth.is_collecting():
+        offered = from_rows(grad_rows * kernel.scale, weight.shape, groups=groups, transposed=transposed)
+        growth.offer(mask, offered)
+    grad_weight, grad_gain = standardize_backward(kernel, mask_rows, grad_rows, g=g)
+    return from_rows(grad_weight, weight.shape, groups=groups, transposed=transposed), grad_gain
+
+
+@overridable
+def nsconv_weight(
+    weight: Tensor,
+    gain: Tensor,
+    mask: Tensor | None = None,
+    *,
+    g: float = 1.0,
+    groups: int = 1,
+    transposed: bool = False,
+    statistics: Statistics = "active",
+) -> Tensor:
+    """The effective kernel of an NSConv; equations and guards stand in the module docstring.
+
+    Args:
+        weight: [out, in/groups, *kernel]; [in, out/groups, *kernel] of a transposed convolution; [out, in] of a linear.
+        gain: gain_i, [out].
+        mask: Boolean, of the weight's shape; None = all active.
+        g: Gain of the nonlinearity that follows.
+        groups: Groups of the convolution; they only matter when it is transposed.
+        transposed: Whether it is a transposed convolution.
+        statistics: Mean and deviation over the "active" weights or over "all" of a channel.
+
+    Returns:
+        w_hat, of the weight's shape, exactly 0 where masked.
+    """
+    form = (g, groups, transposed, statistics)
+    result: Tensor = _NSConvWeight.apply(weight, gain, mask, form)  # type: ignore[no-untyped-call]  # torch's own
+    return result

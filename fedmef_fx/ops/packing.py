@@ -1,0 +1,36 @@
+"""The site where an activation is packed: one per pruned tensor of a graph, shared by all layers that read it."""
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.memory import PackedTensor, ThresholdEstimator
+
+__all__ = ["PackActivation"]
+
+
+class PackActivation(nn.Module):
+    """Keeps the largest 1 - gamma of an activation, by magnitude, for the backward of the layers that read it.
+
+    Attributes:
+        estimator: The threshold of this tensor, estimated from samples every few steps.
+    """
+
+    def __init__(self, activation_sparsity: float, *, sample: int, interval: int) -> None:
+        super().__init__()
+        self.activation_sparsity = activation_sparsity
+        self.estimator = ThresholdEstimator(1.0 - activation_sparsity, sample=sample, interval=interval)
+
+    def forward(self, x: Tensor) -> PackedTensor | None:
+        """Pack x, of any shape; None where no gradient is recorded or x is not floating point.
+
+        Under `torch.no_grad()` nothing is kept and the threshold stays as it is.
+        """
+        if not torch.is_grad_enabled() or not x.is_floating_point():
+            return None
+        packed = PackedTensor.pack(x.detach(), threshold=self.estimator.threshold(x))
+        self.estimator.observe(packed)
+        return packed
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return f"activation_sparsity={self.activation_sparsity:g}"

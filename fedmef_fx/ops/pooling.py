@@ -1,0 +1,194 @@
+"""Pooling that keeps shapes and window offsets instead of its input and 8-byte indices."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedmef_fx.ops.overridable import overridable
+
+__all__ = ["adaptive_avg_pool", "avg_pool", "max_pool"]
+
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+def _positions(shape: torch.Size, device: torch.device, axis: int, *, stride: int, padding: int) -> Tensor:
+    """Where the windows of an axis begin, shaped to broadcast over `shape`."""
+    start = torch.arange(shape[axis], device=device) * stride - padding
+    return start.view([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+class _MaxPool(Function):
+    """Indices into the input are recomputed from the offset of the maximum in its window, which fits in a byte."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        ceil_mode: bool,
+    ) -> Tensor:
+        dims = len(kernel)
+        out, index = _MAX_POOL[dims](
+            x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode, return_indices=True
+        )
+        ctx.geometry = (x.shape, kernel, stride, padding, dilation)
+        offset = torch.zeros_like(index)
+        for axis in range(-dims, 0):
+            size = x.shape[axis:].numel()
+            coordinate = index.remainder(size).div_(max(size // x.shape[axis], 1), rounding_mode="floor")
+            coordinate -= _positions(
+                index.shape, index.device, axis % index.dim(), stride=stride[axis], padding=padding[axis]
+            )
+            offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
+        window = torch.Size(kernel).numel()
+        ctx.offset = offset.to(torch.uint8 if window <= 256 else torch.int32)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shape, kernel, stride, padding, dilation = ctx.geometry
+        dims = len(kernel)
+        offset, index = ctx.offset.long(), None
+        ctx.offset = None
+        place = 1
+        for axis in range(-1, -dims - 1, -1):
+            coordinate = offset.remainder(kernel[axis]).mul_(dilation[axis])
+            offset = offset.div_(kernel[axis], rounding_mode="floor")
+            coordinate += _positions(
+                grad.shape, grad.device, axis % grad.dim(), stride=stride[axis], padding=padding[axis]
+            )
+            index = coordinate if index is None else index.add_(coordinate.mul_(place))
+            place *= shape[axis]
+        assert index is not None  # noqa: S101 -- a pool has at least one dimension
+        result = grad.new_zeros(shape)
+        result.flatten(-dims).scatter_add_(-1, index.flatten(-dims), grad.contiguous().flatten(-dims))
+        return result, None, None, None, None, None
+
+
+class _AvgPool(Function):
+    """Backward needs the shape of the input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.shape, ctx.options = x.shape, options
+        return _avg_pool(x, options)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        backward = (
+            torch.ops.aten.avg_pool3d_backward if len(ctx.options[0]) == 3 else torch.ops.aten.avg_pool2d_backward
+        )
+        return backward(grad.contiguous(), grad.new_empty(ctx.shape), *ctx.options), None
+
+
+def _avg_pool(x: Tensor, options: tuple[Any, ...]) -> Tensor:
+    return (F.avg_pool3d if len(options[0]) == 3 else F.avg_pool2d)(x, *options)
+
+
+class _AdaptiveAvgPool(Function):
+    """Backward needs the shape of the input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
+        ctx.shape, ctx.dims = x.shape, len(output_size)
+        return _adaptive_avg_pool(x, output_size)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        aten = torch.ops.aten
+        backward = aten._adaptive_avg_pool3d_backward if ctx.dims == 3 else aten._adaptive_avg_pool2d_backward
+        return backward(grad.contiguous(), grad.new_empty(ctx.shape)), None
+
+
+def _adaptive_avg_pool(x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
+    pool = F.adaptive_avg_pool3d if len(output_size) == 3 else F.adaptive_avg_pool2d
+    return pool(x, output_size)  # type: ignore[no-any-return, operator]  # overloads of a builtin
+
+
+@overridable
+def max_pool(
+    x: Tensor,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max pooling of 1 to 3 dimensions, keeping one byte per result (4 for windows of more than 256 elements).
+
+    Args:
+        x: [N, C, *size] or [C, *size].
+        kernel: Window per dimension, as the following ones.
+        stride: Step.
+        padding: Implicit -inf on both sides.
+        dilation: Spacing in the window.
+        ceil_mode: Whether sizes round up.
+
+    Returns:
+        What torch's max pooling returns; its gradient is exact.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        result: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
+        return result
+    result = _MaxPool.apply(x, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-untyped-call]  # torch's
+    return result
+
+
+@overridable
+def avg_pool(
+    x: Tensor,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling of 2 or 3 dimensions that keeps no tensor.
+
+    Args:
+        x: [N, C, *size].
+        kernel: Window per dimension, as the following ones.
+        stride: Step.
+        padding: Zeros on both sides.
+        ceil_mode: Whether sizes round up.
+        count_include_pad: Whether padding counts in the average.
+        divisor_override: Divisor in place of the window's size.
+
+    Returns:
+        What torch's average pooling returns; its gradient is exact.
+    """
+    options = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _avg_pool(x, options)
+    result: Tensor = _AvgPool.apply(x, options)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return result
+
+
+@overridable
+def adaptive_avg_pool(x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
+    """Adaptive average pooling of 2 or 3 dimensions that keeps no tensor.
+
+    Args:
+        x: [N, C, *size].
+        output_size: Per dimension; None keeps a size.
+
+    Returns:
+        What torch's adaptive average pooling returns; its gradient is exact.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _adaptive_avg_pool(x, output_size)
+    result: Tensor = _AdaptiveAvgPool.apply(x, output_size)  # type: ignore[no-untyped-call]  # torch leaves it so
+    return result

@@ -1,0 +1,103 @@
+"""Which weights change places in an adjustment round: prune low magnitudes, grow large gradients, keep the budget."""
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+
+__all__ = ["adjust_mask", "largest_inactive", "lowest_magnitude"]
+
+
+def lowest_magnitude(weight: Tensor, mask: Tensor, k: int) -> Tensor:
+    """theta_low: positions of the k active weights of lowest magnitude.
+
+    Masked weights are 0 and would always come first; they are no candidates.
+
+    Args:
+        weight: A parameter, any shape.
+        mask: Boolean, of its shape; True = active.
+        k: How many, at most the number of active weights.
+
+    Returns:
+        `k` flat (row-major) positions, int64, ascending; of equal magnitudes those at lower positions are taken.
+
+    Raises:
+        ConfigError: A mask of another shape or type, more weights than are active, or weights that are no numbers.
+
+    Example:
+        >>> lowest_magnitude(torch.tensor([0.0, -1.0, 3.0, 2.0]), torch.tensor([False, True, True, True]), 2)
+        tensor([1, 3])
+    """
+    _check_mask(weight, mask)
+    active = mask.flatten().nonzero().squeeze(1)
+    return active[smallest_positions(magnitudes(torch.take(weight.detach(), active)), k)]
+
+
+def largest_inactive(gradient: Tensor, mask: Tensor, k: int) -> SparseGradient:
+    """The k gradient values of largest magnitude at inactive coordinates.
+
+    Args:
+        gradient: Dense gradient of a loss with respect to the effective (masked) weight, any shape.
+        mask: Boolean, of its shape; True = active.
+        k: How many, at most the number of inactive coordinates.
+
+    Returns:
+        Exactly `k` positions with their values, the ones at lower positions where magnitudes tie.
+
+    Raises:
+        ConfigError: A mask of another shape or type, k out of range, or values that are not finite.
+    """
+    _check_mask(gradient, mask)
+    inactive = (~mask).flatten().nonzero().squeeze(1)
+    values = torch.take(gradient.detach(), inactive)
+    chosen = largest_positions(magnitudes(values), k)
+    return SparseGradient(inactive[chosen], values[chosen], mask.numel())
+
+
+def adjust_mask(weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int) -> Tensor:
+    """The mask after one adjustment: k active weights pruned, k inactive coordinates grown.
+
+    1. Candidates for growth are the coordinates that are inactive in `mask` and have a gradient other than 0 (one that
+       nobody sent counts as 0). A weight that this adjustment prunes is therefore never grown back by it.
+    2. Where there are fewer than k candidates, or fewer than k active weights, k shrinks to that number: the number of
+       active weights never changes.
+    3. The k active weights of lowest magnitude are pruned, the k candidates of largest |gradient| are grown.
+
+    Args:
+        weight: A parameter, any shape; grown weights have to start at 0, which is for the caller to do
+            (`fedmef_fx.set_masks` does).
+        mask: Boolean, of its shape; True = active. It is not changed.
+        gradient: Averaged gradient of the parameter.
+        k: How many weights change places, >= 0.
+
+    Returns:
+        A new mask of the same shape, on the same device, with as many active weights.
+
+    Raises:
+        ConfigError: A mask or gradient of another size, or a negative k.
+    """
+    _check_mask(weight, mask)
+    if gradient.numel != mask.numel():
+        raise ConfigError(
+            f"adjust_mask: got a gradient of a parameter of {gradient.numel} weights; expected {mask.numel()}"
+        )
+    if k < 0:
+        raise ConfigError(f"adjust_mask: k: got {k}; expected an integer >= 0")
+    positions, values = gradient.positions.to(mask.device), gradient.values.to(mask.device)
+    is_candidate = ~torch.take(mask, positions) & (values != 0)
+    positions, values = positions[is_candidate], values[is_candidate]
+    k = min(k, positions.numel(), int(mask.sum()))
+    adjusted = mask.flatten().clone()
+    adjusted[lowest_magnitude(weight, mask, k)] = False
+    adjusted[positions[largest_positions(magnitudes(values), k)]] = True
+    return adjusted.reshape(mask.shape)
+
+
+def _check_mask(tensor: Tensor, mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != tensor.shape:
+        raise ConfigError(
+            f"adjust: got a mask of {mask.dtype}{list(mask.shape)}; expected torch.bool{list(tensor.shape)}, "
+            "the shape of its parameter"
+        )

@@ -1,0 +1,212 @@
+"""What autograd keeps of a graph's tensors between forward and backward, node by node.
+
+A tensor costs its bytes as long as one node keeps it, so pruning one layer's copy of it pays only if nothing else
+keeps it dense. Unknown operations are taken to keep everything: too cautious costs memory, never correctness.
+"""
+
+import operator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.passes._nodes import ADDITIONS, is_inplace, is_view, without_views
+from fedmef_fx.program import Region
+
+__all__ = ["Kept", "kept_by", "kept_tensors"]
+
+
+class Kept(NamedTuple):
+    """Which tensors of a node autograd keeps."""
+
+    inputs: bool
+    output: bool
+
+
+_NOTHING: Final = Kept(inputs=False, output=False)
+_INPUTS: Final = Kept(inputs=True, output=False)
+_OUTPUT: Final = Kept(inputs=False, output=True)
+_BOTH: Final = Kept(inputs=True, output=True)
+
+_KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
+    F.interpolate,
+    F.pad,
+    F.pixel_shuffle,
+    F.pixel_unshuffle,
+    getattr,
+    operator.sub,
+    operator.isub,
+    operator.neg,
+    torch.cat,
+    torch.chunk,
+    torch.concat,
+    torch.mean,
+    torch.neg,
+    torch.split,
+    torch.stack,
+    torch.sub,
+    torch.sum,
+    torch.unbind,
+    torch._assert,
+    "chunk",
+    "detach",
+    "dim",
+    "mean",
+    "numel",
+    "repeat",
+    "size",
+    "split",
+    "sub",
+    "sum",
+    "to",
+    "unbind",
+}
+_KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
+    {
+        F.log_softmax,
+        F.relu,
+        F.softmax,
+        torch.exp,
+        torch.log_softmax,
+        torch.relu,
+        torch.rsqrt,
+        torch.sigmoid,
+        torch.softmax,
+        torch.sqrt,
+        torch.tanh,
+        "exp",
+        "log_softmax",
+        "relu",
+        "rsqrt",
+        "sigmoid",
+        "softmax",
+        "sqrt",
+        "tanh",
+    }
+)
+_KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
+    {
+        F.batch_norm,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+        F.gelu,
+        F.group_norm,
+        F.hardsigmoid,
+        F.hardswish,
+        F.hardtanh,
+        F.layer_norm,
+        F.leaky_relu,
+        F.linear,
+        F.mish,
+        F.relu6,
+        F.silu,
+        F.softplus,
+        torch.abs,
+        torch.log,
+        torch.pow,
+        operator.pow,
+    }
+)
+_SCALINGS: Final[frozenset[Any]] = frozenset({operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"})
+
+_MODULES_KEEP_NOTHING: Final = (
+    nn.ChannelShuffle,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.Identity,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
+    nn.Upsample,
+    nn.ZeroPad2d,
+)
+_MODULES_KEEP_OUTPUT: Final = (nn.LogSoftmax, nn.ReLU, nn.Sigmoid, nn.Softmax, nn.Tanh)
+_MODULES_KEEP_INPUTS: Final = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.GELU,
+    nn.GroupNorm,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.InstanceNorm2d,
+    nn.LayerNorm,
+    nn.LeakyReLU,
+    nn.Mish,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Softplus,
+)
+
+
+def kept_by(region: Region, node: fx.Node) -> Kept:
+    """What autograd keeps of a node's tensors, as PyTorch implements its operation."""
+    if node.op == "call_module":
+        return _kept_by_module(region.module(node))
+    if node.op not in ("call_function", "call_method") or is_view(region, node):
+        return _NOTHING
+    if is_inplace(region, node) and node.target not in _KEEP_NOTHING:
+        return _BOTH
+    if node.target in _KEEP_NOTHING:
+        return _NOTHING
+    if node.target in _SCALINGS and len(node.all_input_nodes) == 1 and not isinstance(node.args[1], fx.Node):
+        return _NOTHING if node.args[0] is not node.args[1] else _INPUTS
+    if node.target in _KEEP_OUTPUT:
+        return _OUTPUT
+    if node.target in _KEEP_INPUTS:
+        return _INPUTS
+    return _BOTH
+
+
+def _kept_by_module(module: nn.Module | None) -> Kept:
+    kind = type(module)
+    if kind in _MODULES_KEEP_NOTHING or isinstance(module, nn.Flatten | nn.Unflatten):
+        return _NOTHING
+    if getattr(module, "inplace", False) and kind not in _MODULES_KEEP_OUTPUT:
+        return _BOTH
+    if kind in _MODULES_KEEP_OUTPUT:
+        return _OUTPUT
+    return _INPUTS if kind in _MODULES_KEEP_INPUTS else _BOTH
+
+
+def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) -> dict[fx.Node, str]:
+    """The tensors of a graph that stay dense between forward and backward, whatever is done to some nodes.
+
+    Args:
+        region: The region of the graph.
+        graph: The graph.
+        rewritten: Nodes that will keep none of their activations dense.
+
+    Returns:
+        The node in whose storage each such tensor lies, with who keeps it.
+    """
+    kept: dict[fx.Node, str] = {}
+
+    def keep(tensor: object, reason: str) -> None:
+        root = without_views(region, tensor)
+        if isinstance(root, fx.Node):
+            kept.setdefault(root, reason)
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            keep(node, "an input of the model, which its caller holds")
+        elif node.op == "get_attr":
+            keep(node, "a tensor of the model")
+        elif node.op == "output":
+            for tensor in node.all_input_nodes:
+                keep(tensor, "returned by the model")
+        elif node not in rewritten:
+            what = kept_by(region, node)
+            for tensor in node.all_input_nodes if what.inputs else ():
+                keep(tensor, f"{node.name} keeps its input")
+            if what.output:
+                keep(node, f"{node.name} keeps its result")
+    return kept

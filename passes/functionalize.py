@@ -1,0 +1,119 @@
+"""Functionalize weights: layers that call a module become functional calls on `get_attr` weights.
+
+Rules
+1. `call_module` of nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d -> `get_attr` weight and bias, then
+   F.linear / F.conv*d / F.conv_transpose*d. Parameters keep their names, identity and bits.
+2. A padding mode other than zeros -> F.pad with that mode, then the convolution without padding.
+
+Refused: subclasses that compute something else, modules with user hooks or parametrizations, and a transposed
+convolution called with `output_size`. Opaque modules with weights of their own (nn.LSTM, ...) are reported too.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Final
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.model import is_ignored
+from fedmef_fx.pipeline import PassResult, Refusal
+from fedmef_fx.program import Program, Region, set_provenance
+
+__all__ = ["FunctionalizeWeights"]
+
+_FUNCTIONS: Final[dict[type[nn.Module], Any]] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+_WITHOUT_PRUNABLE_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionalizeWeights:
+    """The pass of this module; see the module docstring for its rules.
+
+    Attributes:
+        ignore: Modules that are left alone, as in `Config.ignore`.
+    """
+
+    name: ClassVar[str] = "functionalize-weights"
+    ignore: tuple[str | type, ...] = ()
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the rules to every graph."""
+        rewrites: dict[str, None] = {}
+        refusals: dict[str, Refusal] = {}
+        for region, _, graph in program.graphs():
+            for node in list(graph.nodes):
+                module = region.module(node)
+                if module is None or not _has_weights(module):
+                    continue
+                name = region.full_name(str(node.target))
+                reason = "ignored by Config.ignore" if is_ignored(self.ignore, name, module) else _refusal(node, module)
+                if reason is not None:
+                    refusals[name] = Refusal(name, reason)
+                    continue
+                self._rewrite(region, node, module)
+                rewrites[name] = None
+        return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
+
+    def _rewrite(self, region: Region, node: fx.Node, module: nn.Module) -> None:
+        graph, path = node.graph, str(node.target)
+        function, kind = next((_FUNCTIONS[base], base) for base in type(module).__mro__ if base in _FUNCTIONS)
+        with graph.inserting_before(node):
+            made = [graph.get_attr(f"{path}.weight")]
+            bias = None
+            if getattr(module, "bias", None) is not None:
+                bias = graph.get_attr(f"{path}.bias")
+                made.append(bias)
+            x = node.args[0] if node.args else node.kwargs["input"]
+            kwargs = _geometry(module)
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                pad = tuple(module._reversed_padding_repeated_twice)  # type: ignore[union-attr,arg-type]  # a list of ints
+                x = graph.call_function(F.pad, (x, pad), {"mode": module.padding_mode})
+                kwargs["padding"] = (0,) * len(kwargs["stride"])
+                made.append(x)
+            call = graph.call_function(function, (x, made[0], bias), kwargs)
+        for new in (*made, call):
+            set_provenance(new, by=self.name, origin=region.full_name(path))
+        call.meta["fedmef_fx"]["kind"] = kind.__name__
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    if isinstance(module, _WITHOUT_PRUNABLE_WEIGHTS):
+        return False
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _refusal(node: fx.Node, module: nn.Module) -> str | None:
+    kind = next((base for base in type(module).__mro__ if base in _FUNCTIONS), None)
+    if kind is None:
+        return f"{type(module).__name__} is opaque to the graph: its weights are used inside it"
+    if nn.utils.parametrize.is_parametrized(module):
+        return f"{type(module).__name__} has parametrizations"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks of the user, which need the module call"
+    if not isinstance(dict(module.named_parameters(recurse=False)).get("weight"), nn.Parameter):
+        return "its weight is not a parameter (weight_norm, prune, ...)"
+    own = {name for base in type(module).__mro__[: type(module).__mro__.index(kind)] for name in vars(base)}
+    if own & {"forward", "_conv_forward"}:
+        return f"{type(module).__qualname__} overrides the computation of {kind.__name__}"
+    if len(node.args) > 1 or set(node.kwargs) - {"input"}:
+        return "it is called with more than its input"
+    return None
+
+
+def _geometry(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, nn.Linear):
+        return {}
+    names = ["stride", "padding", "dilation", "groups"]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        names.append("output_padding")
+    return {name: getattr(module, name) for name in names}

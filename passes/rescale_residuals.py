@@ -1,0 +1,60 @@
+"""Rescale residual sums, so that variance stays bounded with depth once BatchNorm is gone.
+
+Two branches of unit variance, not correlated, add up to variance 2; BatchNorm used to undo that in the next layer.
+
+Rule: `a + b`, where a or b comes straight from a layer with an NSConv kernel -> `(a + b) * (1 / sqrt(2))`. Sums that
+no NSConv feeds are left alone: what normalises them is still there.
+"""
+
+import dataclasses
+import math
+import operator
+from typing import ClassVar, Final
+
+from torch import fx
+
+from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.passes._nodes import ADDITIONS, layers, without_views
+from fedmef_fx.pipeline import PassResult
+from fedmef_fx.program import Program, Region, set_provenance
+
+__all__ = ["RescaleResiduals"]
+
+_FACTOR: Final = math.sqrt(0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RescaleResiduals:
+    """The pass of this module; see the module docstring for its rule."""
+
+    name: ClassVar[str] = "rescale-residuals"
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the rule to every graph."""
+        rewrites: dict[str, None] = {}
+        for region, _, graph in program.graphs():
+            normalized = {node for node in layers(graph) if _is_nsconv(node)}
+            for node in list(graph.nodes):
+                if self._match(region, node, normalized):
+                    self._rewrite(node)
+                    rewrites[region.full_name(node.name)] = None
+        return PassResult(self.name, tuple(rewrites))
+
+    def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
+        if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
+            return False
+        terms = [without_views(region, term) for term in node.args]
+        return (
+            len(terms) == 2 and all(isinstance(term, fx.Node) for term in terms) and any(t in normalized for t in terms)
+        )
+
+    def _rewrite(self, node: fx.Node) -> None:
+        with node.graph.inserting_after(node):
+            scaled = node.graph.call_function(operator.mul, (node, _FACTOR))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        set_provenance(scaled, by=self.name, origin=node.name)
+
+
+def _is_nsconv(node: fx.Node) -> bool:
+    kernel = node.args[1]
+    return isinstance(kernel, fx.Node) and kernel.target is nsconv_weight

@@ -1,0 +1,229 @@
+"""Shrink what autograd keeps for operations that need no activation in their backward.
+
+Rules
+1. ReLU, ReLU6, LeakyReLU -> `sign_relu`: 1 bit per element. It works in place where its input belongs to it alone.
+2. Max pooling -> `max_pool`: one byte per result instead of the input and 8-byte indices.
+3. Average and adaptive average pooling -> `avg_pool`, `adaptive_avg_pool`: shapes only.
+4. Dropout -> `bit_dropout`: 1 bit per element.
+
+Sums, views, concatenations and means keep nothing already; GELU, SiLU and Hardswish keep their input, not their
+result, so that the result can be pruned for the layers that read it.
+
+Refused: a ReLU whose result stays dense anyway because something else keeps it (its own copy is then free), an
+in-place activation whose input has other users, pooling that returns indices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.ops.dropout import bit_dropout
+from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_view, layers, without_views
+from fedmef_fx.passes._saves import kept_by, kept_tensors
+from fedmef_fx.pipeline import PassResult, Refusal
+from fedmef_fx.program import Program, Region, provenance, set_provenance
+
+__all__ = ["ShrinkSaved"]
+
+_MAX_POOLS: Final[dict[Any, int]] = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
+_AVG_POOLS: Final[dict[Any, int]] = {F.avg_pool2d: 2, F.avg_pool3d: 3}
+_ADAPTIVE_POOLS: Final[dict[Any, int]] = {F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+_RELUS: Final = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+class _Replacement(tuple[Callable[..., Any], dict[str, Any]]):
+    """The op that takes a node's place, and its options."""
+
+    __slots__ = ()
+
+    def __new__(cls, op: Callable[..., Any], **options: Any) -> "_Replacement":
+        return super().__new__(cls, (op, options))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkSaved:
+    """The pass of this module; see the module docstring for its rules."""
+
+    name: ClassVar[str] = "shrink-saved"
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the rules to every graph."""
+        rewrites: list[str] = []
+        refusals: list[Refusal] = []
+        for region, _, graph in program.graphs():
+            found = {n: r for n in graph.nodes if (r := _match(region, n)) is not None}
+            for node in [n for n in found if is_inplace(region, n) and not _owns_input(region, n)]:
+                refusals.append(Refusal(region.full_name(node.name), "it works in place on a tensor with other users"))
+                del found[node]
+            kept = kept_tensors(region, graph, rewritten={*found, *layers(graph)})
+            for node, (op, options) in found.items():
+                if op is sign_relu and node in kept:
+                    reason = f"its result stays dense: {kept[node]}"
+                    refusals.append(Refusal(region.full_name(node.name), reason))
+                    continue
+                if op is sign_relu and _may_write(region, node, kept):
+                    options["inplace"] = True
+                self._rewrite(region, node, op, options)
+                rewrites.append(region.full_name(node.name))
+        return PassResult(self.name, tuple(rewrites), tuple(refusals))
+
+    def _rewrite(self, region: Region, node: fx.Node, op: Callable[..., Any], options: dict[str, Any]) -> None:
+        x = node.args[0] if node.args else node.kwargs["input"]
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(op, (x,), options)
+        node.replace_all_uses_with(new)
+        origin = provenance(node)
+        set_provenance(new, by=self.name, origin=str(node.target) if node.op == "call_module" else node.name)
+        if origin is not None:
+            new.meta["fedmef_fx"]["origin"] = origin[1]
+        node.graph.erase_node(node)
+
+
+def _match(region: Region, node: fx.Node) -> _Replacement | None:
+    module = region.module(node)
+    if module is not None:
+        return _match_module(module)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return _match_function(node)
+
+
+def _match_module(module: nn.Module) -> _Replacement | None:
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if kind in (nn.ReLU, nn.ReLU6):
+        return _Replacement(sign_relu, high=6.0 if kind is nn.ReLU6 else math.inf)
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:
+        return _Replacement(sign_relu, slope=module.negative_slope)
+    if kind in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
+        values = [module.kernel_size, module.stride, module.padding, module.dilation]
+        return _max_pool(int(kind.__name__[-2]), *values, module.ceil_mode, module.return_indices)
+    if kind in (nn.AvgPool2d, nn.AvgPool3d):
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        return _avg_pool(int(kind.__name__[-2]), *(getattr(module, name) for name in names))
+    if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
+        return _adaptive_pool(int(kind.__name__[-2]), module.output_size)
+    return None
+
+
+def _match_function(node: fx.Node) -> _Replacement | None:
+    target = node.target
+    if target in _RELUS:
+        return _Replacement(sign_relu, high=math.inf)
+    if target is F.relu6:
+        return _Replacement(sign_relu, high=6.0)
+    if target is F.leaky_relu:
+        slope = bound(node).get("negative_slope", 0.01)
+        return _Replacement(sign_relu, slope=slope) if isinstance(slope, float) and slope > 0 else None
+    if target is F.dropout:
+        given = bound(node)
+        p, training = given.get("p", 0.5), given.get("training", True)
+        static = isinstance(p, float | int) and isinstance(training, bool) and not given.get("inplace", False)
+        return _Replacement(bit_dropout, p=p, training=training) if static else None
+    if target not in _MAX_POOLS and target not in _AVG_POOLS and target not in _ADAPTIVE_POOLS:
+        return None
+    given = _pool_arguments(node)
+    if any(isinstance(value, fx.Node) for key, value in given.items() if key != "input"):
+        return None
+    given.pop("input", None)
+    if target in _MAX_POOLS:
+        return _max_pool(_MAX_POOLS[target], **{"stride": None, **given})
+    if target in _AVG_POOLS:
+        return _avg_pool(_AVG_POOLS[target], **{"stride": None, **given})
+    return _adaptive_pool(_ADAPTIVE_POOLS[target], **given)
+
+
+def _pool_arguments(node: fx.Node) -> dict[str, Any]:
+    names = {
+        **dict.fromkeys(
+            _MAX_POOLS, ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        ),
+        **dict.fromkeys(
+            _AVG_POOLS,
+            ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+        ),
+        **dict.fromkeys(_ADAPTIVE_POOLS, ("input", "output_size")),
+    }[node.target]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _per_dimension(value: Any, dims: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
+
+
+def _max_pool(
+    dims: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> _Replacement | None:
+    if return_indices:
+        return None
+    kernel = _per_dimension(kernel_size, dims)
+    return _Replacement(
+        max_pool,
+        kernel=kernel,
+        stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
+        padding=_per_dimension(padding, dims),
+        dilation=_per_dimension(dilation, dims),
+        ceil_mode=ceil_mode,
+    )
+
+
+def _avg_pool(
+    dims: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> _Replacement:
+    kernel = _per_dimension(kernel_size, dims)
+    return _Replacement(
+        avg_pool,
+        kernel=kernel,
+        stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
+        padding=_per_dimension(padding, dims),
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        divisor_override=divisor_override,
+    )
+
+
+def _adaptive_pool(dims: int, output_size: Any) -> _Replacement:
+    return _Replacement(adaptive_avg_pool, output_size=_per_dimension(output_size, dims))
+
+
+def _owns_input(region: Region, node: fx.Node) -> bool:
+    """Whether a node is the only one that reads its input's storage, as far as views show."""
+    x = node.args[0] if node.args else None
+    while isinstance(x, fx.Node):
+        if len(x.users) != 1 or x.op in ("placeholder", "get_attr"):
+            return False
+        if not is_view(region, x):
+            return True
+        x = x.args[0]
+    return False
+
+
+def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
+    """Whether a node may write into its input: nothing else reads or keeps it, and its producer does not either."""
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or len(x.users) != 1 or is_view(region, x) or x in kept:
+        return False
+    if without_views(region, x) is not x or x.op != "call_function":
+        return False
+    makes_new = x in set(layers(x.graph)) or x.target in ADDITIONS
+    return makes_new or (not kept_by(region, x).output and x.target in (torch.mul,))

@@ -1,0 +1,47 @@
+"""What every test shares: hypothesis profiles, a fixed torch seed, and the reasons for which tests are skipped."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A first example can be slow because torch compiles or allocates something, so a deadline would fail at random.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure() -> None:
+    # The order in which torch adds up floats depends on the number of threads: the same everywhere.
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA device and a CUDA build of torch")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_torch_seed() -> None:
+    """Tests run in random order; what one draws must not change what the next one gets."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cifar_dir() -> Path:
+    """The folder with CIFAR-10 in its binary version, named by the environment variable FEDMEF_FX_DATA."""
+    value = os.environ.get("FEDMEF_FX_DATA")
+    if not value:
+        pytest.skip("needs CIFAR-10: set FEDMEF_FX_DATA to the folder that holds data_batch_1.bin and test_batch.bin")
+    folder = Path(value)
+    missing = [name for name in ("data_batch_1.bin", "test_batch.bin") if not (folder / name).is_file()]
+    if missing:
+        # Whoever sets the variable wants these tests to run: a mistyped path must not look like success.
+        pytest.fail(f"FEDMEF_FX_DATA={value}: no {' and no '.join(missing)} there; expected CIFAR-10's binary version")
+    return folder

@@ -1,0 +1,28 @@
+"""`import fedmef_fx` stays cheap: what only some calls need is imported by those calls."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADED_ON_DEMAND = ["matplotlib", "numba", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "typer"]
+
+
+@pytest.fixture(scope="module")
+def modules_after_import() -> set[str]:
+    code = "import sys, fedmef_fx; print(*sys.modules, sep='\\n')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603  # fixed command
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_the_package_itself_was_loaded(modules_after_import: set[str]) -> None:
+    assert "fedmef_fx" in modules_after_import
+
+
+@pytest.mark.parametrize("name", LOADED_ON_DEMAND)
+def test_import_does_not_load(name: str, modules_after_import: set[str]) -> None:
+    assert name not in modules_after_import
