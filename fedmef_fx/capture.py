@@ -208,13 +208,11 @@ def _restore(module: nn.Module, attributes: Mapping[str, object], buffers: Mappi
             delattr(module, key)
     for key, value in attributes.items():
         current = vars(module).get(key)
-        if type(value) in (dict, list, set) and not _same(current, value):
+        container = type(value) in (dict, list, set)
+        if (container and not _same(current, value)) or (not container and current is not value):
             vars(module)[key] = value
-        elif current is not value and type(value) not in (dict, list, set):
-            vars(module)[key] = value
-    if any(module._buffers.get(key) is not value for key, value in buffers.items()) or len(module._buffers) != len(
-        buffers
-    ):
+    same = module._buffers.keys() == buffers.keys()
+    if not same or any(module._buffers[key] is not value for key, value in buffers.items()):
         module._buffers.clear()
         module._buffers.update(buffers)
 

@@ -36,8 +36,8 @@ def growth_candidates(
     With one batch the result is exact; with several, `fedmef_fx.ops.growth` states the approximation.
 
     The model runs in the mode it is in. Afterwards its parameters, their `.grad`, its buffers (running statistics of
-    normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks that others put on the
-    parameters do run: an optimizer that steps inside backward has to be taken off first.
+    normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks
+    that others put on the parameters do run: an optimizer that steps inside backward has to be taken off first.
 
     Args:
         model: A transformed model with masks.

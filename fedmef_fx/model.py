@@ -1,8 +1,8 @@
 """What a transformed model knows about itself: its prunable parameters, masks, coverage and pass reports.
 
 A transformation adds two things to a model's module tree: next to each masked parameter `weight` a boolean buffer
-`weight_mask`, and one child module `fedmef` (`Transformation`) that holds the configuration, the facts and the
-activation-packing sites. Both travel with `deepcopy`, `.to()` and `state_dict`; nothing else is needed to train on.
+`weight_mask`, and one child module `fedmef` (`Transformation`) with the configuration and the facts. Both travel with
+`deepcopy`, `.to()` and `state_dict`; nothing else is needed to train on.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ __all__ = [
     "density",
     "is_ignored",
     "is_transformed",
+    "keep_masks_on_load",
     "mask_name",
     "masked_parameters",
     "masks",
@@ -105,7 +106,6 @@ class Transformation(nn.Module):
         config: The configuration of the transformation.
         prunable: Original parameter name -> `PrunableParameter`.
         reports: What the passes did, in order.
-        sites: Packing modules that graphs call, by node name.
     """
 
     def __init__(self, config: Config) -> None:
@@ -113,7 +113,6 @@ class Transformation(nn.Module):
         self.config = config
         self.prunable: dict[str, PrunableParameter] = {}
         self.reports: PassReport = PassReport(())
-        self.sites = nn.Module()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -105,8 +105,7 @@ def bound(node: fx.Node) -> Arguments:
     elif target is F.linear:
         names = _LAYER_SIGNATURE
     else:
-        assert callable(target), node.format_node()
-        names = tuple(inspect.signature(target).parameters)
+        names = tuple(inspect.signature(target).parameters) if callable(target) else ()
     return Arguments({**dict(zip(names, node.args, strict=False)), **node.kwargs})
 
 

@@ -11,6 +11,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.ops.dropout import BitDropout, bit_dropout
+from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.passes._nodes import ADDITIONS, is_inplace, is_view, without_views
 from fedmef_fx.program import Region
 
@@ -30,6 +35,7 @@ _OUTPUT: Final = Kept(inputs=False, output=True)
 _BOTH: Final = Kept(inputs=True, output=True)
 
 _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
+    F.dropout,  # keeps its noise, which is no activation
     F.interpolate,
     F.pad,
     F.pixel_shuffle,
@@ -61,6 +67,14 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     "sum",
     "to",
     "unbind",
+    # Their inputs and results are not kept; what they keep instead is small.
+    adaptive_avg_pool,
+    avg_pool,
+    bit_dropout,
+    max_pool,
+    pruned_convolution,
+    pruned_linear,
+    sign_relu,
 }
 _KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
     {
@@ -115,6 +129,12 @@ _KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
 _SCALINGS: Final[frozenset[Any]] = frozenset({operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"})
 
 _MODULES_KEEP_NOTHING: Final = (
+    BitDropout,
+    PackActivation,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
     nn.ChannelShuffle,
     nn.ConstantPad1d,
     nn.ConstantPad2d,

@@ -3,7 +3,8 @@
 Rules
 1. `call_module` of nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d -> `get_attr` weight and bias, then
    F.linear / F.conv*d / F.conv_transpose*d. Parameters keep their names, identity and bits.
-2. A padding mode other than zeros -> F.pad with that mode, then the convolution without padding.
+2. Functional calls of these functions take input, weight and bias by position, in this order.
+3. A padding mode other than zeros -> F.pad with that mode, then the convolution without padding.
 
 Refused: subclasses that compute something else, modules with user hooks or parametrizations, and a transposed
 convolution called with `output_size`. Opaque modules with weights of their own (nn.LSTM, ...) are reported too.
@@ -16,6 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.model import is_ignored
+from fedmef_fx.passes._nodes import bound, layers
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, set_provenance
 
@@ -49,6 +51,8 @@ class FunctionalizeWeights:
         rewrites: dict[str, None] = {}
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
+            for node in layers(graph):
+                _by_position(node)
             for node in list(graph.nodes):
                 module = region.module(node)
                 if module is None or not _has_weights(module):
@@ -64,7 +68,7 @@ class FunctionalizeWeights:
 
     def _rewrite(self, region: Region, node: fx.Node, module: nn.Module) -> None:
         graph, path = node.graph, str(node.target)
-        function, kind = next((_FUNCTIONS[base], base) for base in type(module).__mro__ if base in _FUNCTIONS)
+        function = next(_FUNCTIONS[base] for base in type(module).__mro__ if base in _FUNCTIONS)
         with graph.inserting_before(node):
             made = [graph.get_attr(f"{path}.weight")]
             bias = None
@@ -81,9 +85,14 @@ class FunctionalizeWeights:
             call = graph.call_function(function, (x, made[0], bias), kwargs)
         for new in (*made, call):
             set_provenance(new, by=self.name, origin=region.full_name(path))
-        call.meta["fedmef_fx"]["kind"] = kind.__name__
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _by_position(node: fx.Node) -> None:
+    given = bound(node)
+    node.args = (given["input"], given["weight"], given.get("bias"))
+    node.kwargs = {key: value for key, value in given.values.items() if key not in ("input", "weight", "bias")}
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -24,12 +24,11 @@ from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.passes._nodes import CONVOLUTIONS, TRANSPOSED, bound, layers, source_of_weight, without_views
 from fedmef_fx.passes._saves import kept_tensors
+from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import GraphMode, Program, Region, set_provenance
 
-__all__ = ["SITES", "PruneActivations"]
-
-SITES = "fedmef_sites"
+__all__ = ["PruneActivations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +83,11 @@ class PruneActivations:
         return _geometry(node, weight)
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
-        if not hasattr(region.owner, SITES):
-            region.owner.add_module(SITES, nn.Module())
-        sites = region.owner.get_submodule(SITES)
         name = x.name if mode == "both" else f"{x.name}_{mode}"
         site = PackActivation(self.activation_sparsity, sample=self.threshold_sample, interval=self.threshold_interval)
-        sites.add_module(name, site)
+        target = add_site(region, name, site)
         with x.graph.inserting_after(x):
-            node = x.graph.call_module(f"{SITES}.{name}", (x,))
+            node = x.graph.call_module(target, (x,))
         set_provenance(node, by=self.name, origin=x.name)
         return node
 

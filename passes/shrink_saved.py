@@ -4,7 +4,7 @@ Rules
 1. ReLU, ReLU6, LeakyReLU -> `sign_relu`: 1 bit per element. It works in place where its input belongs to it alone.
 2. Max pooling -> `max_pool`: one byte per result instead of the input and 8-byte indices.
 3. Average and adaptive average pooling -> `avg_pool`, `adaptive_avg_pool`: shapes only.
-4. Dropout -> `bit_dropout`: 1 bit per element.
+4. Dropout -> `bit_dropout`, or a `BitDropout` site where it is a module that follows the mode: 1 bit per element.
 
 Sums, views, concatenations and means keep nothing already; GELU, SiLU and Hardswish keep their input, not their
 result, so that the result can be pruned for the layers that read it.
@@ -23,10 +23,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.ops.activations import sign_relu
-from fedmef_fx.ops.dropout import bit_dropout
+from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_view, layers, without_views
 from fedmef_fx.passes._saves import kept_by, kept_tensors
+from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, provenance, set_provenance
 
@@ -77,7 +78,10 @@ class ShrinkSaved:
     def _rewrite(self, region: Region, node: fx.Node, op: Callable[..., Any], options: dict[str, Any]) -> None:
         x = node.args[0] if node.args else node.kwargs["input"]
         with node.graph.inserting_before(node):
-            new = node.graph.call_function(op, (x,), options)
+            if op is BitDropout:
+                new = node.graph.call_module(add_site(region, node.name, BitDropout(**options)), (x,))
+            else:
+                new = node.graph.call_function(op, (x,), options)
         node.replace_all_uses_with(new)
         origin = provenance(node)
         set_provenance(new, by=self.name, origin=str(node.target) if node.op == "call_module" else node.name)
@@ -99,6 +103,8 @@ def _match_module(module: nn.Module) -> _Replacement | None:
     kind = type(module)
     if module._forward_hooks or module._forward_pre_hooks:
         return None
+    if kind is nn.Dropout:
+        return _Replacement(BitDropout, p=module.p)
     if kind in (nn.ReLU, nn.ReLU6):
         return _Replacement(sign_relu, high=6.0 if kind is nn.ReLU6 else math.inf)
     if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:

@@ -1,1 +1,1 @@
-
+"""Federated training: transport-neutral client and server cores, and an in-process engine."""

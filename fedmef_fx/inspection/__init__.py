@@ -1,1 +1,1 @@
-
+"""Looking into rewritten graphs: text, tables, differences."""

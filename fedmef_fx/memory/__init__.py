@@ -1,10 +1,10 @@
 """Packed tensors and memory meters: what training keeps between forward and backward, small, and measured.
 
 Pure tensor code: it knows no graphs. Importing it imports neither numba nor a backend; see
-`fedmef_fx.memory.backend`.
+`fedmef_fx.memory.backends`.
 """
 
-from fedmef_fx.memory.backend import Backend, available_backends, backend, backend_for, set_backend, using_backend
+from fedmef_fx.memory.backends import Backend, available_backends, backend, backend_for, set_backend, using_backend
 from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.memory.gradient_bits import GradientBits, clamp, clamp_and_pack
 from fedmef_fx.memory.layout import Layout

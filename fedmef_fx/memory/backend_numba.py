@@ -1,8 +1,8 @@
 """The kernels compiled by numba: several times the speed of numpy.
 
 Serial loops that release the interpreter lock, run over spans by plain threads. Each kernel is compiled for a width
-of words when it first meets it (0.1 to 0.9 s each, six kernels, about 2 s for a float32 model); nothing is written to
-disk.
+of words when it first meets it: 0.1 to 0.6 s each, five kernels, with the import about 2 s for a float32 model.
+Nothing is written to disk.
 
 A kernel that keeps values takes two passes, marks first and values second, so that the values get exactly the memory
 they need: a single pass would have to allocate for the case that everything is kept.

@@ -55,6 +55,11 @@ def pack_bits(mask: Tensor) -> Tensor:
         bitmap = torch.empty(bitmap_nbytes(flat.numel()), dtype=torch.uint8)
         bitmap.numpy()[...] = np.packbits(flat.numpy(), bitorder="little")
         return bitmap
+    return _pack_on_device(flat)
+
+
+def _pack_on_device(flat: Tensor) -> Tensor:
+    """`pack_bits` where there is no numpy; gives the same on the CPU, more slowly."""
     padded = F.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
     return (padded * powers).sum(1, dtype=torch.uint8)
@@ -78,6 +83,11 @@ def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:
         mask = torch.empty(numel, dtype=torch.bool)
         mask.numpy().view(np.uint8)[...] = np.unpackbits(bitmap.numpy(), count=numel, bitorder="little")
         return mask
+    return _unpack_on_device(bitmap, numel)
+
+
+def _unpack_on_device(bitmap: Tensor, numel: int) -> Tensor:
+    """`unpack_bits` where there is no numpy."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
     return ((bitmap[:, None] >> shifts) & 1).view(-1)[:numel].bool()
 

@@ -5,7 +5,7 @@ import math
 
 from torch import Tensor
 
-from fedmef_fx.memory.backend import backend_for
+from fedmef_fx.memory.backends import backend_for
 from fedmef_fx.memory.bitmap import pack_bits
 from fedmef_fx.memory.layout import Layout
 from fedmef_fx.memory.packed import PackedTensor

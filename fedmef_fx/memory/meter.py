@@ -68,7 +68,9 @@ class SavedTensors:
         self._stack.close()
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        # Detached: a node that saves its own output would otherwise own itself, and never be freed without a backward.
+        # Autograd reattaches what it unpacks, so that double backward works all the same.
+        saved = _Saved(tensor.detach())
         self._saved.add(saved)
         return saved
 

@@ -1,8 +1,8 @@
 """Run a kernel over consecutive spans of a flat tensor, on as many threads as torch uses.
 
-Plain threads rather than a compiler's parallel loops: numpy and `nogil` kernels let go of the interpreter lock,
-threads can be used from several callers at once (numba's default threading layer ends the process in that case), and
-serial kernels compile several times faster.
+Plain threads rather than numba's parallel loops: `nogil` kernels let go of the interpreter lock, several callers may
+use the threads at once (numba's default threading layer ends the process in that case), and serial kernels compile
+several times faster.
 """
 
 import functools

@@ -8,6 +8,7 @@ pattern than infinity. So the one integer comparison
 serves float16, bfloat16, float32 and float64 alike (numpy knows no bfloat16) and keeps NaN instead of losing it.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -85,17 +86,20 @@ def magnitude_mask(dtype: torch.dtype) -> np.unsignedinteger[Any]:
     return unsigned(np.iinfo(unsigned).max >> 1)
 
 
+@functools.lru_cache(maxsize=1024)  # a threshold serves several steps, and making a tensor of it takes long
 def nearest(value: float, dtype: torch.dtype) -> float:
     """The number of a format nearest to `value`, as torch rounds a Python number that meets a tensor."""
     return torch.tensor(value, dtype=dtype).item()
 
 
+@functools.lru_cache(maxsize=1024)
 def word(value: float, dtype: torch.dtype) -> np.unsignedinteger[Any]:
     """The bit pattern of `value`, rounded to nearest."""
     pattern: np.unsignedinteger[Any] = words(torch.tensor([value], dtype=dtype))[0]
     return pattern
 
 
+@functools.lru_cache(maxsize=1024)
 def round_down(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of a format that is not above `threshold`.
 

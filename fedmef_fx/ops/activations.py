@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedmef_fx.memory import Layout, backend_for
+from fedmef_fx.memory import GradientBits, clamp
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["sign_relu"]
@@ -22,27 +22,21 @@ __all__ = ["sign_relu"]
 class _SignReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, high: float, slope: float, inplace: bool) -> Tensor:
-        layout = Layout.of(x)
-        flat = layout.flatten(x)
-        kernels = backend_for(x)
+        ctx.slope = slope
         if slope:
+            ctx.bits = GradientBits.of(x > 0)
             out = F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
-            # The sign survives: a leaky ReLU with a positive slope keeps it.
-            ctx.bits = kernels.clamp_bits(flat, out=torch.empty_like(flat))
         else:
-            out = x if inplace and flat.data_ptr() == x.data_ptr() else layout.empty(dtype=x.dtype, device=x.device)
-            ctx.bits = kernels.clamp_bits(flat, out=layout.flatten(out), high=high)
+            out, ctx.bits = clamp(x, high=high, inplace=inplace)
+            out = x if out.data_ptr() == x.data_ptr() else out
         if out is x:
             ctx.mark_dirty(x)
-        ctx.layout, ctx.slope = layout, slope
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        flat = ctx.layout.flatten(grad)
-        result = ctx.layout.empty(dtype=grad.dtype, device=grad.device)
-        backend_for(grad).mask_by_bits(ctx.bits, flat, out=ctx.layout.flatten(result), scale_off=ctx.slope)
+        result = ctx.bits.apply(grad, scale_off=ctx.slope)
         ctx.bits = None
         return result, None, None, None
 

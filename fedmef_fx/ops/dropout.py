@@ -3,38 +3,29 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedmef_fx.memory import Layout, backend_for
+from fedmef_fx.memory import GradientBits
 from fedmef_fx.ops.overridable import overridable
 
-__all__ = ["bit_dropout"]
+__all__ = ["BitDropout", "bit_dropout"]
 
 
 class _BitDropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        layout = Layout.of(x)
-        kept = torch.empty(layout.numel, device=x.device, dtype=torch.float32).bernoulli_(1.0 - p)
-        kernels = backend_for(x)
-        bits, _ = kernels.pack(kept, 0.0)
-        result = layout.empty(dtype=x.dtype, device=x.device)
-        flat = layout.flatten(result)
-        kernels.mask_by_bits(bits, layout.flatten(x), out=flat)
-        ctx.bits, ctx.layout, ctx.scale = bits, layout, 0.0 if p == 1 else 1.0 / (1.0 - p)
-        flat.mul_(ctx.scale)
-        return result
+        ctx.bits = GradientBits.of(torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - p).bool())
+        ctx.scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
+        return ctx.bits.apply(x.detach()).mul_(ctx.scale)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        result = ctx.layout.empty(dtype=grad.dtype, device=grad.device)
-        flat = ctx.layout.flatten(result)
-        backend_for(grad).mask_by_bits(ctx.bits, ctx.layout.flatten(grad), out=flat)
+        result = ctx.bits.apply(grad).mul_(ctx.scale)
         ctx.bits = None
-        return result.mul_(ctx.scale), None
+        return result, None
 
 
 @overridable
@@ -53,3 +44,19 @@ def bit_dropout(x: Tensor, *, p: float, training: bool) -> Tensor:
         return x
     result: Tensor = _BitDropout.apply(x, p)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return result
+
+
+class BitDropout(nn.Module):
+    """`bit_dropout` that follows the mode of the model, in the place of an nn.Dropout."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of x, of any shape, in train mode."""
+        return bit_dropout(x, p=self.p, training=self.training)
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return f"p={self.p:g}"

@@ -18,7 +18,7 @@ class PackActivation(nn.Module):
     def __init__(self, activation_sparsity: float, *, sample: int, interval: int) -> None:
         super().__init__()
         self.activation_sparsity = activation_sparsity
-        self.estimator = ThresholdEstimator(1.0 - activation_sparsity, sample=sample, interval=interval)
+        self.estimator = ThresholdEstimator(kept_target=1.0 - activation_sparsity, sample=sample, interval=interval)
 
     def forward(self, x: Tensor) -> PackedTensor | None:
         """Pack x, of any shape; None where no gradient is recorded or x is not floating point.
@@ -28,7 +28,7 @@ class PackActivation(nn.Module):
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return None
         packed = PackedTensor.pack(x.detach(), threshold=self.estimator.threshold(x))
-        self.estimator.observe(packed)
+        self.estimator.observe(packed.values.numel(), x.numel())
         return packed
 
     def extra_repr(self) -> str:

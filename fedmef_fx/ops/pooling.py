@@ -139,9 +139,9 @@ def max_pool(
         What torch's max pooling returns; its gradient is exact.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        result: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
-        return result
-    result = _MaxPool.apply(x, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-untyped-call]  # torch's
+        pooled: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
+        return pooled
+    result: Tensor = _MaxPool.apply(x, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 

@@ -82,7 +82,7 @@ def _clipped_shares(
         {Fraction(0)}
         | {Fraction(bound, weight) for bounds in (floors, sizes) for bound, weight in zip(bounds, weights, strict=True)}
     )
-    right = bisect_left(bends, budget, key=total)
+    right = bisect_left(bends, Fraction(budget), key=total)
     if right == 0:
         return targets(bends[0])
     below, above = bends[right - 1], bends[right]

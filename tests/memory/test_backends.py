@@ -18,12 +18,13 @@ from fedmef_fx.memory import (
     available_backends,
     backend,
     backend_for,
+    backends,
     pack_bits,
     set_backend,
     unpack_bits,
     using_backend,
 )
-from fedmef_fx.memory.backend import ENVIRONMENT_VARIABLE
+from fedmef_fx.memory.backends import ENVIRONMENT_VARIABLE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 1.0, -1.0, 6.0, -6.0, 1e-40, 0.1, -0.1]
@@ -182,6 +183,16 @@ def test_a_threshold_between_two_numbers_of_a_format_is_not_rounded_up(kernels: 
     assert kernels.pack(x, 1.007)[1].numel() == 1
 
 
+@pytest.mark.parametrize(("dtype", "signalling"), [(torch.float16, 0x7C01), (torch.float32, 0x7F800001)])
+def test_signalling_nan_and_overflow_do_not_warn(kernels: Backend, dtype: torch.dtype, signalling: int) -> None:
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    x = torch.tensor([signalling, 0], dtype=integer).view(dtype)
+    assert unpack_bits(kernels.clamp_bits(x, out=torch.empty_like(x), high=6.0), 2).tolist() == [True, False]
+    large = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+    kernels.mask_by_bits(torch.zeros(1, dtype=torch.uint8), large, out=large, scale_off=-2.0)
+    assert large.tolist() == [-math.inf] * 3
+
+
 def test_gradients_are_not_recorded(kernels: Backend) -> None:
     x = torch.randn(20, requires_grad=True)
     bits, bitmap, values = kernels.clamp_pack(x, out=torch.empty(20), threshold=0.0)
@@ -227,7 +238,7 @@ def test_choosing_a_backend() -> None:
 
 def test_numba_that_is_missing_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("fedmef_fx.memory.backend._load", backend.__globals__["_load"].__wrapped__)
+    monkeypatch.setattr("fedmef_fx.memory.backends._load", backends._load.__wrapped__)
     assert "numba" not in available_backends()
     with pytest.raises(ConfigError, match=r"pip install \"fedmef-fx\[fast\]\""):
         backend("numba")
@@ -240,7 +251,9 @@ def test_the_environment_chooses_and_importing_stays_light(value: str, expected:
         "assert 'numba' not in sys.modules"
     )
     environment = os.environ | {ENVIRONMENT_VARIABLE: value}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert expected in ran.stdout + ran.stderr
 
 

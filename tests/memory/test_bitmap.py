@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.memory import bitmap_nbytes, pack_bits, unpack_bits
-from fedmef_fx.memory.bitmap import count_bits
+from fedmef_fx.memory.bitmap import _pack_on_device, _unpack_on_device, count_bits
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -16,6 +17,14 @@ def test_round_trip_and_size(bits: list[bool]) -> None:
     assert bitmap.numel() == bitmap_nbytes(len(bits)) == -(-len(bits) // 8)
     assert torch.equal(unpack_bits(bitmap, len(bits)), mask)
     assert count_bits(bitmap.numpy()) == sum(bits)
+    # What other devices run, here on the CPU.
+    assert torch.equal(_pack_on_device(mask), bitmap)
+    assert torch.equal(_unpack_on_device(bitmap, len(bits)), mask)
+
+
+def test_bits_are_counted_without_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert count_bits(np.array([0, 1, 255, 0b1010], dtype=np.uint8)) == 11
 
 
 def test_the_first_element_is_the_lowest_bit_and_spare_bits_are_zero() -> None:

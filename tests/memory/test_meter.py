@@ -101,6 +101,12 @@ def test_gradients_are_those_without_the_meter() -> None:
     assert saved.nbytes == 0
 
 
+def test_double_backward_works_under_the_meter() -> None:
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    with SavedTensors():
+        assert torch.autograd.gradgradcheck(lambda t: (t.sigmoid() * t).exp(), (x,))
+
+
 def test_many_steps_leave_nothing_behind() -> None:
     # Leftovers of other tests must not be freed halfway through this one.
     gc.collect()

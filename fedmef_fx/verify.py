@@ -1,0 +1,170 @@
+"""Named invariants that hold after every pass. Each is a small function that returns what is wrong, or nothing."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from torch import fx
+
+from fedmef_fx.errors import VerificationError
+from fedmef_fx.model import mask_name
+from fedmef_fx.pipeline import Pass, PassResult
+from fedmef_fx.program import Program, provenance
+
+__all__ = ["Verifier"]
+
+
+@dataclasses.dataclass
+class Verifier:
+    """Checks a program after each pass against what it was before the first.
+
+    Attributes:
+        before: Interface, names and training flags of the program at the start, by graph.
+    """
+
+    before: "_Snapshot"
+
+    @classmethod
+    def of(cls, program: Program) -> "Verifier":
+        """A verifier for the program as it is now."""
+        return cls(_Snapshot.of(program))
+
+    def __call__(self, step: Pass, program: Program, result: PassResult) -> None:
+        """Check every invariant.
+
+        Raises:
+            VerificationError: The first one that does not hold, with pass, node and expectation.
+        """
+        after = _Snapshot.of(program)
+        for check in _CHECKS:
+            for problem in check(self.before, after, program, result):
+                raise VerificationError(
+                    f"pass {step.name}: {check.__name__.strip('_').replace('_', ' ')}: {problem}. This is a bug of the "
+                    "pass, not of the model; please report it with the model"
+                )
+        self.before = dataclasses.replace(after, keys=self.before.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """What passes must keep.
+
+    Attributes:
+        interfaces: Per graph the placeholders, and whether it returns something.
+        keys: Names in the state dict.
+        training: Training flag per module name.
+        texts: The graphs as text.
+    """
+
+    interfaces: tuple[tuple[str, ...], ...]
+    keys: frozenset[str]
+    training: dict[str, bool]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, program: Program) -> "_Snapshot":
+        graphs = [graph for _, _, graph in program.graphs()]
+        return cls(
+            interfaces=tuple(
+                tuple(f"{n.op} {n.target}" for n in graph.nodes if n.op in ("placeholder", "output"))
+                for graph in graphs
+            ),
+            keys=frozenset(program.model.state_dict()),
+            training={name: module.training for name, module in program.model.named_modules()},
+            texts=tuple(str(graph) for graph in graphs),
+        )
+
+
+def _graphs_are_well_formed(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
+    for region, mode, graph in program.graphs():
+        try:
+            graph.lint()
+        except RuntimeError as error:
+            yield f"{mode} graph of {region.path or 'the model'}: {error}"
+
+
+def _targets_exist(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
+    for region, _mode, graph in program.graphs():
+        for node in graph.nodes:
+            if node.op not in ("get_attr", "call_module"):
+                continue
+            try:
+                region.attribute(str(node.target))
+            except AttributeError:
+                yield f"node {node.name} refers to {node.target!r}, which {region.path or 'the model'} does not have"
+
+
+def _interface_is_kept(before: _Snapshot, after: _Snapshot, _: Program, __: PassResult) -> Iterator[str]:
+    for old, new in zip(before.interfaces, after.interfaces, strict=True):
+        if old != new:
+            yield f"inputs and outputs were {old}, are {new}"
+
+
+def _names_are_kept(before: _Snapshot, after: _Snapshot, _: Program, __: PassResult) -> Iterator[str]:
+    for name in sorted(before.keys - after.keys):
+        yield f"the state dict lost {name!r}"
+
+
+def _training_flags_are_kept(before: _Snapshot, after: _Snapshot, _: Program, __: PassResult) -> Iterator[str]:
+    for name, flag in before.training.items():
+        if after.training.get(name, flag) != flag:
+            yield f"module {name!r} had training={flag}"
+
+
+def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
+    for name, fact in program.facts.prunable.items():
+        if not fact.masked:
+            continue
+        weight = program.model.get_parameter(name)
+        mask = program.model.get_buffer(mask_name(name))
+        if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+            yield f"the mask of {name} is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+
+
+def _masked_parameters_are_read_through_masks(
+    _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
+) -> Iterator[str]:
+    masked = {id(program.model.get_parameter(n)): n for n, fact in program.facts.prunable.items() if fact.masked}
+    for region, _mode, graph in program.graphs():
+        for node in graph.find_nodes(op="get_attr"):
+            name = masked.get(id(region.tensor(node)))
+            if name is None:
+                continue
+            for user in node.users:
+                if not any(_is_mask(region.attribute(str(a.target)), program, name) for a in _attributes_of(user)):
+                    yield f"node {user.name} reads {name} without its mask"
+
+
+def _attributes_of(node: fx.Node) -> list[fx.Node]:
+    return [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
+
+
+def _is_mask(found: object, program: Program, parameter: str) -> bool:
+    return found is program.model.get_buffer(mask_name(parameter))
+
+
+def _inserted_nodes_have_provenance(before: _Snapshot, _: _Snapshot, program: Program, __: PassResult) -> Iterator[str]:
+    for (_region, _mode, graph), text in zip(program.graphs(), before.texts, strict=True):
+        for node in graph.nodes:
+            if node.op != "output" and f"%{node.name} " not in text and provenance(node) is None:
+                yield f"node {node.name} has no provenance"
+
+
+def _report_is_truthful(before: _Snapshot, after: _Snapshot, _: Program, result: PassResult) -> Iterator[str]:
+    changed = before.texts != after.texts
+    if changed and not result.modified:
+        yield "the graph changed, but the result says that nothing was rewritten"
+
+
+_CHECKS: Final[tuple[Callable[[_Snapshot, _Snapshot, Program, PassResult], Iterator[str]], ...]] = (
+    _graphs_are_well_formed,
+    _targets_exist,
+    _interface_is_kept,
+    _names_are_kept,
+    _training_flags_are_kept,
+    _masks_match,
+    _masked_parameters_are_read_through_masks,
+    _inserted_nodes_have_provenance,
+    _report_is_truthful,
+)
