@@ -70,7 +70,10 @@ def difference(expected: Any, got: Any) -> str | None:
     """
     wanted, found = pytree.tree_leaves(expected), pytree.tree_leaves(got)
     if type(expected) is not type(got) or len(wanted) != len(found):
-        return f"it returns {type(got).__name__} with {len(found)} values instead of {type(expected).__name__} with {len(wanted)}"
+        return (
+            f"it returns {type(got).__name__} with {len(found)} values instead of {type(expected).__name__} with "
+            f"{len(wanted)}"
+        )
     for index, (left, right) in enumerate(zip(wanted, found, strict=True)):
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             if left is not right and left != right:

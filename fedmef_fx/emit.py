@@ -6,7 +6,6 @@ a subclass whose forward picks the graph of the current mode. Names, `isinstance
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,9 +41,13 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return self._forward(owner, *args, **kwargs)
 
+    def __reduce__(self) -> tuple[type["CompiledGraph"], tuple[fx.Graph]]:
+        return CompiledGraph, (self.graph,)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph, values := {}))
+        values: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, values))
         for old, new in values.items():
             new.meta = copy.copy(old.meta)
         return CompiledGraph(graph)
@@ -58,9 +61,26 @@ class TransformedModule(nn.Module):
         graphs: dict[GraphMode, CompiledGraph] = self.__dict__[_GRAPHS]
         return graphs["train" if self.training else "eval"](self, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so that pickle and copy find it through the class of the original.
+        original = type(self).__mro__[2]
+        return _revive, (original,), self.__getstate__()
 
-@functools.cache
+
+def _revive(kind: type[nn.Module]) -> nn.Module:
+    subclass = _running(kind)
+    return subclass.__new__(subclass)
+
+
+_RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _running(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that runs graphs; one per class, so that isinstance and pickle agree."""
+    return _RUNNING.setdefault(kind, _subclass(kind))
+
+
+def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Transformed{kind.__name__}", (TransformedModule, kind), {"__module__": kind.__module__})
 
 

@@ -249,8 +249,8 @@ def apply_masks(model: nn.Module) -> None:
 
 def keep_masks_on_load(model: nn.Module) -> None:
     """Let `load_state_dict` take dictionaries of the original model, which have no masks, and keep masked weights 0."""
-    model.register_load_state_dict_pre_hook(_supply_masks)
-    model.register_load_state_dict_post_hook(_mask_after_load)
+    model.register_load_state_dict_pre_hook(_supply_masks)  # type: ignore[no-untyped-call]  # torch's own
+    model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

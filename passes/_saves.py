@@ -209,6 +209,7 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
         The node in whose storage each such tensor lies, with who keeps it.
     """
     kept: dict[fx.Node, str] = {}
+    results: list[fx.Node] = []
 
     def keep(tensor: object, reason: str) -> None:
         root = without_views(region, tensor)
@@ -228,5 +229,8 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
             for tensor in node.all_input_nodes if what.inputs else ():
                 keep(tensor, f"{node.name} keeps its input")
             if what.output:
-                keep(node, f"{node.name} keeps its result")
+                results.append(node)
+    # Last, since a reader that keeps a result is the better reason: a ReLU that is free to may forget its own.
+    for node in results:
+        keep(node, f"{node.name} keeps its result")
     return kept

@@ -129,7 +129,7 @@ class NormalizeKernels:
             mask = graph.get_attr(mask_name(pair.weight)) if is_masked else None
             gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
             options = {
-                "g": round(_following_gain(region, pair.norm), 6),
+                "g": _following_gain(region, pair.norm),
                 "groups": bound(layer).get("groups", 1) if layer.target in CONVOLUTIONS else 1,
                 "transposed": layer.target in TRANSPOSED,
                 "statistics": self.statistics,
@@ -153,7 +153,11 @@ def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
-        if type(module) in _BATCH_NORMS and not (module._forward_hooks or module._forward_pre_hooks):
+        if (
+            isinstance(module, _BATCH_NORMS)
+            and type(module) in _BATCH_NORMS
+            and not (module._forward_hooks or module._forward_pre_hooks)
+        ):
             yield node, str(node.target)
         if node.op == "call_function" and node.target is F.batch_norm:
             weight = bound(node).get("weight")
