@@ -72,9 +72,10 @@ def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     if len(out) != 1:
         return
     module = region.module(node)
-    if isinstance(module, _LAYER_MODULES) and isinstance(getattr(module, "weight", None), nn.Parameter):
+    if isinstance(module, _LAYER_MODULES):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        yield from _layer(module.weight, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
+        weight = module.weight if isinstance(module.weight, nn.Parameter) else None
+        yield from _layer(weight, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
     elif node.target in _LAYERS or node.target in _PRUNED_LAYERS:
         at = 2 if node.target in _PRUNED_LAYERS else 1
         weight = _parameter(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))

@@ -36,11 +36,11 @@ def observe_tensors(
         ConfigError: The model does not accept the arguments, or fails on them.
     """
     duplicate = copy.deepcopy(program.model).eval()
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
+    call = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     observed: dict[fx.Node, tuple[TensorRecord, ...]] = {}
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        calls = _region_calls(program, duplicate, args, kwargs)
+        calls = _region_calls(program, duplicate, *call)
         for region, _mode, graph in program.graphs():
             if region.path not in calls:
                 continue  # these inputs do not lead into it

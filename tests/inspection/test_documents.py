@@ -117,4 +117,4 @@ def test_dot_has_a_cluster_per_graph() -> None:
     assert {"train", "eval"} <= set(strings)
     assert rest.count("subgraph cluster_") == 2
     identifiers = re.findall(r"^ +(\w+) \[", rest, flags=re.MULTILINE)
-    assert len(identifiers) == len(set(identifiers)) + 1, "only `node` is set twice"
+    assert len(identifiers) == len(set(identifiers)) == 1 + 2 * 4  # the defaults of `node`, and each node of each graph
