@@ -104,13 +104,13 @@ def _is_matrix(region: Region, node: object) -> bool:
     while isinstance(node, fx.Node):
         module = region.module(node)
         if isinstance(module, nn.Flatten):
-            return (module.start_dim, module.end_dim) == (1, -1)
+            return bool(module.start_dim == 1 and module.end_dim == -1)
         if node.target in ("view", "reshape"):
             sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
             return len(sizes) == 2
         if node.target in (torch.flatten, "flatten"):
             dims = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | node.kwargs
-            return dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1
+            return bool(dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1)
         if type(module) not in _KEEP_SHAPE and node.target not in _KEEP_SHAPE_FUNCTIONS:
             return False
         node = _input(node)

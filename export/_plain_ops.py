@@ -5,14 +5,18 @@ Rules
    or the parameter itself; `PackActivation` sites, which only serve backward, go.
 2. `sign_relu` -> F.relu, F.relu6, F.leaky_relu or torch.clamp; `max_pool`, `avg_pool`, `adaptive_avg_pool` -> F.*.
 3. Dropout that drops nothing in eval mode goes, as do identities. One that always drops stays, as F.dropout.
+4. torch.fx's assertion that an optional argument is None -> `torch._assert(x == None)`: loading a pickle with the former
+   breaks torch.fx for the rest of the process.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import functional as F
 
 from fedmef_fx.ops.activations import sign_relu
@@ -143,7 +147,13 @@ def _adaptive_avg_pool(node: fx.Node) -> _Call:
     return _ADAPTIVE_AVG_POOL[len(given["output_size"])], (given["x"], given["output_size"]), {}
 
 
+def _none_assertion(node: fx.Node) -> _Call:
+    value, message = node.args
+    return torch._assert, (node.graph.call_function(operator.eq, (value, None)), message), {}
+
+
 _PLAIN: Final[dict[Any, Callable[[fx.Node], _Call]]] = {
+    _assert_is_none: _none_assertion,
     adaptive_avg_pool: _adaptive_avg_pool,
     avg_pool: _avg_pool,
     bit_dropout: _dropout,

@@ -8,7 +8,6 @@ Rules
 """
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 from fedmef_fx.errors import ExportError
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.ops.nsconv import KernelForm, nsconv_weight
 from fedmef_fx.passes._nodes import bound
 from fedmef_fx.program import Region, join
 
@@ -35,7 +34,7 @@ def fold_weights(region: Region, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _EXPRESSIONS:
             stored = _stored(region, node)
-            identity = (id(stored.gain), id(stored.mask), *stored[3:])
+            identity = (id(stored.gain), id(stored.mask), stored.form)
             by_parameter[stored.weight][identity].append(node)
     for parameter, forms in by_parameter.items():
         values = [effective_weight(_stored(region, nodes[0])).clone() for nodes in forms.values()]
@@ -59,8 +58,8 @@ def _stored(region: Region, node: fx.Node) -> StoredWeight:
             f"freeze: node {region.full_name(node.name)!r} ({node.target.__name__}) does not read a parameter; "  # type: ignore[union-attr]  # a function
             f"got {given['weight']!r}"
         )
-    form: dict[str, Any] = {k: v for k, v in given.values.items() if k in ("g", "groups", "transposed", "statistics")}
-    return StoredWeight(weight, gain, mask, **form)
+    form = KernelForm(**{name: given[name] for name in KernelForm._fields if name in given.values})
+    return StoredWeight(weight, gain, mask, form)
 
 
 def _read_instead(node: fx.Node, name: str) -> None:

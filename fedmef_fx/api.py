@@ -15,6 +15,9 @@ from fedmef_fx.capture import capture_graphs
 from fedmef_fx.config import Config
 from fedmef_fx.emit import emit
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.export.freeze import freeze
+from fedmef_fx.export.onnx_file import export_onnx
+from fedmef_fx.export.report import ExportReport
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
@@ -26,7 +29,7 @@ from fedmef_fx.pipeline import Pass, Pipeline
 from fedmef_fx.program import Program, Region
 from fedmef_fx.verify import Verifier
 
-__all__ = ["passes_of", "transform"]
+__all__ = ["ExportReport", "export_onnx", "freeze", "passes_of", "transform"]
 
 
 def transform(

@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedmef_fx.errors import FedmefError
@@ -12,12 +12,12 @@ from fedmef_fx.errors import FedmefError
 __all__ = ["check_target", "replacing"]
 
 
-def check_target(path: str | os.PathLike[str], *, error: type[FedmefError]) -> Path:
+def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefError]) -> Path:
     """Find out whether a file can be written, before the work to make it is done.
 
     Args:
         path: The file to be; symbolic links are followed.
-        error: Raised when it cannot be written.
+        error: Makes the exception of a message when it cannot be written.
 
     Returns:
         The path without links.
@@ -41,12 +41,12 @@ def check_target(path: str | os.PathLike[str], *, error: type[FedmefError]) -> P
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, error: type[FedmefError]) -> Iterator[Path]:
+def replacing(target: Path, *, error: Callable[[str], FedmefError]) -> Iterator[Path]:
     """A block that makes a file; the file takes its name when the block ends without an exception.
 
     Args:
         target: The file to be, as `check_target` returned it.
-        error: Raised in place of an OSError, such as a full disk.
+        error: Makes the exception of a message, in place of an OSError such as a full disk.
 
     Yields:
         A path in the same directory to write to. It is gone when the block fails, and `target` is as it was.
@@ -56,7 +56,7 @@ def replacing(target: Path, *, error: type[FedmefError]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, target)  # noqa: PTH105 -- the atomic one, by its usual name
+        os.replace(temporary, target)
     except OSError as cause:
         raise error(f"{target}: could not be written: {cause}; a file of that name is as it was") from cause
     finally:

@@ -28,8 +28,8 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
 
     Args:
         model: Any model. Of one that `fedmef_fx.transform` made, gradients of masked weights become 0 as well.
-        ratio: Largest allowed ratio of a unit's gradient norm to its weight norm, > 0; 0.01 is usual. A unit with
-            `ratio` 0.01 moves by at most 1 % per step, times the learning rate.
+        ratio: Largest allowed ratio of a unit's gradient norm to its weight norm, > 0; 0.01 to 0.1
+            are usual. A step of plain gradient descent then changes a unit by at most `ratio` times the learning rate.
         eps: Least weight norm, >= 0, so that weights that start at 0 can grow.
         ignore: Modules whose parameters are left alone: names, globs or types. The authors leave the classifier alone.
 
@@ -78,4 +78,5 @@ def _clip(weight: Tensor, gradient: Tensor, *, ratio: float, eps: float, unit: i
     norm = torch.linalg.vector_norm(gradient, dim=over, keepdim=True, dtype=dtype)
     exceeds = norm > largest
     gradient.mul_(torch.where(exceeds, largest / norm, 1.0).to(gradient.dtype))
-    return exceeds.sum()
+    count: Tensor = exceeds.sum()
+    return count

@@ -68,8 +68,9 @@ class NormalizeKernels:
         for region in program.regions:
             pairs, refused = self._match(region)
             refusals += [Refusal(region.full_name(path), reason) for path, reason in refused.items()]
+            gains: dict[str, float] = {}
             for pair in pairs:
-                self._rewrite(region, pair)
+                self._rewrite(region, pair, gains)
             rewrites += dict.fromkeys(region.full_name(pair.path) for pair in pairs)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
@@ -119,7 +120,7 @@ class NormalizeKernels:
                 return "ignored by Config.ignore"
         return None
 
-    def _rewrite(self, region: Region, pair: _Pair) -> None:
+    def _rewrite(self, region: Region, pair: _Pair, gains: dict[str, float]) -> None:
         layer, graph = pair.layer, pair.layer.graph
         _ensure_affine(region, pair)
         masked = layer.args[1]
@@ -129,7 +130,7 @@ class NormalizeKernels:
             mask = graph.get_attr(mask_name(pair.weight)) if is_masked else None
             gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
             options = {
-                "g": _following_gain(region, pair.norm),
+                "g": _following_gain(region, pair.norm, gains),
                 "groups": bound(layer).get("groups", 1) if layer.target in CONVOLUTIONS else 1,
                 "transposed": layer.target in TRANSPOSED,
                 "statistics": self.statistics,
@@ -189,13 +190,22 @@ def _ensure_affine(region: Region, pair: _Pair) -> None:
             norm.register_parameter(name, nn.Parameter(value))
 
 
-def _following_gain(region: Region, norm: fx.Node) -> float:
-    """G of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user."""
+def _following_gain(region: Region, norm: fx.Node, known: dict[str, float]) -> float:
+    """g of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user.
+
+    Args:
+        region: The region of the node.
+        norm: The node.
+        known: Gains by nonlinearity, which this adds to: a model has few kinds and many of each.
+    """
     node = single_user(norm)
     while node is not None and is_view(region, node):
         node = single_user(node)
     function = None if node is None else nonlinearity(region, node)
-    return 1.0 if function is None else activation_gain(function)
+    if node is None or function is None:
+        return 1.0
+    kind = f"{region.module(node) or node.target} {node.args[1:]} {node.kwargs}"
+    return known[kind] if kind in known else known.setdefault(kind, activation_gain(function))
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:

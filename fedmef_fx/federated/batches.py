@@ -36,7 +36,7 @@ def batch_indices(order: Tensor, batch_size: int) -> list[Tensor]:
         order: int64 `[samples]`.
         batch_size: Samples per batch, >= 1.
     """
-    parts = list(order.split(batch_size))
+    parts = list(torch.split(order, batch_size))
     if batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
         last = parts.pop()
         parts[-1] = torch.cat([parts[-1], last])

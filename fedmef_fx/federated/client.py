@@ -59,7 +59,5 @@ class Client:
         task, state = decode_broadcast(message, self._schema, previous=self.received)
         self.received = state
         load_state(self._model, state)
-        update = train_locally(
-            self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn
-        )
+        update = train_locally(self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn)
         return encode_update(update, received=state)

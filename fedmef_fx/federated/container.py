@@ -1,9 +1,9 @@
 """The container of messages and checkpoints: safetensors bytes, written by the library and read strictly.
 
-A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, offsets)
-and the data. What is specific to this project stands as JSON text in the metadata entry `fedmef`. Reading is done here,
-because bytes from a peer must never end in anything but `WireError`: the reader allocates no more than the bytes it
-was given, and takes only what the writer can have written.
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape and
+offsets) and the data. What is specific to this project stands as JSON text in the metadata entry `fedmef`. Reading is
+done here, because bytes from a peer must never end in anything but `WireError`: the reader allocates no more than the
+bytes it was given, and takes only what the writer can have written.
 """
 
 import json

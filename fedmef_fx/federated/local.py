@@ -134,7 +134,9 @@ def train_locally(
     """
     samples = sample_count(dataset)
     if samples == 0:
-        raise ConfigError(f"client {client}: got a data set without samples; expected at least one: leave the client out")
+        raise ConfigError(
+            f"client {client}: got a data set without samples; expected at least one: leave the client out"
+        )
     seed = derive_seed(transformation_of(model).config.seed, "client", task.round_index, client)
     device = next(model.parameters()).device
     for module in model.modules():

@@ -120,7 +120,7 @@ class Server:
         return churn
 
     def _adjust(self, updates: list[Update], counts: Mapping[str, int]) -> dict[str, int]:
-        """Prune the lowest magnitudes of the averaged weights and grow, at 0, where the averaged gradients are largest."""
+        """Prune the lowest averaged magnitudes and grow, at 0, where the averaged gradients are largest."""
         adjusted, churn = {}, {}
         for name, (parameter, mask) in masked_parameters(self.model).items():
             gradient = average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])

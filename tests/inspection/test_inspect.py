@@ -130,7 +130,7 @@ def test_diff_shows_what_a_pass_changed() -> None:
     assert sum(line.startswith("+%") for line in lines) == 6
 
 
-@pytest.mark.parametrize("build", [digits_cnn, mobilenet_v2])
+@pytest.mark.parametrize("build", [digits_cnn, pytest.param(mobilenet_v2, marks=pytest.mark.slow)])
 def test_operations_are_those_that_torch_counts(build: type[nn.Module]) -> None:
     model = build().eval()
     x = torch.ones(2, 1, 8, 8) if build is digits_cnn else torch.ones(1, 3, 32, 32)
