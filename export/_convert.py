@@ -47,7 +47,8 @@ def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool) -> tup
         return _convert(model, examples, call, dynamic=True), True, []
     except ExportError as error:
         fixed = _convert(model, examples, examples.call, dynamic=False)
-        notice = f"fixed batch size {examples.batch_size}: the model does not take others: {_reason(error)}"
+        reason = str(error).removeprefix("export_onnx: ")
+        notice = f"fixed batch size {examples.batch_size}, as a varying one fails: {reason}"
         return fixed, False, [notice]
 
 

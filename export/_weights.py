@@ -41,12 +41,12 @@ def fold_weights(region: Region, graph: fx.Graph) -> None:
         folded = {node for nodes in forms.values() for node in nodes}
         is_read_otherwise = any(reader not in folded for reader in readers(region, graph, parameter))
         for index, (nodes, value) in enumerate(zip(forms.values(), values, strict=True)):
-            name = str(nodes[0].all_input_nodes[0].target)
+            names = [str(node.all_input_nodes[0].target) for node in nodes]
             if index == 0 and not is_read_otherwise:
                 parameter.copy_(value)
             else:
-                name = add_parameter(region, f"{name}_folded", value)
-            for node in nodes:
+                names = [add_parameter(region, f"{names[0]}_folded", value)] * len(nodes)
+            for node, name in zip(nodes, names, strict=True):
                 _read_instead(node, name)
 
 

@@ -81,6 +81,8 @@ def export_onnx(
     clock = _Clock()
     with clock.stage("freeze"):
         plain = freeze(model) if is_transformed(model) else model
+        # A model with a graph per mode takes any arguments; only its graph knows their names and order.
+        examples = read_examples(plain, example_inputs, example_kwargs)
         _check_weights(plain)
     with clock.stage("convert"):
         from fedmef_fx.export._convert import convert  # noqa: PLC0415 -- imports onnx

@@ -64,7 +64,7 @@ class TransformedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle and copy find it through the class of the original.
         original = type(self).__mro__[2]
-        return _revive, (original,), self.__getstate__()
+        return _revive, (original,), self.__getstate__()  # type: ignore[no-untyped-call]  # object's own
 
 
 def _revive(kind: type[nn.Module]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -76,7 +76,7 @@ def _training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _timed(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def _timed(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, taken in turns after one call to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with progress_bar("timing", steps=repeats + 1) as bar:

@@ -97,7 +97,7 @@ def _data() -> tuple[str, str, str]:
 def _show(
     console: Console, checks: list[tuple[str, str, str]], coverage: Coverage | None, passes: PassReport | None
 ) -> None:
-    show_table(console, ("", "state", ""), checks)
+    show_table(console, ("what", "state", "found"), checks)
     if coverage is not None and passes is not None:
         console.print()
         show_coverage(console, coverage)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +29,9 @@ def show_table(
         title: Above the table.
         numbers: Columns to align on the right.
     """
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    if title is not None:
+        console.print(Text(visible(title)))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:

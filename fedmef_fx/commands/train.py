@@ -1,5 +1,7 @@
 """`fedmef-fx train`: a federation in one process, on data that is at hand."""
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -16,8 +18,8 @@ from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import build_model
 from fedmef_fx.commands.tables import bytes_text, show_table
 from fedmef_fx.config import Config
-from fedmef_fx.data import Cifar10, dirichlet_partition, load_cifar10, load_digits
-from fedmef_fx.errors import ConfigError
+from fedmef_fx.data import dirichlet_partition, load_cifar10, load_digits
+from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
 
 __all__ = ["round_note", "train"]
@@ -35,7 +37,7 @@ _MODELS: Final = {Data.DIGITS: "digits_cnn", Data.CIFAR10: "resnet18"}
 
 @command
 @takes_config(training=True)
-def train(
+def train(  # noqa: PLR0913 -- one parameter per option of the command line
     *,
     model: Annotated[
         str | None,
@@ -83,7 +85,7 @@ def train(
     train_set, test_set, labels = _load(data, data_dir)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar("rounds", steps=rounds) as bar:
+    with progress_bar("rounds", steps=rounds) as bar, _telling_of_restart():
         history = run(
             network,
             [Subset(train_set, share.tolist()) for share in shares],
@@ -102,6 +104,14 @@ def train(
     if history.model is not None:
         fedmef_fx.save(history.model, output / "model.safetensors")
     return Result(_summary(history, output), lambda console: _show(console, history, output))
+
+
+@contextlib.contextmanager
+def _telling_of_restart() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
 
 
 def round_note(record: RoundRecord) -> str:

@@ -171,7 +171,7 @@ class History:
         lines = ["round  adj  clients  train loss  test loss  accuracy  density     down       up  saved peak  seconds"]
         lines += [_line(record) for record in self.rounds]
         total = f"{_bytes(self.bytes_down):>9s}{_bytes(self.bytes_up):>9s}{'':12s}{self.seconds:9.2f}"
-        return "\n".join([*lines, f"{'total':65s}{total}"])
+        return "\n".join([*lines, f"{'total':61s}{total}"])
 
 
 def _line(record: RoundRecord) -> str:
@@ -179,7 +179,7 @@ def _line(record: RoundRecord) -> str:
     accuracy = "-" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
     return (
         f"{record.round_index:5d}{'*' if record.adjusted else '':>5s}{len(record.clients):9d}{record.train_loss:12.4f}"
-        f"{test_loss:>11s}{accuracy:>10s}{record.density:9.4f}    "
+        f"{test_loss:>11s}{accuracy:>10s}{record.density:9.4f}"
         f"{_bytes(record.bytes_down):>9s}{_bytes(record.bytes_up):>9s}{_bytes(record.peak_saved_bytes):>12s}"
         f"{record.seconds:9.2f}"
     )

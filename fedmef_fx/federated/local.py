@@ -126,8 +126,7 @@ def train_locally(
         loss_fn: Mean loss of a batch of outputs and targets.
 
     Returns:
-        The trained values, the growth candidates if asked for, and measurements. Sent as they are, they say no more of
-        the data than these: no dense gradient leaves the client.
+        The trained values, the growth candidates if asked for, and measurements; never a dense gradient.
 
     Raises:
         ConfigError: No samples, a single one where BatchNorm needs more, or a loss that is no longer finite.

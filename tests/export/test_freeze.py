@@ -87,7 +87,7 @@ def test_refers_to_torch_only(name: str) -> None:
     assert "fedmef" not in str(plain.graph)
     strings = [str(argument) for _, argument, _ in pickletools.genops(data) if isinstance(argument, str)]
     assert not [text for text in strings if "fedmef" in text]
-    for again in (pickle.loads(data), copy.deepcopy(plain)):
+    for again in (pickle.loads(data), copy.deepcopy(plain)):  # noqa: S301  # made in this test
         _assert_same(again, plain, *inputs)
 
 

@@ -1,7 +1,7 @@
 """Small models and data that train in milliseconds."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,6 +33,15 @@ def blobs(samples: int, *, seed: int) -> TensorDataset:
     images = 0.3 * torch.randn(samples, 1, 4, 4, generator=generator)
     images[torch.arange(samples), 0, labels] += 1.5
     return TensorDataset(images, labels)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads would only wait for each other on tensors this small, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

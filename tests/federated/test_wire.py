@@ -125,7 +125,7 @@ def test_every_client_always_ends_up_with_the_state_of_the_server(rounds: list[t
 @pytest.mark.parametrize("previous", [None, _state(1), _state(6)])
 def test_a_broadcast_on_a_version_that_the_client_lacks_is_refused(previous: ModelState | None) -> None:
     data = encode_broadcast(PLAIN, _state(5), changed=CHANGED, known=3)
-    with pytest.raises(WireError, match="builds on version 3.*ask the server for a complete one"):
+    with pytest.raises(WireError, match=r"builds on version 3.*ask the server for a complete one"):
         decode_broadcast(data, SCHEMA, previous=previous)
 
 

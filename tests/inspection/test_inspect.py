@@ -20,6 +20,8 @@ from fedmef_fx.model import Transformation
 from fedmef_fx.models import digits_cnn, mobilenet_v2
 from fedmef_fx.program import Program, Region
 from tests.inspection.models import HOSTILE_NAMES, Branches, PerMode, Residual, Tied, hostile, linear, two_convolutions
+from tests.models import ZOO
+from tests.models import build as build_from_zoo
 
 ROOT = Path(__file__).parents[2]
 IMAGE = torch.ones(2, 1, 8, 8)
@@ -128,6 +130,21 @@ def test_diff_shows_what_a_pass_changed() -> None:
         "-%relu = call_module[relu](%fc)  # f32[3,2]",
     ]
     assert sum(line.startswith("+%") for line in lines) == 6
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_of_the_zoo(name: str) -> None:
+    model, inputs = build_from_zoo(name)
+    model.eval()
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    sparse = fedmef_fx.transform(model, Config(density=0.5))
+    before, after = inspect(model, inputs), inspect(sparse, inputs)
+    assert (before.diff(model), after.diff(sparse)) == ("", "")
+    assert after.diff(before).startswith("--- original\n+++ model\n@@")
+    assert before.table().total.flops_dense == after.table().total.flops_dense == counter.get_total_flops()
+    assert after.table().total.density == fedmef_fx.density(sparse)
+    assert len(after.to_networkx()) == sum(len(graph.nodes) for graph in after.graphs)
 
 
 @pytest.mark.parametrize("build", [digits_cnn, pytest.param(mobilenet_v2, marks=pytest.mark.slow)])
