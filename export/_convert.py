@@ -84,6 +84,10 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # torch's exporter uses what torch itself has deprecated.
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+            # nn.LSTM and its kind keep a list of their parameters, which are registered all the same.
+            warnings.filterwarnings(
+                "ignore", message=r"The tensor attributes? self\.\S*_flat_weights", category=UserWarning
+            )
             yield
     finally:
         logger.setLevel(level)

@@ -253,7 +253,8 @@ def test_doctor_looks_at_a_model() -> None:
     assert "graph fraction" in _invoke("doctor", "digits_cnn").stdout
 
 
-def test_train_then_export_what_it_wrote(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
     arguments = ["train", "--clients", "3", "--clients-per-round", "1", "--density", "0.3", "--output", "run"]
     data = _data(*arguments, "--rounds", "2")
     assert data["rounds"] == 2

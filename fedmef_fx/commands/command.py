@@ -96,8 +96,8 @@ class ProgressBar:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, *, steps: int | None) -> Iterator[ProgressBar]:
-    """A progress bar on stderr where that is a terminal, and nothing at all elsewhere; without end if it has none."""
+def progress_bar(title: str, *, steps: int) -> Iterator[ProgressBar]:
+    """A progress bar on stderr where that is a terminal, and nothing at all elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True, emoji=False)
     bar = Progress(

@@ -16,7 +16,7 @@ from fedmef_fx.commands.tables import bytes_text, show_table
 from fedmef_fx.commands.train import round_note
 from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config
-from fedmef_fx.demo import run_demo
+from fedmef_fx.demo import DemoSettings, demo_settings, run_demo
 from fedmef_fx.federated import History, RoundRecord
 from fedmef_fx.federated.batches import batches
 from fedmef_fx.memory_report import memory
@@ -37,7 +37,7 @@ def demo(
     """Train a small federation on digits, freeze it, export it, and check the file: about a minute."""
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar("rounds", steps=None) as bar:
+    with progress_bar("rounds", steps=demo_settings(seed=seed).rounds) as bar:
 
         def progress(record: RoundRecord) -> None:
             bar.reach(record.round_index + 1, round_note(record))
@@ -50,17 +50,17 @@ def demo(
     data = {
         "seed": seed,
         "rounds": len(history.rounds),
-        "clients": len({client for record in history.rounds for client in record.clients}),
+        "clients": result.settings.clients,
         "test_accuracy": history.test_accuracy,
         "onnx_accuracy": _onnx_accuracy(report.path, test),
         "density": fedmef_fx.density(model),
         "bytes_down": history.bytes_down,
         "bytes_up": history.bytes_up,
-        **_dense(history, images),
+        **_dense(history, result.settings, images),
         "saved_bytes": max(record.peak_saved_bytes for record in history.rounds),
         "file": str(output / "model.onnx"),
         "file_bytes": report.bytes,
-        "parity": None if report.parity is None else report.parity.max_abs,
+        "parity": report.parity.max_abs if report.parity is not None else None,
         "seconds": time.perf_counter() - start,
     }
     return Result(data, lambda console: _show(console, data))
@@ -80,18 +80,17 @@ def _onnx_accuracy(path: Path, test: Dataset[Any]) -> float:
     return correct / total
 
 
-def _dense(history: History, images: Tensor) -> dict[str, int]:
+def _dense(history: History, settings: DemoSettings, images: Tensor) -> dict[str, int]:
     """What the same federation would take without FedMef: dense messages, dense saved activations, BatchNorm."""
     network = digits_cnn()
     message = sum(tensor.nbytes for tensor in network.state_dict().values())
     messages = sum(len(record.clients) for record in history.rounds)
-    batch = images[:1].expand(history.settings["training"]["batch_size"], *images.shape[1:])
+    batch = images[:1].expand(settings.training.batch_size, *images.shape[1:])
     twin = memory(masked_dense_twin(network, Config()), (batch,))
     return {
         "bytes_down_dense": message * messages,
         "bytes_up_dense": message * messages,
         "saved_bytes_dense": twin.saved_total,
-        "file_bytes_dense": sum(parameter.nbytes for parameter in network.parameters()),
     }
 
 
@@ -107,8 +106,8 @@ def _show(console: Console, data: dict[str, Any]) -> None:
         ("sent to clients", *compared("bytes_down")),
         ("sent by clients", *compared("bytes_up")),
         ("kept for backward", *compared("saved_bytes")),
-        ("ONNX file", *compared("file_bytes")),
-        ("ONNX against torch", f"{data['parity']:.1e}", "", ""),
+        ("ONNX file", bytes_text(data["file_bytes"]), "", ""),
+        ("ONNX against torch", "-" if data["parity"] is None else f"{data['parity']:.1e}", "", ""),
         ("seconds", f"{data['seconds']:.1f}", "", ""),
     ]
     title = f"{data['clients']} clients, {data['rounds']} rounds, seed {data['seed']}: {data['file']}"
