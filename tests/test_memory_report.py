@@ -99,3 +99,11 @@ def test_what_cannot_be_measured(model: nn.Module, inputs: tuple[Tensor, ...], m
 def test_a_loss_that_is_no_scalar() -> None:
     with pytest.raises(ConfigError, match=r"a tensor \[8, 10\]"):
         memory(digits_cnn(), (IMAGES,), loss=lambda logits: logits)
+
+
+def test_the_package_is_the_function_of_the_public_api():
+    import fedmef_fx  # noqa: PLC0415
+
+    model, x = nn.Linear(4, 2), torch.ones(3, 4)
+    assert fedmef_fx.memory(model, (x,)).saved_total == memory(model, (x,)).saved_total
+    assert fedmef_fx.memory.PackedTensor.__name__ == "PackedTensor"
