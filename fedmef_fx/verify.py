@@ -125,7 +125,12 @@ def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult)
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
-    masked = {id(program.model.get_parameter(n)): n for n, fact in program.facts.prunable.items() if fact.masked}
+    guarded = set(program.facts.guarded)  # may be read without a mask where the region does not hold it
+    masked = {
+        id(program.model.get_parameter(n)): n
+        for n, fact in program.facts.prunable.items()
+        if fact.masked and n not in guarded
+    }
     for region, _mode, graph in program.graphs():
         for node in graph.find_nodes(op="get_attr"):
             name = masked.get(id(region.tensor(node)))
