@@ -81,6 +81,7 @@ class InsertMasks:
         in_graphs, opaque = readers(program), opaque_weights(program)
         read = {id(r.tensor(node)) for r, _, graph in program.graphs() for node in graph.find_nodes(op="get_attr")}
         lookups = embedded(program)
+        sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
         facts, unread = {}, []
         for name, parameter in program.model.named_parameters():
             owner = program.model.get_submodule(name.rpartition(".")[0])
@@ -102,7 +103,7 @@ class InsertMasks:
                 reason=dense or reason,
                 masked=not dense,
                 region=reader.region.path if reader is not None and tier == "graph" else None,
-                region_modules=_modules_with_parameters(reader.region) if reader is not None else 0,
+                region_modules=sizes[id(reader.region)] if reader is not None else 0,
             )
         return facts, unread
 

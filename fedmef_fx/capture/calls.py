@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fedmef_fx.capture.state import fixed_seed, restored
 from fedmef_fx.signature import Call, Signature
 
-__all__ = ["PRODUCTS", "Recording", "record_calls", "runs"]
+__all__ = ["PRODUCTS", "Recording", "record_calls"]
 
 _CALLS_PER_MODULE: Final = 6
 
@@ -66,17 +66,6 @@ class Recording:
 
     calls: dict[bool, dict[nn.Module, list[Call]]] = dataclasses.field(default_factory=lambda: {True: {}, False: {}})
     products: set[int] = dataclasses.field(default_factory=set)
-
-
-def runs(model: nn.Module, call: Call, *, training: bool) -> Exception | None:
-    """Make a call in a mode; the exception that the model raises, None where it runs. Nothing changes."""
-    model.train(training)
-    with restored(model), fixed_seed(), torch.no_grad():
-        try:
-            _copy(call).on(model.forward, model)
-        except Exception as error:
-            return error
-    return None
 
 
 def record_calls(model: nn.Module, call: Call, *, modes: tuple[bool, ...]) -> Recording:

@@ -5,6 +5,7 @@ One input is not enough: an activation that was baked into the graph as a consta
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from fedmef_fx.compiled import CompiledGraph
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
-__all__ = ["Observation", "difference", "observe", "prove", "tensors_in"]
+__all__ = ["Observation", "Originals", "difference", "observe", "prove", "tensors_in"]
 
 # Graphs run the same kernels in the same order; what remains comes from sums over gradients in another order.
 _RELATIVE: Final = 1e-4
@@ -31,23 +32,47 @@ class Observation:
 
     Attributes:
         output: What forward returns.
-        gradients: Of parameters and floating point inputs, None where there is none.
+        gradients: Of parameters and floating point inputs, None where there is none; None where backward did not run.
         buffers: By name, afterwards.
     """
 
     output: Any
-    gradients: dict[str, Tensor | None]
+    gradients: dict[str, Tensor | None] | None
     buffers: dict[str, Tensor]
 
 
-def prove(module: nn.Module, call: Call, graph: fx.Graph, *, by_name: bool) -> None:
+class Originals:
+    """What original forwards do with their calls, each observed once however many graphs are compared with it."""
+
+    def __init__(self) -> None:
+        self._observed: dict[tuple[object, ...], list[Observation | Exception]] = {}
+        self._kept: list[object] = []  # keeps alive what the keys identify
+
+    def of(self, module: nn.Module, call: Call, *, gradients: bool) -> list["Observation | Exception"]:
+        """Observations of the module in its mode, on the call and on another one like it."""
+        key = (id(module), id(call), module.training)
+        if (*key, gradients) not in self._observed and (*key, True) in self._observed:
+            return self._observed[*key, True]
+        if (*key, gradients) not in self._observed:
+            self._kept += [module, call]
+            run = functools.partial(Call.on, forward=module.forward, module=module)
+            self._observed[*key, gradients] = _observed(module, call, run, gradients=gradients)
+        return self._observed[*key, gradients]
+
+
+def prove(
+    module: nn.Module, call: Call, graph: fx.Graph, originals: Originals, *, by_name: bool, gradients: bool = True
+) -> None:
     """Compare a graph with the forward that it was traced from, in the mode the module is in.
 
     Args:
         module: The module; it is as it was when this returns or raises.
         call: A call that the graph serves.
         graph: The graph, unchanged by passes.
+        originals: Observations of original forwards.
         by_name: Whether its placeholders are the arguments of forward; otherwise the tensors of the call.
+        gradients: Whether gradients are compared too, on the first input: which operations record gradients does not
+            depend on values. Not needed again for a graph that was proven in the other mode.
 
     Raises:
         CaptureError: Outputs, gradients or buffers differ, on this input or on another one.
@@ -57,43 +82,44 @@ def prove(module: nn.Module, call: Call, graph: fx.Graph, *, by_name: bool) -> N
     def run(changed: Call) -> Any:
         return compiled(module, **changed.arguments) if by_name else compiled(module, *changed.tensors)
 
-    other = call.replace_tensors(_other_values)
-    inputs = [("", call), ("another input: ", other)]
-    expected = _observed(module, inputs, lambda changed: changed.on(module.forward, module))
-    for (where, _), original, got in zip(inputs, expected, _observed(module, inputs, run), strict=True):
+    expected = originals.of(module, call, gradients=gradients)
+    if isinstance(expected[0], Exception):
+        raise CaptureError(f"forward itself fails: {type(expected[0]).__name__}: {expected[0]}") from expected[0]
+    got = _observed(module, call, run, gradients=gradients)
+    for where, original, found in zip(("", "another input: "), expected, got, strict=True):
         if isinstance(original, Exception):
             continue  # the original refuses the values that were made up for it
-        if isinstance(got, Exception):
-            raise CaptureError(f"{where}the graph fails where forward does not: {type(got).__name__}: {got}") from got
-        problem = difference(original, got)
+        if isinstance(found, Exception):
+            kind = type(found).__name__
+            raise CaptureError(f"{where}the graph fails where forward does not: {kind}: {found}") from found
+        problem = difference(original, found)
         if problem is not None:
             raise CaptureError(f"{where}the graph is not the module: {problem}")
 
 
 def _observed(
-    module: nn.Module, inputs: list[tuple[str, Call]], run: Callable[[Call], Any]
-) -> list["Observation | Exception"]:
+    module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool
+) -> list[Observation | Exception]:
     # One after the other without a reset in between, so that state which a forward keeps for itself shows.
     found: list[Observation | Exception] = []
     with restored(module), fixed_seed():
-        for index, (_, call) in enumerate(inputs):
+        for index, changed in enumerate((call, call.replace_tensors(_other_values))):
             torch.manual_seed(index)
             try:
-                found.append(observe(module, call, run))
+                found.append(observe(module, changed, run, gradients=gradients and not index))
             except Exception as error:
-                if not index:
-                    raise
                 found.append(error)
     return found
 
 
-def observe(module: nn.Module, call: Call, run: Callable[[Call], Any]) -> Observation:
-    """Run a call forward and backward.
+def observe(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool) -> Observation:
+    """Run a call forward, and backward if gradients are wanted.
 
     Args:
         module: Whose parameters and buffers are observed.
         call: The call; its tensors are not changed.
         run: Makes it.
+        gradients: Whether to run backward.
     """
     leaves: list[Tensor] = []
 
@@ -104,13 +130,17 @@ def observe(module: nn.Module, call: Call, run: Callable[[Call], Any]) -> Observ
         leaves.append(copy.requires_grad_())
         return copy.clone()  # not a leaf: forward may work in place on it
 
-    with torch.enable_grad():
-        output = run(call.replace_tensors(fresh))
+    with torch.set_grad_enabled(gradients):
+        output = run(call.replace_tensors(fresh) if gradients else call.replace_tensors(_copy))
         watched = {name: p for name, p in module.named_parameters() if p.requires_grad}
         watched |= {f"input {index}": leaf for index, leaf in enumerate(leaves)}
-        gradients = _gradients(output, watched)
+        found = _gradients(output, watched) if gradients else None
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    return Observation(output, gradients, buffers)
+    return Observation(output, found, buffers)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _gradients(output: Any, watched: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -150,9 +180,11 @@ def difference(expected: Observation, got: Observation) -> str | None:
         problem = _tensor_difference(value, got.buffers.get(name))
         if problem is not None:
             return f"buffer {name} {problem}"
+    if expected.gradients is None or got.gradients is None:
+        return None
     # A gradient of 0 and none at all are the same to an optimizer without weight decay, but not to one with it.
-    for name, gradient in expected.gradients.items():
-        found = got.gradients.get(name)
+    for name in expected.gradients.keys() | got.gradients.keys():
+        gradient, found = expected.gradients.get(name), got.gradients.get(name)
         if (gradient is None) != (found is None):
             return f"the gradient of {name} is {'missing' if found is None else 'there, where forward gives none'}"
         problem = None if gradient is None else _tensor_difference(gradient, found, coarse=10.0)
@@ -171,8 +203,6 @@ def _output_difference(expected: Any, got: Any) -> str | None:
         problem = _tensor_difference(left, right)
         if problem is not None:
             return f"output {index} {problem}"
-        if left.requires_grad != right.requires_grad:
-            return f"output {index} has requires_grad={right.requires_grad}"
     for left, right in zip(_plain_leaves(expected), _plain_leaves(got), strict=False):
         if left is not right and left != right:
             return f"it returns {right!r} instead of {left!r}"

@@ -11,13 +11,13 @@ With example inputs every graph is proven against the original before it is used
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from torch import fx, nn
 
-from fedmef_fx.capture.calls import Recording, record_calls, runs
-from fedmef_fx.capture.proof import prove
+from fedmef_fx.capture.calls import Recording, record_calls
+from fedmef_fx.capture.proof import Originals, prove
 from fedmef_fx.capture.symbolic import as_graphs, capture_graphs, failure
 from fedmef_fx.capture.tracer import COMPOSITES, has_user_hooks
 from fedmef_fx.capture.value_tracer import trace_call
@@ -81,7 +81,8 @@ class _Search:
         self.model = model
         self.call = call
         self.found = Captured()
-        self.modes = () if call is None else _working_modes(model, call)
+        self.originals = Originals()
+        self.modes = () if call is None else _working_modes(model, call, self.originals)
         self.recording: Recording | None = None
         self._visited: set[int] = set()
 
@@ -104,7 +105,7 @@ class _Search:
         if self.call is not None:
             calls = dict.fromkeys(self.modes, [self.call])
             try:
-                self.found.regions = _regions_of(self.model, "", calls, self.model.train)
+                self.found.regions = _regions_of(self.model, "", calls, self.model.train, self.originals)
             except Exception as error:
                 self._fail("", self.model, error)
             else:
@@ -125,10 +126,8 @@ class _Search:
         try:
             given = None if call is None else call.arguments
             graphs = capture_graphs(self.model, given=given)
-            for training in self.modes if call is not None else ():
-                assert call is not None  # noqa: S101 -- there are no modes without a call
-                self.model.train(training)
-                prove(self.model, call, _graph_of(graphs, training=training), by_name=True)
+            if call is not None:
+                _prove_modes(self.model, call, graphs, self.modes, self.model.train, self.originals, by_name=True)
         except Exception as error:
             _drop_constants(self.model)
             if call is None:
@@ -158,7 +157,7 @@ class _Search:
             calls = {mode: self.recording.calls[mode].get(child, []) for mode in self.modes}
             if not any(calls.values()):
                 return False
-            self.found.regions += _regions_of(child, path, calls, self.model.train)
+            self.found.regions += _regions_of(child, path, calls, self.model.train, self.originals)
         except Exception as error:
             self._fail(path, child, error)
             return False
@@ -181,7 +180,7 @@ def capture_call(module: nn.Module, path: str, call: Call, *, training: bool) ->
             child.training = flag
 
     try:
-        return _regions_of(module, path, {training: [call]}, keep_modes)
+        return _regions_of(module, path, {training: [call]}, keep_modes, Originals())
     except CaptureError:
         raise
     except Exception as error:
@@ -189,7 +188,11 @@ def capture_call(module: nn.Module, path: str, call: Call, *, training: bool) ->
 
 
 def _regions_of(
-    module: nn.Module, path: str, calls: dict[bool, list[Call]], set_mode: Callable[[bool], object]
+    module: nn.Module,
+    path: str,
+    calls: dict[bool, list[Call]],
+    set_mode: Callable[[bool], object],
+    originals: Originals,
 ) -> list[Region]:
     """A region per signature that a module is called with, proven in each mode.
 
@@ -203,10 +206,9 @@ def _regions_of(
                 known = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
                 if known is None:
                     modes = [mode for mode, others in calls.items() if any(_alike(call, other) for other in others)]
-                    regions.append(_region_of(module, path, call, modes, set_mode))
+                    regions.append(_region_of(module, path, call, modes, set_mode, originals))
                 elif known.has_mode(training=training):
-                    set_mode(training)
-                    prove(module, call, known.graph_for(training=training), by_name=False)
+                    _prove_modes(module, call, known.graphs, [training], set_mode, originals, by_name=False)
                 if len(regions) > _SIGNATURES:
                     raise CaptureError(f"it is called in more than {_SIGNATURES} different ways")
     except Exception:
@@ -220,7 +222,12 @@ def _alike(call: Call, other: Call) -> bool:
 
 
 def _region_of(
-    module: nn.Module, path: str, call: Call, modes: list[bool], set_mode: Callable[[bool], object]
+    module: nn.Module,
+    path: str,
+    call: Call,
+    modes: Sequence[bool],
+    set_mode: Callable[[bool], object],
+    originals: Originals,
 ) -> Region:
     if call.opaque is not None:
         raise CaptureError(f"an argument is a {call.opaque}, which may change while forward runs")
@@ -234,15 +241,29 @@ def _region_of(
                 traced[_mode(training)], specialized = trace_call(module, call, concrete_sizes=concrete_sizes)
                 exact |= specialized
             graphs = as_graphs(module, traced)
-            for training in modes:
-                set_mode(training)
-                prove(module, call, _graph_of(graphs, training=training), by_name=False)
+            _prove_modes(module, call, graphs, modes, set_mode, originals, by_name=False)
         except Exception as error:
             problem = problem or error
             continue
         return Region(path, module, graphs, Signature.of(call, exact=exact), by_name=False)
     assert problem is not None  # noqa: S101 -- the loop has returned otherwise
     raise problem
+
+
+def _prove_modes(
+    module: nn.Module,
+    call: Call,
+    graphs: dict[GraphMode, fx.Graph],
+    modes: Sequence[bool],
+    set_mode: Callable[[bool], object],
+    originals: Originals,
+    *,
+    by_name: bool,
+) -> None:
+    for index, training in enumerate(modes):
+        set_mode(training)
+        gradients = index == 0 or "both" not in graphs
+        prove(module, call, _graph_of(graphs, training=training), originals, by_name=by_name, gradients=gradients)
 
 
 def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) -> Iterator[Region]:
@@ -268,17 +289,22 @@ def _without_example(module: nn.Module, path: str) -> Region:
     return Region(path, module, capture_graphs(module), AnyTensors(frozenset(required)))
 
 
-def _working_modes(model: nn.Module, call: Call) -> tuple[bool, ...]:
+def _working_modes(model: nn.Module, call: Call, originals: Originals) -> tuple[bool, ...]:
     """The modes in which the model itself accepts a call."""
-    errors = {training: runs(model, call, training=training) for training in (True, False)}
-    working = tuple(training for training, error in errors.items() if error is None)
+    working, error = [], None
+    for training in (True, False):
+        model.train(training)
+        first = originals.of(model, call, gradients=training)[0]
+        if isinstance(first, Exception):
+            error = first
+        else:
+            working.append(training)
     if not working:
-        error = errors[False]
         raise ConfigError(
             f"transform: {type(model).__name__} itself fails on the example inputs ({_describe(call)}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    return working
+    return tuple(working)
 
 
 def _describe(call: Call) -> str:
