@@ -31,6 +31,12 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return self._forward(owner, *args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"graph": self.graph}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["graph"])  # type: ignore[misc]  # compiles anew
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, values := {}))

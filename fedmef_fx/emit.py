@@ -8,7 +8,6 @@ there is none. Names, `isinstance`, hooks, `deepcopy` and pickling keep working.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ from fedmef_fx.compiled import CompiledGraph
 from fedmef_fx.gradient_masks import keep_gradients_masked
 from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
-from fedmef_fx.signature import AnyTensors, Call, Signature
+from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
 __all__ = ["CompiledGraph", "RegionTable", "TransformedModule", "emit", "program_of"]
 
@@ -46,7 +45,7 @@ Extend = Callable[[nn.Module, "RegionTable", Call], None]
 class _Entry:
     """The graphs that serve one kind of call."""
 
-    signature: Signature | AnyTensors
+    signature: Signature | AnyTensors | AnyCall
     by_name: bool
     role: Role
     graphs: dict[GraphMode, CompiledGraph]
@@ -73,7 +72,7 @@ class RegionTable:
 
     def add(self, region: Region) -> None:
         """Take in a region; graphs of a known signature gain its mode."""
-        signature = region.signature or AnyTensors(_required(region.owner), only_tensors=False)
+        signature = region.signature or AnyCall()
         graphs = {mode: CompiledGraph(graph) for mode, graph in region.graphs.items()}
         for entry in self.entries:
             if entry.signature == signature and entry.by_name == region.by_name and not entry.graphs.keys() & graphs:
@@ -167,12 +166,6 @@ def _swap(owner: nn.Module, table: RegionTable) -> None:
     owner.__class__ = _running(type(owner))
 
 
-def _required(module: nn.Module) -> frozenset[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds)
-
-
 def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     module = fx.GraphModule(model, graph, class_name=f"Transformed{type(model).__name__}")
     # GraphModule rebuilds the tree from what the graph refers to; the model's own tree has everything.
@@ -203,5 +196,6 @@ def program_of(model: nn.Module) -> Program:
         table: RegionTable | None = module.__dict__.get(_TABLE)
         for entry in table.entries if table is not None else ():
             graphs = {mode: compiled.graph for mode, compiled in entry.graphs.items()}
-            regions.append(Region(path, module, graphs, entry.signature, entry.by_name, entry.role))
+            signature = None if isinstance(entry.signature, AnyCall) else entry.signature
+            regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
     return Program(model, regions, facts)

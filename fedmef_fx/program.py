@@ -58,6 +58,11 @@ class Region:
         """Whether one graph serves all calls of the whole model, so that Python never runs."""
         return not self.path and self.signature is None and "both" in self.graphs
 
+    @property
+    def may_run_python(self) -> bool:
+        """Whether the owner's original forward runs for calls that the graphs do not serve."""
+        return self.role == "region" and self.signature is not None
+
     def full_name(self, target: str) -> str:
         """The name in the whole model of something a graph of this region refers to."""
         return join(self.path, target)

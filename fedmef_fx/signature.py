@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["AnyTensors", "Call", "Signature"]
+__all__ = ["AnyCall", "AnyTensors", "Call", "Signature"]
 
 PLAIN: Final = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, slice)
 """Types of values that can be part of a signature: compared by value, never changed by a forward."""
@@ -50,6 +50,11 @@ class Call:
         leaves, structure = pytree.tree_flatten(arguments)
         return cls(arguments, tuple(leaves), structure)
 
+    @functools.cached_property
+    def shape(self) -> str:
+        """The structure as text, which can be compared, copied and pickled."""
+        return str(self.structure)
+
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the leaves, in order."""
@@ -77,23 +82,23 @@ class Signature:
     """The calls that a graph serves.
 
     Attributes:
-        structure: How the arguments are nested.
+        structure: How the arguments are nested, as text.
         key: Per leaf its value, or dtype, device and rank (or whole shape) of a tensor; the state of autocast.
         exact: Whether the graph holds for tensors of these very shapes only.
     """
 
-    structure: pytree.TreeSpec
+    structure: str
     key: _Key
     exact: bool
 
     @classmethod
     def of(cls, call: Call, *, exact: bool) -> Self:
         """The signature of a call."""
-        return cls(call.structure, _key(call, exact=exact), exact)
+        return cls(call.shape, _key(call, exact=exact), exact)
 
     def accepts(self, call: Call) -> bool:
         """Whether a graph of this signature serves a call."""
-        return self.structure == call.structure and self.key == _key(call, exact=self.exact)
+        return self.structure == call.shape and self.key == _key(call, exact=self.exact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +107,22 @@ class AnyTensors:
 
     Attributes:
         names: The arguments.
-        only_tensors: False lets any values through.
     """
 
     names: frozenset[str]
-    only_tensors: bool = True
 
     def accepts(self, call: Call) -> bool:
         """Whether a graph of this signature serves a call."""
-        if call.arguments.keys() != self.names:
-            return False
-        return not self.only_tensors or all(isinstance(leaf, Tensor) for leaf in call.leaves)
+        return call.arguments.keys() == self.names and all(isinstance(leaf, Tensor) for leaf in call.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyCall:
+    """Every call: the graph itself asserts that optional arguments have the values it was traced with."""
+
+    def accepts(self, _: Call) -> bool:
+        """Whether a graph of this signature serves a call: always."""
+        return True
 
 
 def _key(call: Call, *, exact: bool) -> _Key:

@@ -14,10 +14,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+import torch
 from torch import fx, nn
 
 from fedmef_fx.capture.calls import Recording, record_calls
 from fedmef_fx.capture.proof import Originals, prove
+from fedmef_fx.capture.state import ChangedAttribute, attributes_of, fixed_seed, settle
 from fedmef_fx.capture.symbolic import as_graphs, capture_graphs, failure
 from fedmef_fx.capture.tracer import COMPOSITES, has_user_hooks
 from fedmef_fx.capture.value_tracer import trace_call
@@ -81,8 +83,8 @@ class _Search:
         self.model = model
         self.call = call
         self.found = Captured()
-        self.originals = Originals()
-        self.modes = () if call is None else _working_modes(model, call, self.originals)
+        self.capture = _Capture(model.train)
+        self.modes = () if call is None else _working_modes(model, call, self.capture.originals)
         self.recording: Recording | None = None
         self._visited: set[int] = set()
 
@@ -102,17 +104,41 @@ class _Search:
         if symbolic is not None and not _calls_composites(self.model, symbolic):
             self.found.regions = [self._symbolic_region(symbolic)]
             return True
-        if self.call is not None:
-            calls = dict.fromkeys(self.modes, [self.call])
-            try:
-                self.found.regions = _regions_of(self.model, "", calls, self.model.train, self.originals)
-            except Exception as error:
-                self._fail("", self.model, error)
-            else:
-                return True
+        if self.call is not None and self._on_values(self.call):
+            return True
         if symbolic is not None:
             self.found.regions = [self._symbolic_region(symbolic)]
         return symbolic is not None
+
+    def _on_values(self, call: Call) -> bool:
+        calls = dict.fromkeys(self.modes, [call])
+        for is_settled in (False, True):
+            try:
+                self.found.regions = self.capture.regions_of(self.model, "", calls)
+            except ChangedAttribute as error:
+                # Perhaps only the first call does that; if so, the next attempt starts after it.
+                if is_settled or not self._settle(call):
+                    self._fail("", self.model, error)
+                    return False
+            except Exception as error:
+                self._fail("", self.model, error)
+                return False
+            else:
+                return True
+        return False
+
+    def _settle(self, call: Call) -> bool:
+        """Make the calls whose effects last; whether there were any."""
+        before = [attributes_of(module) for module in self.model.modules()]
+
+        def run() -> None:
+            with fixed_seed(), torch.no_grad():
+                for training in self.modes:
+                    self.model.train(training)
+                    call.replace_tensors(lambda tensor: tensor.detach().clone()).on(self.model.forward, self.model)
+
+        self.capture.own_hooks = settle(self.model, run)
+        return before != [attributes_of(module) for module in self.model.modules()]
 
     def _symbolic_region(self, graphs: dict[GraphMode, fx.Graph]) -> Region:
         if self.call is None or set(self.call.arguments) == _required(self.model):
@@ -120,16 +146,16 @@ class _Search:
         return Region("", self.model, graphs, AnyTensors(frozenset(self.call.arguments)))
 
     def _symbolic_graphs(self) -> dict[GraphMode, fx.Graph] | None:
-        call = self.call
+        call, before = self.call, set(self.model._buffers)
         if call is not None and len(call.tensors) != len(call.leaves):
             return None
         try:
             given = None if call is None else call.arguments
             graphs = capture_graphs(self.model, given=given)
             if call is not None:
-                _prove_modes(self.model, call, graphs, self.modes, self.model.train, self.originals, by_name=True)
+                self.capture.prove(self.model, call, graphs, self.modes, by_name=True)
         except Exception as error:
-            _drop_constants(self.model)
+            _drop_constants(self.model, besides=before)
             if call is None:
                 self._fail("", self.model, error)
             return None
@@ -148,7 +174,7 @@ class _Search:
         """Try a module inside the model; whether it became a region."""
         if _is_single_layer(child) or isinstance(child, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
             return False
-        if has_user_hooks(child) and not list(child.children()):
+        if has_user_hooks(child, besides=self.capture.own_hooks) and not list(child.children()):
             return False
         try:
             if self.recording is None:
@@ -156,19 +182,28 @@ class _Search:
                 return True
             calls = {mode: self.recording.calls[mode].get(child, []) for mode in self.modes}
             if not any(calls.values()):
-                return False
-            self.found.regions += _regions_of(child, path, calls, self.model.train, self.originals)
+                return self._unreached(child, path)
+            self.found.regions += self.capture.regions_of(child, path, calls)
         except Exception as error:
             self._fail(path, child, error)
             return False
+        return True
+
+    def _unreached(self, child: nn.Module, path: str) -> bool:
+        """A module that the example call did not reach: only torch's own code is trusted without proof."""
+        if not all(type(module).__module__.startswith("torch.nn") for module in child.modules()):
+            return False
+        if isinstance(child, COMPOSITES):
+            return False
+        self.found.regions.append(_without_example(child, path))
         return True
 
     def _fail(self, path: str, module: nn.Module, error: Exception) -> None:
         self.found.failures.append(Refusal(path or type(module).__name__, str(failure(module, error))))
 
 
-def capture_call(module: nn.Module, path: str, call: Call, *, training: bool) -> list[Region]:
-    """Capture a module for one call in one mode, with proof.
+def capture_call(module: nn.Module, path: str, call: Call) -> list[Region]:
+    """Capture a module for one call in the mode it is in, with proof.
 
     Raises:
         CaptureError: It cannot be traced faithfully.
@@ -180,90 +215,92 @@ def capture_call(module: nn.Module, path: str, call: Call, *, training: bool) ->
             child.training = flag
 
     try:
-        return _regions_of(module, path, {training: [call]}, keep_modes, Originals())
-    except CaptureError:
-        raise
+        return _Capture(keep_modes).regions_of(module, path, {module.training: [call]})
     except Exception as error:
         raise failure(module, error) from error
 
 
-def _regions_of(
-    module: nn.Module,
-    path: str,
-    calls: dict[bool, list[Call]],
-    set_mode: Callable[[bool], object],
-    originals: Originals,
-) -> list[Region]:
-    """A region per signature that a module is called with, proven in each mode.
+@dataclasses.dataclass
+class _Capture:
+    """Captures modules on the calls that they get.
 
-    Raises:
-        Exception: One of its calls cannot be traced.
+    Attributes:
+        set_mode: Puts the model into train (True) or eval mode.
+        originals: Observations of original forwards.
+        own_hooks: Identities of hooks that the model's own code installed.
     """
-    regions: list[Region] = []
-    try:
-        for training, made in calls.items():
-            for call in made:
-                known = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
-                if known is None:
-                    modes = [mode for mode, others in calls.items() if any(_alike(call, other) for other in others)]
-                    regions.append(_region_of(module, path, call, modes, set_mode, originals))
-                elif known.has_mode(training=training):
-                    _prove_modes(module, call, known.graphs, [training], set_mode, originals, by_name=False)
-                if len(regions) > _SIGNATURES:
-                    raise CaptureError(f"it is called in more than {_SIGNATURES} different ways")
-    except Exception:
-        _drop_constants(module)
-        raise
-    return regions
+
+    set_mode: Callable[[bool], object]
+    originals: Originals = dataclasses.field(default_factory=Originals)
+    own_hooks: set[int] = dataclasses.field(default_factory=set)
+
+    def regions_of(self, module: nn.Module, path: str, calls: dict[bool, list[Call]]) -> list[Region]:
+        """A region per signature that a module is called with, proven in each mode.
+
+        Raises:
+            Exception: One of its calls cannot be traced.
+        """
+        regions: list[Region] = []
+        before = set(module._buffers)
+        try:
+            for training, made in calls.items():
+                for call in made:
+                    known = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
+                    if known is None:
+                        modes = [mode for mode, others in calls.items() if any(_alike(call, other) for other in others)]
+                        regions.append(self._region_of(module, path, call, modes))
+                    elif known.has_mode(training=training):
+                        self.prove(module, call, known.graphs, [training], by_name=False)
+                    if len(regions) > _SIGNATURES:
+                        raise CaptureError(f"it is called in more than {_SIGNATURES} different ways")
+        except Exception:
+            _drop_constants(module, besides=before)
+            raise
+        return regions
+
+    def _region_of(self, module: nn.Module, path: str, call: Call, modes: Sequence[bool]) -> Region:
+        if call.opaque is not None:
+            raise CaptureError(f"an argument is a {call.opaque}, which may change while forward runs")
+        problem: Exception | None = None
+        for concrete_sizes in (False, True):
+            try:
+                traced: dict[GraphMode, fx.Graph] = {}
+                exact = False
+                for training in modes:
+                    self.set_mode(training)
+                    graph, specialized = trace_call(
+                        module, call, concrete_sizes=concrete_sizes, own_hooks=self.own_hooks
+                    )
+                    traced[_mode(training)] = graph
+                    exact |= specialized
+                graphs = as_graphs(module, traced)
+                self.prove(module, call, graphs, modes, by_name=False)
+            except Exception as error:
+                problem = problem or error
+                continue
+            return Region(path, module, graphs, Signature.of(call, exact=exact), by_name=False)
+        assert problem is not None  # noqa: S101 -- the loop has returned otherwise
+        raise problem
+
+    def prove(
+        self,
+        module: nn.Module,
+        call: Call,
+        graphs: dict[GraphMode, fx.Graph],
+        modes: Sequence[bool],
+        *,
+        by_name: bool,
+    ) -> None:
+        """Prove graphs in some modes."""
+        for index, training in enumerate(modes):
+            self.set_mode(training)
+            graph = graphs.get("both") or graphs[_mode(training)]
+            gradients = index == 0 or "both" not in graphs
+            prove(module, call, graph, self.originals, by_name=by_name, gradients=gradients)
 
 
 def _alike(call: Call, other: Call) -> bool:
     return Signature.of(call, exact=True).accepts(other)
-
-
-def _region_of(
-    module: nn.Module,
-    path: str,
-    call: Call,
-    modes: Sequence[bool],
-    set_mode: Callable[[bool], object],
-    originals: Originals,
-) -> Region:
-    if call.opaque is not None:
-        raise CaptureError(f"an argument is a {call.opaque}, which may change while forward runs")
-    problem: Exception | None = None
-    for concrete_sizes in (False, True):
-        try:
-            traced = {}
-            exact = False
-            for training in modes:
-                set_mode(training)
-                traced[_mode(training)], specialized = trace_call(module, call, concrete_sizes=concrete_sizes)
-                exact |= specialized
-            graphs = as_graphs(module, traced)
-            _prove_modes(module, call, graphs, modes, set_mode, originals, by_name=False)
-        except Exception as error:
-            problem = problem or error
-            continue
-        return Region(path, module, graphs, Signature.of(call, exact=exact), by_name=False)
-    assert problem is not None  # noqa: S101 -- the loop has returned otherwise
-    raise problem
-
-
-def _prove_modes(
-    module: nn.Module,
-    call: Call,
-    graphs: dict[GraphMode, fx.Graph],
-    modes: Sequence[bool],
-    set_mode: Callable[[bool], object],
-    originals: Originals,
-    *,
-    by_name: bool,
-) -> None:
-    for index, training in enumerate(modes):
-        set_mode(training)
-        gradients = index == 0 or "both" not in graphs
-        prove(module, call, _graph_of(graphs, training=training), originals, by_name=by_name, gradients=gradients)
 
 
 def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) -> Iterator[Region]:
@@ -274,10 +311,11 @@ def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) ->
         regions: Its larger regions.
         fallbacks: Whether layers inside a region get one too.
     """
-    inside = {id(module) for region in regions for module in region.owner.modules()}
+    inside = {id(module): region for region in regions for module in region.owner.modules()}
     owners = {id(region.owner) for region in regions}
+    skipped = {identity for identity, region in inside.items() if not (fallbacks and region.may_run_python)}
     for path, module in model.named_modules():
-        if not _is_plain_layer(module) or id(module) in owners or (id(module) in inside and not fallbacks):
+        if not _is_plain_layer(module) or id(module) in owners or id(module) in skipped:
             continue
         graphs = capture_graphs(module)
         role = "fallback" if id(module) in inside else "leaf"
@@ -312,10 +350,6 @@ def _describe(call: Call) -> str:
         return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
 
     return ", ".join(f"{name}={one(value)}" for name, value in call.arguments.items())
-
-
-def _graph_of(graphs: dict[GraphMode, fx.Graph], *, training: bool) -> fx.Graph:
-    return graphs.get("both") or graphs[_mode(training)]
 
 
 def _mode(training: bool) -> GraphMode:  # noqa: FBT001 -- it is the one thing that is asked
@@ -357,8 +391,8 @@ def _calls_composites(model: nn.Module, graphs: dict[GraphMode, fx.Graph]) -> bo
     )
 
 
-def _drop_constants(module: nn.Module) -> None:
+def _drop_constants(module: nn.Module, *, besides: set[str]) -> None:
     """Remove what a capture that failed in the end has registered."""
-    for name in [name for name in module._buffers if name.startswith("fedmef_constant_")]:
+    for name in [name for name in module._buffers if name.startswith("fedmef_constant_") and name not in besides]:
         del module._buffers[name]
         module._non_persistent_buffers_set.discard(name)

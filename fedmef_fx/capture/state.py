@@ -1,9 +1,10 @@
 """What running `forward` at trace time may touch: attributes, buffers and random numbers. A trace leaves no trace."""
 
+import collections
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CaptureError
 
-__all__ = ["attributes_of", "fixed_seed", "restored", "unchanged"]
+__all__ = ["ChangedAttribute", "attributes_of", "fixed_seed", "restored", "settle", "unchanged"]
 
 _TREE: Final = ("_buffers", "_modules", "_parameters", "training")
+_CONTAINERS: Final = (dict, collections.OrderedDict, list, set)
 _SEED: Final = 0
 _CONSTANT: Final = "_tensor_constant"  # what torch.fx calls tensors that it finds; they outlive the trace
+
+
+class ChangedAttribute(CaptureError):
+    """Forward sets an attribute of a module, which a graph would not do."""
 
 
 @contextlib.contextmanager
@@ -52,6 +58,37 @@ def restored(module: nn.Module) -> Iterator[None]:
         snapshot.restore()
 
 
+def settle(module: nn.Module, run: Callable[[], object]) -> set[int]:
+    """Let a module do what it does in its first call only, such as filling a cache or installing hooks.
+
+    Args:
+        module: The module.
+        run: Calls it. It is called twice; what the first call changes stays only if the second changes nothing more.
+
+    Returns:
+        Identities of the hooks that the module installed on its own modules.
+    """
+    before = {id(hook) for hook in _hooks(module)}
+    first = _Snapshot(module, values=True)
+    run()
+    first.restore(attributes=False)
+    second = _Snapshot(module, values=True)
+    run()
+    try:
+        second.refuse_changes(executes=False, what="attributes")
+    except CaptureError:
+        first.restore()
+        return set()
+    second.restore(attributes=False)
+    return {id(hook) for hook in _hooks(module)} - before
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    for child in module.modules():
+        yield from child._forward_hooks.values()
+        yield from child._forward_pre_hooks.values()
+
+
 @contextlib.contextmanager
 def fixed_seed(seed: int = _SEED) -> Iterator[None]:
     """A block in which all random numbers follow a seed; afterwards the generators are as they were."""
@@ -83,8 +120,8 @@ class _Snapshot:
         self.python_state = random.getstate()
         self.numpy_state = np.random.get_state(legacy=False)
 
-    def restore(self) -> None:
-        for child, before in self.attributes.items():
+    def restore(self, *, attributes: bool = True) -> None:
+        for child, before in self.attributes.items() if attributes else ():
             _restore(child, before, self.buffers[child])
             child._parameters.clear()
             child._parameters.update(self.parameters[child])
@@ -97,12 +134,14 @@ class _Snapshot:
         random.setstate(self.python_state)
         np.random.set_state(self.numpy_state)
 
-    def refuse_changes(self, *, executes: bool) -> None:
+    def refuse_changes(self, *, executes: bool, what: Literal["attributes", "all"] = "all") -> None:
         kind = type(self.module).__name__
         for child, before in self.attributes.items():
             self._refuse_attributes(child, before, executes=executes)
-            if not executes:
+            if not executes and what == "all":
                 self._refuse_buffers(child)
+        if what == "attributes":
+            return
         if not executes and not torch.equal(torch.get_rng_state(), self.torch_state):
             raise CaptureError(f"{kind}: forward draws random numbers that do not become graph nodes")
         same_numpy = str(np.random.get_state(legacy=False)) == str(self.numpy_state)
@@ -119,7 +158,7 @@ class _Snapshot:
             if key.startswith(_CONSTANT) or is_cache:
                 continue
             if key not in before or not _same(value, before[key]):
-                raise CaptureError(
+                raise ChangedAttribute(
                     f"{type(self.module).__name__}: forward changes the attribute {key!r} of module "
                     f"{self._name(child)!r}; a graph would not. Register it as a buffer and change it with tensor "
                     "operations"
@@ -144,16 +183,31 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
     copied: dict[str, object] = {}
     for key, value in vars(module).items():
         if key not in _TREE:
-            copied[key] = type(value)(value) if type(value) in (dict, list, set) else value  # type: ignore[call-arg]
+            copied[key] = type(value)(value) if type(value) in _CONTAINERS else value  # type: ignore[call-arg]
     return copied
 
 
 def _same(left: object, right: object) -> bool:
     if left is right:
         return True
-    if type(left) in (dict, list, set):
-        return type(left) is type(right) and repr(left) == repr(right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict) and isinstance(right, dict):
+        return list(left) == list(right) and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, set):
+        return left == right
     return isinstance(left, int | float | str | bool | tuple) and left == right
+
+
+def _refill(container: Any, content: Any) -> None:
+    # The object itself stays: handles of hooks, for instance, know it.
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
 
 
 def _restore(module: nn.Module, attributes: Mapping[str, object], buffers: Mapping[str, Tensor | None]) -> None:
@@ -162,8 +216,10 @@ def _restore(module: nn.Module, attributes: Mapping[str, object], buffers: Mappi
             delattr(module, key)
     for key, value in attributes.items():
         current = vars(module).get(key)
-        container = type(value) in (dict, list, set)
-        if (container and not _same(current, value)) or (not container and current is not value):
+        if type(value) in _CONTAINERS and type(current) is type(value):
+            if not _same(current, value):
+                _refill(current, value)
+        elif current is not value:
             vars(module)[key] = value
     same = module._buffers.keys() == buffers.keys()
     if not same or any(module._buffers[key] is not value for key, value in buffers.items()):

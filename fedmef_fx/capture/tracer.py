@@ -6,6 +6,7 @@
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, Final
 
 import torch
@@ -18,7 +19,10 @@ from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
 __all__ = ["COMPOSITES", "BaseTracer", "has_user_hooks", "is_proxy"]
 
 COMPOSITES: Final = (
+    nn.GRUCell,
+    nn.LSTMCell,
     nn.MultiheadAttention,
+    nn.RNNCell,
     nn.Transformer,
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
@@ -28,11 +32,17 @@ COMPOSITES: Final = (
 """Modules of torch.nn that compute with tensor functions only; tracers that know values look inside."""
 
 
-def has_user_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward does."""
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+def has_user_hooks(module: nn.Module, *, besides: Collection[int] = ()) -> bool:
+    """Whether calling a module does more than its forward does.
+
+    Args:
+        module: The module.
+        besides: Identities of hooks that do not count, because the model's own code installed them.
+    """
+    if module._backward_hooks or module._backward_pre_hooks:
         return True
-    return not all(map(is_own_hook, module._forward_pre_hooks.values()))
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(is_own_hook(hook) or id(hook) in besides for hook in hooks)
 
 
 def is_proxy(value: object) -> bool:
@@ -50,8 +60,9 @@ class BaseTracer(fx.Tracer):
     proxy_buffer_attributes = True
     looks_inside = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_hooks: Collection[int] = ()) -> None:
         super().__init__(autowrap_modules=(math,))
+        self._own_hooks = own_hooks
         self._names: dict[int, str] = {}
         self._grad_is_enabled = True
         self._scopes: list[fx.Proxy] = []
@@ -63,7 +74,7 @@ class BaseTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays a call."""
-        if has_user_hooks(m) or isinstance(m, fx.GraphModule):
+        if has_user_hooks(m, besides=self._own_hooks) or isinstance(m, fx.GraphModule):
             return True
         if self.looks_inside and (type(m) in COMPOSITES or type(m).__module__.startswith("torch.nn.utils.")):
             return False

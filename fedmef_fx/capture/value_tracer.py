@@ -1,7 +1,7 @@
 """The tracer that runs each operation on an example call while it records it; see `values.py` for its proxies."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer, has_user_hooks
-from fedmef_fx.capture.values import NumberProxy, TensorProxy, ValueProxy, value_of
+from fedmef_fx.capture.values import NumberProxy, TensorProxy, ValueProxy, shown_to_isinstance, value_of
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
@@ -77,13 +77,16 @@ _SIZED_BY_DATA: Final = frozenset(
 """Operations whose result has a size that follows from what their inputs contain."""
 
 
-def trace_call(module: nn.Module, call: Call, *, concrete_sizes: bool) -> tuple[fx.Graph, bool]:
+def trace_call(
+    module: nn.Module, call: Call, *, concrete_sizes: bool, own_hooks: Collection[int] = ()
+) -> tuple[fx.Graph, bool]:
     """Trace a module's forward on one call, in the mode it is in.
 
     Args:
         module: The module; it is as it was when this returns or raises.
         call: The call; its tensors are not changed.
         concrete_sizes: Whether sizes are plain numbers from the start. Traces more, and always specialises.
+        own_hooks: Identities of hooks that the model's own code installed; they are traced.
 
     Returns:
         The graph, whose placeholders are the call's tensors in order, and whether it holds for their shapes only.
@@ -91,9 +94,11 @@ def trace_call(module: nn.Module, call: Call, *, concrete_sizes: bool) -> tuple[
     Raises:
         Exception: Whatever forward raises when it meets a proxy where it needs a value.
     """
-    tracer = ValueTracer(call.replace_tensors(lambda t: t.detach().clone()), concrete_sizes=concrete_sizes)
+    copied = call.replace_tensors(lambda tensor: tensor.detach().clone())
+    tracer = ValueTracer(copied, concrete_sizes=concrete_sizes, own_hooks=own_hooks)
     tracer.prepare(module)
-    with unchanged(module, executes=True), traced_calls(tracer, is_paused=lambda: tracer.executes):
+    calls = traced_calls(tracer, is_paused=lambda: tracer.executes)
+    with unchanged(module, executes=True), calls, shown_to_isinstance():
         graph = tracer.trace(module)
     tracer.erase_unused()
     graph.lint()
@@ -110,8 +115,8 @@ class ValueTracer(BaseTracer):
 
     looks_inside = True
 
-    def __init__(self, call: Call, *, concrete_sizes: bool) -> None:
-        super().__init__()
+    def __init__(self, call: Call, *, concrete_sizes: bool, own_hooks: Collection[int] = ()) -> None:
+        super().__init__(own_hooks=own_hooks)
         self.call = call
         self.concrete_sizes = concrete_sizes
         self.is_specialized = concrete_sizes
@@ -165,7 +170,7 @@ class ValueTracer(BaseTracer):
         depends = any(proxy.depends_on_data for proxy in seen) or _is_sized_by_data(target, values)
         result = self._execute(kind, target, *values)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
-        reads = kind != "get_attr" and any(isinstance(proxy.known, Tensor) for proxy in seen)
+        reads = kind != "get_attr" and any(type(proxy) is TensorProxy for proxy in seen)
         if reads and isinstance(result, bool | int | float) and not _is_metadata(target, values):
             raise CaptureError(f"forward reads the value of a traced tensor with {_name(target, values)}")
         of_kind = _is_one_of(target, values, _OF_KIND)
@@ -234,7 +239,8 @@ class ValueTracer(BaseTracer):
         parts = {}
         for key in keys:
             part = self.create_node("call_function", operator.getitem, (node, key), {})
-            self._maybe_unused.append(part)
+            if isinstance(value[key], Tensor):
+                self._maybe_unused.append(part)  # the others are noted when they are wrapped
             parts[key] = self._wrap(part, value[key], depends_on_data=depends_on_data)
         if isinstance(value, torch.Size):
             whole = all(type(part) is int for part in parts.values())

@@ -6,6 +6,8 @@ graph becomes specialised to the shapes of the example. What tensors *contain* i
 `tolist` and `numpy` are refused, because the next call has other values.
 """
 
+import builtins
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +19,7 @@ from fedmef_fx.errors import CaptureError
 if TYPE_CHECKING:
     from fedmef_fx.capture.value_tracer import ValueTracer
 
-__all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "value_of"]
+__all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "shown_to_isinstance", "value_of"]
 
 
 class ValueProxy(fx.Proxy):
@@ -40,17 +42,37 @@ class ValueProxy(fx.Proxy):
         return id(self)
 
 
+@contextlib.contextmanager
+def shown_to_isinstance() -> Iterator[None]:
+    """A block in which proxies are instances of the classes that they stand for.
+
+    A `__class__` property would do the same, but torch's C++ code follows it too and then takes a proxy for a tensor.
+    """
+    genuine = builtins.isinstance
+
+    def is_instance(value: Any, classes: Any, /) -> bool:
+        if genuine(value, classes):
+            return True
+        return type(value) in (TensorProxy, NumberProxy) and issubclass(value.shown_class, classes)
+
+    builtins.isinstance = is_instance  # type: ignore[assignment]  # a plain function for a builtin one
+    try:
+        yield
+    finally:
+        builtins.isinstance = genuine
+
+
 class TensorProxy(ValueProxy):
     """A proxy of a tensor."""
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def shown_class(self) -> type:
         """What `isinstance` sees."""
         return Tensor
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for names that no class of the proxy has.
-        if name in ("known", "depends_on_data"):
+        if name in ("known", "depends_on_data", "shown_class"):
             raise AttributeError(name)
         if name in ("requires_grad", "grad_fn", "grad", "is_leaf"):
             raise CaptureError(f"forward reads .{name} of a traced tensor, which differs from call to call")
@@ -89,12 +111,12 @@ class NumberProxy(ValueProxy):
     __len__ = None  # type: ignore[assignment]
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def shown_class(self) -> type:
         """What `isinstance` sees."""
         return type(self.known)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("known", "depends_on_data"):
+        if name in ("known", "depends_on_data", "shown_class"):
             raise AttributeError(name)
         return getattr(self._plain(), name)
 
