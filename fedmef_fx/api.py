@@ -1,17 +1,16 @@
 """`transform`: the call that turns a model into its sparse, memory-lean twin."""
 
-import copy
 import difflib
 import fnmatch
 import inspect as python_inspect
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedmef_fx.agreement import check_capture
-from fedmef_fx.capture import capture_graphs
+from fedmef_fx.capture import capture_model, duplicate_of, fixed_seed, leaf_regions
 from fedmef_fx.config import Config
 from fedmef_fx.emit import emit
 from fedmef_fx.errors import ConfigError
@@ -25,8 +24,9 @@ from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
-from fedmef_fx.pipeline import Pass, Pipeline
-from fedmef_fx.program import Program, Region
+from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
+from fedmef_fx.program import Program
+from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
 __all__ = ["ExportReport", "export_onnx", "freeze", "passes_of", "transform"]
@@ -52,11 +52,12 @@ def transform(
         example_kwargs: Keyword arguments of that call.
 
     Returns:
-        A `torch.fx.GraphModule` where one graph serves both modes, otherwise a module that holds a graph per mode.
+        A `torch.fx.GraphModule` where one graph serves both modes and all calls, otherwise a module of the model's own
+        class (a subclass of it) that holds traced regions and keeps its Python forward for the rest.
 
     Raises:
-        ConfigError: No prunable weights, an unknown name in `ignore`, or example inputs that the model itself refuses.
-        CaptureError: The model cannot be traced faithfully; the message names the reason.
+        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, or a
+            model wrapped for distributed training.
 
     Example:
         >>> import torch, fedmef_fx
@@ -66,15 +67,27 @@ def transform(
         0.5
     """
     config = config or Config()
+    model, notices = _unwrapped(model)
     _check_model(model, config)
-    given = _given_arguments(model, example_inputs, example_kwargs)
     original_mode = {name: module.training for name, module in model.named_modules()}
-    duplicate = copy.deepcopy(model)
-    graphs = capture_graphs(duplicate, given=given)
-    program = Program(duplicate, [Region("", duplicate, graphs)], Transformation(config))
-    if given is not None:
-        check_capture(model, program, example_inputs or (), example_kwargs or {})
-    program.facts.reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
+    duplicate = duplicate_of(model)
+    call = _example_call(duplicate, example_inputs, example_kwargs)
+    _materialize(duplicate, call)
+    start = time.perf_counter()
+    captured = capture_model(duplicate, call)
+    program = Program(
+        duplicate, captured.regions, Transformation(config), captured.products, tuple(captured.failures)
+    )
+    if not program.is_one_graph:
+        program.regions += leaf_regions(duplicate, program.regions, fallbacks=config.normalization == "nsconv")
+    capture = PassResult(
+        "capture",
+        tuple(dict.fromkeys(region.path or type(model).__name__ for region in captured.regions)),
+        (*notices, *captured.failures),
+        time.perf_counter() - start,
+    )
+    reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
+    program.facts.reports = PassReport((capture, *reports))
     result = emit(program)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
@@ -120,21 +133,48 @@ def _check_model(model: nn.Module, config: Config) -> None:
             raise ConfigError(f"Config.ignore: no module of {type(model).__name__} is named {pattern!r}{hint}")
 
 
-def _given_arguments(
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[Refusal, ...]]:
+    """The model itself, out of what torch wraps around it, and what was done."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        kind = type(model).__name__
+        raise ConfigError(
+            f"transform: got a model wrapped in {kind}; expected the model itself, wrapped afterwards: "
+            f"model = {kind}(fedmef_fx.transform(model.module))"
+        )
+    inner = vars(model).get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
+    if inner is None:
+        return model, ()
+    notice = Refusal(type(model).__name__, "unwrapped from torch.compile; compile the result: torch.compile(result)")
+    return inner, (notice,)
+
+
+def _example_call(
     model: nn.Module, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """Example arguments by name, after the original model accepted them in a real call."""
+) -> Call | None:
     if example_inputs is None and example_kwargs is None:
         return None
     if isinstance(example_inputs, torch.Tensor):
         raise ConfigError("transform: example_inputs is a tensor; expected a tuple of arguments: example_inputs=(x,)")
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
-    signature = python_inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
+    call = Call.of(model, args, kwargs)
+    if call is None:
         raise ConfigError(
-            f"transform: the example inputs do not fit {type(model).__name__}.forward{signature}: got "
-            f"{len(args)} positional and {sorted(kwargs)} keyword arguments: {error}"
-        ) from error
-    return dict(bound.arguments)
+            f"transform: the example inputs do not fit {type(model).__name__}.forward"
+            f"{python_inspect.signature(model.forward)}: got {len(args)} positional and {sorted(kwargs)} keyword "
+            "arguments"
+        )
+    return call
+
+
+def _materialize(model: nn.Module, call: Call | None) -> None:
+    """Give lazy layers their shapes, by the example call."""
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if not lazy:
+        return
+    if call is None:
+        raise ConfigError(
+            f"transform: parameter {lazy[0]!r} has no shape yet; expected example inputs, or a model that was called "
+            "once: fedmef_fx.transform(model, example_inputs=(x,))"
+        )
+    with fixed_seed(), torch.no_grad():
+        call.on(model.eval(), model)

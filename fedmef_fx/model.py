@@ -105,6 +105,7 @@ class Transformation(nn.Module):
     Attributes:
         config: The configuration of the transformation.
         prunable: Original parameter name -> `PrunableParameter`.
+        guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
         reports: What the passes did, in order.
     """
 
@@ -112,6 +113,7 @@ class Transformation(nn.Module):
         super().__init__()
         self.config = config
         self.prunable: dict[str, PrunableParameter] = {}
+        self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
 
     def extra_repr(self) -> str:

@@ -57,22 +57,22 @@ class _Snapshot:
         texts: The graphs as text.
     """
 
-    interfaces: tuple[tuple[str, ...], ...]
+    interfaces: dict[fx.Graph, tuple[str, ...]]
     keys: frozenset[str]
     training: dict[str, bool]
-    texts: tuple[str, ...]
+    texts: dict[fx.Graph, str]
 
     @classmethod
     def of(cls, program: Program) -> "_Snapshot":
         graphs = [graph for _, _, graph in program.graphs()]
         return cls(
-            interfaces=tuple(
-                tuple(f"{n.op} {n.target}" for n in graph.nodes if n.op in ("placeholder", "output"))
+            interfaces={
+                graph: tuple(f"{n.op} {n.target}" for n in graph.nodes if n.op in ("placeholder", "output"))
                 for graph in graphs
-            ),
+            },
             keys=frozenset(program.model.state_dict()),
             training={name: module.training for name, module in program.model.named_modules()},
-            texts=tuple(str(graph) for graph in graphs),
+            texts={graph: str(graph) for graph in graphs},
         )
 
 
@@ -96,7 +96,8 @@ def _targets_exist(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResul
 
 
 def _interface_is_kept(before: _Snapshot, after: _Snapshot, _: Program, __: PassResult) -> Iterator[str]:
-    for old, new in zip(before.interfaces, after.interfaces, strict=True):
+    for graph, old in before.interfaces.items():
+        new = after.interfaces.get(graph)
         if old != new:
             yield f"inputs and outputs were {old}, are {new}"
 
@@ -125,7 +126,12 @@ def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult)
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
-    masked = {id(program.model.get_parameter(n)): n for n, fact in program.facts.prunable.items() if fact.masked}
+    guarded = set(program.facts.guarded)  # may be read without a mask where the region does not hold it
+    masked = {
+        id(program.model.get_parameter(n)): n
+        for n, fact in program.facts.prunable.items()
+        if fact.masked and n not in guarded
+    }
     for region, _mode, graph in program.graphs():
         for node in graph.find_nodes(op="get_attr"):
             name = masked.get(id(region.tensor(node)))
@@ -145,7 +151,8 @@ def _is_mask(found: object, program: Program, parameter: str) -> bool:
 
 
 def _inserted_nodes_have_provenance(before: _Snapshot, _: _Snapshot, program: Program, __: PassResult) -> Iterator[str]:
-    for (_region, _mode, graph), text in zip(program.graphs(), before.texts, strict=True):
+    for _region, _mode, graph in program.graphs():
+        text = before.texts.get(graph, "")
         for node in graph.nodes:
             if node.op != "output" and f"%{node.name} " not in text and provenance(node) is None:
                 yield f"node {node.name} has no provenance"

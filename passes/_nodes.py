@@ -22,6 +22,7 @@ __all__ = [
     "Arguments",
     "bound",
     "is_inplace",
+    "is_layer",
     "is_view",
     "layers",
     "single_user",
@@ -159,8 +160,11 @@ def is_inplace(region: Region, node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Whether a node is a functional convolution or linear layer."""
+    return node.op == "call_function" and (node.target in CONVOLUTIONS or node.target is F.linear)
+
+
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:
     """The functional convolutions and linear layers of a graph, in order."""
-    for node in graph.nodes:
-        if node.op == "call_function" and (node.target in CONVOLUTIONS or node.target is F.linear):
-            yield node
+    yield from filter(is_layer, graph.nodes)

@@ -210,6 +210,7 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
     """
     kept: dict[fx.Node, str] = {}
     results: list[fx.Node] = []
+    is_whole = not region.path  # what goes in and out of an inner region mostly belongs to other regions
 
     def keep(tensor: object, reason: str) -> None:
         root = without_views(region, tensor)
@@ -217,14 +218,14 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
             kept.setdefault(root, reason)
 
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and is_whole:
             keep(node, "an input of the model, which its caller holds")
         elif node.op == "get_attr":
             keep(node, "a tensor of the model")
         elif node.op == "output":
-            for tensor in node.all_input_nodes:
+            for tensor in node.all_input_nodes if is_whole else ():
                 keep(tensor, "returned by the model")
-        elif node not in rewritten:
+        elif node.op != "placeholder" and node not in rewritten:
             what = kept_by(region, node)
             for tensor in node.all_input_nodes if what.inputs else ():
                 keep(tensor, f"{node.name} keeps its input")

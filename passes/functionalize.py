@@ -52,7 +52,8 @@ class FunctionalizeWeights:
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
             for node in layers(graph):
-                _by_position(node)
+                if _by_position(node):
+                    rewrites[region.full_name(node.name)] = None
             for node in list(graph.nodes):
                 module = region.module(node)
                 if module is None or not _has_weights(module):
@@ -89,10 +90,12 @@ class FunctionalizeWeights:
         graph.erase_node(node)
 
 
-def _by_position(node: fx.Node) -> None:
+def _by_position(node: fx.Node) -> bool:
     given = bound(node)
+    before = (node.args, node.kwargs)
     node.args = (given["input"], given["weight"], given.get("bias"))
     node.kwargs = {key: value for key, value in given.values.items() if key not in ("input", "weight", "bias")}
+    return (node.args, node.kwargs) != before
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -1,51 +1,37 @@
 """Insert masks: every prunable weight is read through its mask.
 
 Prunable is a floating point, trainable parameter of two or more dimensions that a convolution, a linear layer or a
-matrix product reads, directly or through views.
+matrix product reads, directly, through views, or through a computation on the model's own tensors.
 
 Rules
 1. The density budget is shared among the prunable parameters (`sparsity.allocation`), and each gets one boolean buffer
-   `<parameter>_mask`; tied weights are one parameter and get one mask.
+   `<parameter>_mask`; tied weights are one parameter and get one mask. A mask of `torch.nn.utils.prune` is adopted:
+   what it prunes stays pruned.
 2. `get_attr weight` -> `masked_weight(get_attr weight, get_attr weight_mask)`, for every use of the parameter.
+3. Weights that Python code or opaque modules read are 0 where masked and have their gradients masked
+   (`gradient_masks`).
 
 Left dense, with the reason in the coverage: ignored modules, frozen parameters, weights tied to an embedding, and
-weights inside opaque modules. At density 1 there are no masks.
+parametrized weights that are not 0 where their parameter is. At density 1 there are no masks.
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterator
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.model import PrunableParameter, is_ignored, mask_name, register_mask
+from fedmef_fx.model import PrunableParameter, Tier, is_ignored, mask_name, register_mask
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.passes._nodes import layers, source_of_weight
+from fedmef_fx.passes._weights import NOT_WEIGHTS, Reader, embedded, keeps_zeros, layer_of, opaque_weights, readers
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, set_provenance
 from fedmef_fx.sparsity import allocate, magnitude_masks, random_masks
 
-__all__ = ["InsertMasks"]
-
-_PRODUCTS: Final = frozenset(
-    {
-        operator.matmul,
-        torch.matmul,
-        torch.mm,
-        torch.bmm,
-        torch.addmm,
-        torch.baddbmm,
-        torch.einsum,
-        "matmul",
-        "mm",
-        "bmm",
-    }
-)
-_NOT_PRUNABLE: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+__all__ = ["InsertMasks", "read_through_masks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +55,9 @@ class InsertMasks:
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph; registers the masks and the coverage on the model."""
-        facts = self._find(program)
-        chosen = {name: fact for name, fact in facts.items() if fact.tier is not None and not fact.reason}
+        facts, unread = self._find(program)
+        chosen = {name: fact for name, fact in facts.items() if not fact.reason or fact.tier in ("module", "hook")}
+        chosen = {name: fact for name, fact in chosen.items() if fact.masked}
         if self.density < 1:
             if not chosen:
                 raise ConfigError(
@@ -78,99 +65,148 @@ class InsertMasks:
                     f"of a convolution or linear layer that is not ignored; Config.ignore is {self.ignore!r}"
                 )
             self._register(program, list(chosen))
-            self._rewrite(program, set(chosen))
+            _guard(program, chosen)
+            for region, _, graph in program.graphs():
+                read_through_masks(region, graph, {id(program.model.get_parameter(n)): n for n in chosen}, program.model)
         masked = set(chosen) if self.density < 1 else set()
         program.facts.prunable = {
             name: dataclasses.replace(fact, masked=name in masked) for name, fact in facts.items()
         }
-        refusals = tuple(Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason)
-        return PassResult(self.name, tuple(sorted(masked)), refusals)
+        refusals = [Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason and name not in chosen]
+        refusals += [Refusal(name, "nothing that was traced or recorded reads it") for name in unread]
+        return PassResult(self.name, tuple(sorted(masked)), tuple(refusals))
 
-    def _find(self, program: Program) -> dict[str, PrunableParameter]:
-        """Every prunable parameter, in the model's order, and why some stay dense."""
-        inside = {id(parameter): region for parameter, region in _weights_in_graphs(program)}
+    def _find(self, program: Program) -> tuple[dict[str, PrunableParameter], list[str]]:
+        """Every prunable parameter, in the model's order; and weights of layers that nothing reads."""
+        in_graphs, opaque = readers(program), opaque_weights(program)
         read = {id(r.tensor(node)) for r, _, graph in program.graphs() for node in graph.find_nodes(op="get_attr")}
-        embedded = _embedded(program)
-        facts = {}
+        lookups = embedded(program)
+        sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
+        facts, unread = {}, []
         for name, parameter in program.model.named_parameters():
             owner = program.model.get_submodule(name.rpartition(".")[0])
             if parameter.dim() < 2 or not parameter.is_floating_point():
                 continue
-            region = inside.get(id(parameter))
-            if region is None and (id(parameter) in read or isinstance(owner, _NOT_PRUNABLE)):
+            reader = in_graphs.get(id(parameter))
+            if reader is None and name not in opaque:
+                if id(parameter) not in read and not isinstance(owner, NOT_WEIGHTS):
+                    unread.append(name)
                 continue  # read, but by no product: a positional embedding, a learnable scale, ...
-            reason = ""
-            if id(parameter) in embedded:
-                reason = "tied to an embedding, which stays dense"
-            elif is_ignored(self.ignore, name.rpartition(".")[0], owner):
-                reason = "ignored by Config.ignore"
-            elif not parameter.requires_grad:
-                reason = "frozen (requires_grad is False)"
-            elif region is None:
-                reason = f"no traced layer reads it ({type(owner).__name__} is opaque or unused)"
+            if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not _is_main(program, name):
+                continue  # a factor such as weight_norm's magnitudes
+            dense = self._reason_for_dense(program, name, parameter, owner, lookups)
+            tier, reason = _tier(program, name, reader)
             facts[name] = PrunableParameter(
                 name,
                 parameter.numel(),
-                tier=None if region is None else "graph",
-                reason=reason,
-                region=None if region is None else region.path,
-                region_modules=0 if region is None else _modules_with_weights(region),
+                tier=tier,
+                reason=dense or reason,
+                masked=not dense,
+                region=reader.region.path if reader is not None and tier == "graph" else None,
+                region_modules=sizes[id(reader.region)] if reader is not None else 0,
             )
-        return facts
+        return facts, unread
+
+    def _reason_for_dense(
+        self, program: Program, name: str, parameter: nn.Parameter, owner: nn.Module, lookups: set[int]
+    ) -> str:
+        path = layer_of(name.rpartition(".")[0])
+        if id(parameter) in lookups:
+            return "tied to an embedding, which stays dense"
+        if is_ignored(self.ignore, path, owner if path == name.rpartition(".")[0] else program.model.get_submodule(path)):
+            return "ignored by Config.ignore"
+        if not parameter.requires_grad:
+            return "frozen (requires_grad is False)"
+        if not keeps_zeros(program, name):
+            return "its parametrization does not keep zeros, so that a mask would not hold"
+        return ""
 
     def _register(self, program: Program, names: list[str]) -> None:
         weights = {name: program.model.get_parameter(name).detach() for name in names}
         counts = allocate({n: tuple(w.shape) for n, w in weights.items()}, self.density, method=self.allocation)
+        adopted = {name: mask for name, mask in _masks_of_others(program.model) if name in weights}
+        counts |= {name: min(counts[name], int(mask.sum())) for name, mask in adopted.items()}
         if self.mask_init == "magnitude":
-            masks = magnitude_masks(weights, counts)
+            masks = magnitude_masks({n: w * adopted[n] if n in adopted else w for n, w in weights.items()}, counts)
         else:
             masks = random_masks({n: tuple(w.shape) for n, w in weights.items()}, counts, seed=self.seed)
+            masks |= self._random_within(adopted, counts)
         for name, mask in masks.items():
             register_mask(program.model, name, mask)
 
-    def _rewrite(self, program: Program, chosen: set[str]) -> None:
-        names = {id(program.model.get_parameter(name)): name for name in chosen}
-        for region, _, graph in program.graphs():
-            for node in graph.find_nodes(op="get_attr"):
-                name = names.get(id(region.tensor(node)))
-                if name is None or not node.users:
-                    continue
-                local = name.removeprefix(f"{region.path}.") if region.path else name
-                with graph.inserting_after(node):
-                    mask = graph.get_attr(mask_name(local))
-                with graph.inserting_after(mask):
-                    masked = graph.call_function(masked_weight, (node, mask))
-                node.replace_all_uses_with(masked, delete_user_cb=lambda user, masked=masked: user is not masked)
-                for new in (mask, masked):
-                    set_provenance(new, by=self.name, origin=name)
+    def _random_within(self, adopted: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
+        """Random masks that keep only what other masks keep."""
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = {n: (torch.rand(m.shape, generator=generator) + 0.5).to(m.device) * m for n, m in adopted.items()}
+        return magnitude_masks(scores, counts)
 
 
-def _weights_in_graphs(program: Program) -> Iterator[tuple[nn.Parameter, Region]]:
-    for region, _, graph in program.graphs():
-        for node in layers(graph):
-            yield from _parameters_of(region, [node.args[1]])
-        for node in graph.nodes:
-            if node.op in ("call_function", "call_method") and node.target in _PRODUCTS:
-                yield from _parameters_of(region, list(node.all_input_nodes))
+def read_through_masks(region: Region, graph: fx.Graph, names: dict[int, str], model: nn.Module) -> None:
+    """Rule 2 for one graph.
+
+    Args:
+        region: The region of the graph.
+        graph: The graph.
+        names: Identity of each masked parameter -> its name in the model.
+        model: The model.
+    """
+    paths = {id(module): path for path, module in region.owner.named_modules()}
+    for node in graph.find_nodes(op="get_attr"):
+        name = names.get(id(region.tensor(node)))
+        if name is None or not node.users:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        local = paths.get(id(model.get_submodule(owner)))
+        if local is None:
+            continue  # tied to a parameter outside the region, where the mask is: its gradient is masked instead
+        with graph.inserting_after(node):
+            mask = graph.get_attr(f"{local}.{mask_name(leaf)}" if local else mask_name(leaf))
+        with graph.inserting_after(mask):
+            masked = graph.call_function(masked_weight, (node, mask))
+        node.replace_all_uses_with(masked, delete_user_cb=lambda user, masked=masked: user is not masked)
+        for new in (mask, masked):
+            set_provenance(new, by=InsertMasks.name, origin=name)
 
 
-def _parameters_of(region: Region, arguments: list[object]) -> Iterator[tuple[nn.Parameter, Region]]:
-    for argument in arguments:
-        target = source_of_weight(region, argument)
-        if target is not None:
-            yield region.owner.get_parameter(target), region
+def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:
+    """Note which parameters need their gradients masked: all that code outside of graphs may read."""
+    everything = not program.is_one_graph
+    program.facts.guarded = tuple(name for name, fact in chosen.items() if everything or fact.tier == "hook")
 
 
-def _embedded(program: Program) -> set[int]:
-    """Identities of the parameters that embeddings look up."""
-    modules = program.model.modules()
-    found = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    for region, _, graph in program.graphs():
-        for node in graph.find_nodes(op="call_function", target=F.embedding):
-            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-            found |= {id(parameter) for parameter, _ in _parameters_of(region, [weight])}
-    return found
+def _tier(program: Program, name: str, reader: Reader | None) -> tuple[Tier, str]:
+    if reader is not None and reader.is_graph:
+        return "graph", ""
+    path = layer_of(name.rpartition(".")[0])
+    if reader is not None:
+        return "module", _why_not_in_a_graph(program, path)
+    kind = type(program.model.get_submodule(path)).__name__
+    return "hook", f"{kind} is opaque: its weights are used inside it. {_why_not_in_a_graph(program, path)}".strip()
 
 
-def _modules_with_weights(region: Region) -> int:
-    return sum(any(p.dim() > 1 for p in module.parameters(recurse=False)) for module in region.owner.modules())
+def _why_not_in_a_graph(program: Program, path: str) -> str:
+    """The reason of the module closest above a path that could not be traced."""
+    above = [failure for failure in program.failures if path == failure.where or path.startswith(f"{failure.where}.")]
+    root = [failure for failure in program.failures if failure.where == type(program.model).__name__]
+    closest = max(above, key=lambda failure: len(failure.where), default=root[0] if root else None)
+    return closest.reason if closest is not None else ""
+
+
+def _masks_of_others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Masks of `torch.nn.utils.prune`, by the name of the parameter that they apply to."""
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                name = f"{hook._tensor_name}_orig"
+                yield f"{path}.{name}" if path else name, getattr(module, f"{hook._tensor_name}_mask") != 0
+
+
+def _is_main(program: Program, name: str) -> bool:
+    """Whether a parameter of a parametrization has the shape of the weight that is computed."""
+    path, _, leaf = name.rpartition(".")
+    layer, _, weight = path.partition(".parametrizations.")
+    return getattr(program.model.get_submodule(layer), weight).shape == program.model.get_parameter(name).shape
+
+
+def _modules_with_parameters(region: Region) -> int:
+    return sum(bool(module._parameters) for module in region.owner.modules())

@@ -53,6 +53,8 @@ class PruneActivations:
         rewrites: list[str] = []
         refusals: list[Refusal] = []
         for region, mode, graph in program.graphs():
+            if region.role == "fallback":
+                continue  # serves rare calls, and takes no more memory in them than the original
             geometries = {node: self._match(region, node) for node in layers(graph)}
             chosen = {node: geometry for node, geometry in geometries.items() if not isinstance(geometry, str)}
             refusals += [Refusal(region.full_name(n.name), g) for n, g in geometries.items() if isinstance(g, str)]

@@ -4,6 +4,8 @@ Two branches of unit variance, not correlated, add up to variance 2; BatchNorm u
 
 Rule: `a + b`, where a or b comes straight from a layer with an NSConv kernel -> `(a + b) * (1 / sqrt(2))`. Sums that
 no NSConv feeds are left alone: what normalises them is still there.
+
+Refused: regions whose Python forward may run for other calls, because there the sum stays as it is.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from torch import fx
 
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.passes._nodes import ADDITIONS, layers, without_views
-from fedmef_fx.pipeline import PassResult
+from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, set_provenance
 
 __all__ = ["RescaleResiduals"]
@@ -32,13 +34,19 @@ class RescaleResiduals:
     def run(self, program: Program) -> PassResult:
         """Apply the rule to every graph."""
         rewrites: dict[str, None] = {}
+        refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
             normalized = {node for node in layers(graph) if _is_nsconv(node)}
             for node in list(graph.nodes):
-                if self._match(region, node, normalized):
+                if not self._match(region, node, normalized):
+                    continue
+                if region.may_run_python:
+                    name = region.full_name(node.name)
+                    refusals[name] = Refusal(name, "the model's Python code may run for other calls, without the factor")
+                else:
                     self._rewrite(node)
                     rewrites[region.full_name(node.name)] = None
-        return PassResult(self.name, tuple(rewrites))
+        return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
 
     def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
         if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:

@@ -59,6 +59,8 @@ class ShrinkSaved:
         rewrites: list[str] = []
         refusals: list[Refusal] = []
         for region, _, graph in program.graphs():
+            if region.role == "fallback":
+                continue
             found = {n: r for n in graph.nodes if (r := _match(region, n)) is not None}
             for node in [n for n in found if is_inplace(region, n) and not _owns_input(region, n)]:
                 refusals.append(Refusal(region.full_name(node.name), "it works in place on a tensor with other users"))

@@ -34,6 +34,7 @@ __all__ = [
     "KernelForm",
     "Standardized",
     "Statistics",
+    "channel_affine",
     "nsconv_kernel",
     "nsconv_kernel_backward",
     "nsconv_weight",
@@ -244,3 +245,16 @@ def nsconv_weight(
     form = KernelForm(g, groups, transposed, statistics)
     result: Tensor = _NSConvWeight.apply(weight, gain, mask, form)  # type: ignore[no-untyped-call]  # torch's own
     return result
+
+
+@overridable
+def channel_affine(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Gain and shift per channel: what is left of a BatchNorm whose layer has a kernel of unit gain.
+
+    Args:
+        x: [N, channels, *size].
+        gain: [channels].
+        shift: [channels].
+    """
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    return x * gain.reshape(shape) + shift.reshape(shape)

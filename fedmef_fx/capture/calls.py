@@ -1,0 +1,136 @@
+"""How a model really calls its modules: recorded while the original runs on example inputs, in both modes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.capture.state import fixed_seed, restored
+from fedmef_fx.signature import Call, Signature
+
+__all__ = ["PRODUCTS", "Recording", "record_calls"]
+
+_CALLS_PER_MODULE: Final = 6
+
+PRODUCTS: Final = frozenset(
+    {
+        "__matmul__",
+        "__rmatmul__",
+        "_grouped_mm",
+        "addbmm",
+        "addmm",
+        "baddbmm",
+        "bilinear",
+        "bmm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "einsum",
+        "grouped_mm",
+        "gru",
+        "gru_cell",
+        "linear",
+        "lstm",
+        "lstm_cell",
+        "matmul",
+        "mm",
+        "multi_head_attention_forward",
+        "mv",
+        "rnn_relu",
+        "rnn_relu_cell",
+        "rnn_tanh",
+        "rnn_tanh_cell",
+        "tensordot",
+    }
+)
+"""Names of the functions and methods of torch that multiply a weight with something."""
+_WEIGHT_SECOND: Final = frozenset(name for name in PRODUCTS if name.startswith("conv") or name == "linear")
+
+
+@dataclasses.dataclass
+class Recording:
+    """What happened in the recorded calls.
+
+    Attributes:
+        calls: Mode (True is train) -> module -> its calls of different shape, in order.
+        products: Identities of the parameters that some product read.
+    """
+
+    calls: dict[bool, dict[nn.Module, list[Call]]] = dataclasses.field(default_factory=lambda: {True: {}, False: {}})
+    products: set[int] = dataclasses.field(default_factory=set)
+
+
+def record_calls(model: nn.Module, call: Call, *, modes: tuple[bool, ...]) -> Recording:
+    """Run a model and record the calls of its modules. Nothing changes.
+
+    Args:
+        model: The model.
+        call: The call of the model itself; it succeeds in the modes.
+        modes: Which modes: True is train.
+    """
+    recording = Recording()
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    for training in modes:
+        model.train(training)
+        hooks = _recording(model, recording.calls[training])
+        with restored(model), fixed_seed(), torch.no_grad(), hooks, _Products(parameters, recording.products):
+            _copy(call).on(model.forward, model)
+    return recording
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(_recorder(calls), with_kwargs=True)
+        for module in model.modules()
+        if any(parameter.dim() > 1 for parameter in module.parameters())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(calls: dict[nn.Module, list[Call]]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call.of(module, args, kwargs)
+        known = calls.setdefault(module, [])
+        if call is None or len(known) >= _CALLS_PER_MODULE:
+            return
+        if not any(Signature.of(other, exact=True).accepts(call) for other in known):
+            known.append(_copy(call))
+
+    return record
+
+
+def _copy(call: Call) -> Call:
+    return call.replace_tensors(lambda tensor: tensor.detach().clone())
+
+
+class _Products(TorchFunctionMode):
+    """Notes which parameters products read, directly or through views."""
+
+    def __init__(self, parameters: dict[int, nn.Parameter], found: set[int]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._found = found
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in PRODUCTS:
+            weights = args[1:2] if name in _WEIGHT_SECOND and len(args) > 1 else (args, kwargs)
+            for leaf in pytree.tree_leaves(weights):
+                if isinstance(leaf, Tensor):
+                    self._found |= {id(t) for t in (leaf, leaf._base) if t is not None and id(t) in self._parameters}
+        return func(*args, **(kwargs or {}))

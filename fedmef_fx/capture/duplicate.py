@@ -1,0 +1,28 @@
+"""Copy a model, also one that `copy.deepcopy` refuses."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["duplicate_of"]
+
+
+def duplicate_of(model: nn.Module) -> nn.Module:
+    """A deep copy of a model that shares no tensor with it.
+
+    Tensors with a history, such as the weight that `torch.nn.utils.prune` or `weight_norm` computes before each
+    call, cannot be deep-copied; their values are copied instead.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _computed_tensors(model):
+        memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in vars(module).values():
+            parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor) and not part.is_leaf)

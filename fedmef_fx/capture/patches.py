@@ -1,0 +1,85 @@
+"""Let calls become nodes that torch.fx does not see by itself: tensor factories and custom autograd functions.
+
+torch's argument parser refuses proxies in factories before any override could see them, and `autograd.Function.apply`
+would run its forward on proxies and lose its backward; hence the patching, for the time of a trace. Activation
+checkpointing is refused at the same place: a graph would drop it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import fx
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.errors import CaptureError
+
+__all__ = ["traced_calls"]
+
+_FACTORIES: Final = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "tril_indices", "zeros")
+_RANDOM_FACTORIES: Final = ("bernoulli", "normal", "rand", "randint", "randn", "randperm")
+
+
+@contextlib.contextmanager
+def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """A block in which factories and custom autograd functions of traced values, and random factories, become nodes.
+
+    Args:
+        tracer: Makes the nodes.
+        is_paused: Whether calls go through as they are at this moment.
+    """
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM_FACTORIES)}
+    apply, enter = vars(Function)["apply"], saved_tensors_hooks.__enter__
+
+    def traced(function: Callable[..., object], *, always: bool) -> Callable[..., object]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> object:
+            if not is_paused() and (always or _has_proxy(args, kwargs)):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def traced_apply(cls: type[Function], *args: Any, **kwargs: Any) -> object:
+        if not is_paused() and _has_proxy(args, kwargs):
+            return tracer.create_proxy("call_function", _apply_of(cls), args, kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def refuse(hooks: saved_tensors_hooks) -> None:
+        if is_paused():
+            return enter(hooks)
+        raise CaptureError(
+            "forward runs part of itself under activation checkpointing or other hooks on saved tensors, which a graph "
+            "would drop"
+        )
+
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, traced(function, always=name in _RANDOM_FACTORIES))
+        Function.apply = classmethod(traced_apply)  # type: ignore[assignment]
+        saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        for name, function in originals.items():
+            setattr(torch, name, function)
+        Function.apply = apply
+
+
+def _has_proxy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _apply_of(function: type[Function]) -> Callable[..., Any]:
+    """`function.apply` as a plain function, the same one each time, with a name that generated code can use."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    apply.__name__ = apply.__qualname__ = f"apply_{function.__name__}"
+    return apply

@@ -1,0 +1,167 @@
+"""Objects that forward makes and returns, made again by the graph: outputs as dataclasses, caches, named tuples.
+
+torch.fx knows tuples, lists and dictionaries. Any other object that holds traced tensors is taken apart into its
+tensors and a skeleton; a node puts fresh copies together from them each time the graph runs.
+"""
+
+import collections
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from fedmef_fx.errors import CaptureError
+
+__all__ = ["Rebuild"]
+
+_ATOMS: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, type)
+_DEPTH: Final = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hole:
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """An object: how it is made, and from what.
+
+    Attributes:
+        kind: Its class.
+        way: "call" with positional parts, "fields" by keyword, "items" for mappings, "state" for its `__dict__`.
+        parts: Skeletons, by name or key.
+    """
+
+    kind: type
+    way: str
+    parts: tuple[tuple[Any, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+    def __repr__(self) -> str:
+        return f"{type(self.value).__name__}@{id(self.value):x}"
+
+
+class Rebuild:
+    """A function from tensors to an object of a fixed make; the target of a `call_function` node."""
+
+    __module__ = "fedmef_fx.capture.rebuild"
+
+    def __init__(self, skeleton: Any, kind: type, is_hole: Callable[[object], bool]) -> None:
+        self.skeleton = skeleton
+        self._is_hole = is_hole
+        self.__name__ = self.__qualname__ = f"rebuild_{kind.__name__}"
+
+    @classmethod
+    def of(cls, value: object, *, is_hole: Callable[[object], bool]) -> "Rebuild | None":
+        """How to make a value again; None for what torch.fx takes as it is.
+
+        Raises:
+            CaptureError: An object with tensors that cannot be taken apart.
+        """
+        if type(value) in (tuple, list, dict, slice, range) or isinstance(value, (*_ATOMS, nn.Module)):
+            return None
+        if is_hole(value) or not _contains(value, is_hole, _DEPTH):
+            return None
+        counter = iter(range(1_000_000))
+        skeleton = _take_apart(value, is_hole, counter, set())
+        return cls(skeleton, type(value), is_hole)
+
+    def holes_of(self, value: object) -> list[Any]:
+        """The tensors of a value, in the order in which `__call__` takes them."""
+        found: list[Any] = []
+        _collect(value, self._is_hole, found)
+        return found
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Make the object."""
+        return _make(self.skeleton, tensors)
+
+    def __repr__(self) -> str:
+        return f"{self.__name__}({self.skeleton!r})"
+
+
+def _parts(value: object) -> tuple[str, tuple[tuple[Any, Any], ...]] | None:
+    """How an object is made and from what; None for an atom."""
+    kind = type(value)
+    if isinstance(value, (*_ATOMS, nn.Module, types.FunctionType, types.MethodType, types.ModuleType)):
+        return None
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return "call", tuple(zip(value._fields, value, strict=True))
+    if isinstance(value, tuple | list | set) and kind in (tuple, list, set, torch.Size):
+        return "sequence", tuple(enumerate(value))
+    if dataclasses.is_dataclass(value) and all(field.init for field in dataclasses.fields(value)):
+        return "fields", tuple((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if kind in (dict, collections.OrderedDict):
+        return "items", tuple(value.items())  # type: ignore[attr-defined]  # a dictionary
+    if isinstance(value, tuple | list | dict | set) or not hasattr(value, "__dict__"):
+        return None
+    return "state", tuple(vars(value).items())
+
+
+def _contains(value: object, is_hole: Callable[[object], bool], depth: int) -> bool:
+    if is_hole(value):
+        return True
+    parts = _parts(value) if depth else None
+    return parts is not None and any(_contains(part, is_hole, depth - 1) for _, part in parts[1])
+
+
+def _take_apart(value: object, is_hole: Callable[[object], bool], counter: Iterator[int], above: set[int]) -> Any:
+    if is_hole(value):
+        return _Hole(next(counter))
+    parts = _parts(value)
+    if parts is None or not _contains(value, is_hole, _DEPTH):
+        # Nothing of it depends on the call, so the object itself is returned each time, as forward does.
+        return value if isinstance(value, _ATOMS) else _fresh(value, parts)
+    if id(value) in above:
+        raise CaptureError(f"forward returns a {type(value).__name__} that contains itself")
+    below = above | {id(value)}
+    way, entries = parts
+    made = tuple((name, _take_apart(part, is_hole, counter, below)) for name, part in entries)
+    return _Made(type(value), way, made)
+
+
+def _fresh(value: object, parts: tuple[str, tuple[tuple[Any, Any], ...]] | None) -> Any:
+    # Containers are made anew each time, because the caller may change them.
+    if parts is not None and parts[0] in ("sequence", "items") and type(value) is not torch.Size:
+        return _Made(type(value), parts[0], tuple((name, _fresh(part, _parts(part))) for name, part in parts[1]))
+    return value if isinstance(value, _ATOMS) else _Constant(value)
+
+
+def _collect(value: object, is_hole: Callable[[object], bool], found: list[Any]) -> None:
+    if is_hole(value):
+        found.append(value)
+        return
+    parts = _parts(value)
+    if parts is not None and _contains(value, is_hole, _DEPTH):
+        for _, part in parts[1]:
+            _collect(part, is_hole, found)
+
+
+def _make(skeleton: Any, tensors: tuple[Any, ...]) -> Any:
+    if isinstance(skeleton, _Hole):
+        return tensors[skeleton.index]
+    if isinstance(skeleton, _Constant):
+        return skeleton.value
+    if not isinstance(skeleton, _Made):
+        return skeleton
+    made = {name: _make(part, tensors) for name, part in skeleton.parts}
+    kind: Any = skeleton.kind
+    if skeleton.way == "call":
+        return kind(*made.values())
+    if skeleton.way == "sequence":
+        return kind(made.values())
+    if skeleton.way == "fields":
+        return kind(**made)
+    if skeleton.way == "items":
+        return kind(made)
+    new = kind.__new__(kind)
+    new.__dict__.update(made)
+    return new

@@ -1,0 +1,131 @@
+"""The tracer that all captures share: torch.fx's, with its known gaps closed.
+
+1. Buffers are proxied, so `self.num_batches_tracked.add_(1)` is a node and does not happen at trace time.
+2. Modules with hooks of the user stay calls, so that their hooks run; modules made inside forward are traced through.
+3. Blocks without gradients (`torch.no_grad()`) become pairs of nodes.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedmef_fx.capture.rebuild import Rebuild
+from fedmef_fx.gradient_masks import is_own_hook
+from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
+
+__all__ = ["COMPOSITES", "BaseTracer", "has_user_hooks", "is_proxy"]
+
+COMPOSITES: Final = (
+    nn.GRUCell,
+    nn.LSTMCell,
+    nn.MultiheadAttention,
+    nn.RNNCell,
+    nn.Transformer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+)
+"""Modules of torch.nn that compute with tensor functions only; tracers that know values look inside."""
+
+
+def has_user_hooks(module: nn.Module, *, besides: Collection[int] = ()) -> bool:
+    """Whether calling a module does more than its forward does.
+
+    Args:
+        module: The module.
+        besides: Identities of hooks that do not count, because the model's own code installed them.
+    """
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(is_own_hook(hook) or id(hook) in besides for hook in hooks)
+
+
+def is_proxy(value: object) -> bool:
+    """Whether a value stands for one that the graph computes, whatever class it shows to `isinstance`."""
+    return issubclass(type(value), fx.Proxy)
+
+
+class BaseTracer(fx.Tracer):
+    """The tracer of this module; see the module docstring for what it does beyond torch.fx.
+
+    Attributes:
+        looks_inside: Whether the composite modules of torch.nn (attention, transformer layers) are traced through.
+    """
+
+    proxy_buffer_attributes = True
+    looks_inside = False
+
+    def __init__(self, *, own_hooks: Collection[int] = ()) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self._own_hooks = own_hooks
+        self._names: dict[int, str] = {}
+        self._grad_is_enabled = True
+        self._scopes: list[fx.Proxy] = []
+
+    def prepare(self, root: nn.Module) -> None:
+        """Look up the names of parameters and buffers once; torch.fx searches them at each access."""
+        named = [*root.named_buffers(), *root.named_parameters()]
+        self._names = {id(tensor): name for name, tensor in named}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays a call."""
+        if has_user_hooks(m, besides=self._own_hooks) or isinstance(m, fx.GraphModule):
+            return True
+        if self.looks_inside and (type(m) in COMPOSITES or type(m).__module__.startswith("torch.nn.utils.")):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module inside forward."""
+        if self.submodule_paths is not None and m not in self.submodule_paths:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """An attribute of a module: a node for parameters and buffers."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """A value as the argument of a node."""
+        if is_proxy(a):
+            return a.node
+        if isinstance(a, Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        rebuild = Rebuild.of(a, is_hole=lambda value: is_proxy(value) or isinstance(value, Tensor))
+        if rebuild is not None:
+            return self.create_node("call_function", rebuild, tuple(map(self.create_arg, rebuild.holes_of(a))), {})
+        return super().create_arg(a)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        """Insert a node, and before it what changes the recording of gradients since the last one."""
+        if kind not in ("placeholder", "get_attr"):
+            self._follow_grad_mode()
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
+
+    def _follow_grad_mode(self) -> None:
+        enabled = torch.is_grad_enabled()
+        if enabled == self._grad_is_enabled:
+            return
+        self._grad_is_enabled = enabled
+        if self._scopes and enabled:
+            self.graph.create_node("call_function", leave_grad_mode, (self._scopes.pop(),))
+        else:
+            self._scopes.append(self.graph.create_node("call_function", enter_grad_mode, (enabled,)))

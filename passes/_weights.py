@@ -1,0 +1,179 @@
+"""Which parameters are weights: what convolutions, linear layers and matrix products multiply with.
+
+A weight is read directly, through views, or as the only variable part of a computation such as a weight norm. Code
+that no graph shows is known from the modules of torch.nn that it calls, and from a recording of an example call.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from fedmef_fx.capture.calls import PRODUCTS
+from fedmef_fx.passes._nodes import bound, is_layer, source_of_weight
+from fedmef_fx.program import Program, Region
+
+__all__ = ["NOT_WEIGHTS", "Reader", "embedded", "keeps_zeros", "layer_of", "opaque_weights", "readers"]
+
+NOT_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+"""Modules whose parameters are never weights."""
+
+_ATTENTION_WEIGHTS: Final = ("in_proj_weight", "out_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_OPAQUE: Final = (
+    nn.Bilinear,
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+_REPARAMETRIZED: Final = ("weight_orig", "weight_v")  # torch.nn.utils.prune and spectral_norm, weight_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The best region that reads a weight."""
+
+    region: Region
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is more than a single layer that Python calls."""
+        return self.region.role == "region"
+
+
+def readers(program: Program) -> dict[int, Reader]:
+    """The weights that graphs read, by identity of the parameter."""
+    found: dict[int, Reader] = {}
+    for region, _, graph in program.graphs():
+        for parameter in _weights_of(region, graph):
+            known = found.get(id(parameter))
+            if known is None or (region.role == "region" and not known.is_graph):
+                found[id(parameter)] = Reader(region)
+    return found
+
+
+def _weights_of(region: Region, graph: fx.Graph) -> Iterator[nn.Parameter]:
+    for node in graph.nodes:
+        for argument in _weight_arguments(node):
+            target = source_of_weight(region, argument)
+            if target is not None:
+                yield region.owner.get_parameter(target)
+            elif isinstance(argument, fx.Node):
+                yield from _computed_from(region, argument)
+
+
+def _weight_arguments(node: fx.Node) -> list[Any]:
+    if node.op not in ("call_function", "call_method"):
+        return []
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name not in PRODUCTS:
+        return []
+    if is_layer(node):
+        return [node.args[1]]
+    if name.endswith("_cell"):
+        return list(node.args[2:4])  # after the input and the state come the two weights
+    if node.target is F.multi_head_attention_forward:
+        given = bound(node)
+        return [given.get(argument) for argument in _ATTENTION_WEIGHTS]
+    return list(node.all_input_nodes)
+
+
+def _computed_from(region: Region, node: fx.Node) -> list[nn.Parameter]:
+    """The largest parameters that a weight is computed from, if it is computed from the model alone."""
+    parameters: dict[int, nn.Parameter] = {}
+    waiting, seen = [node], set()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("placeholder", "call_module"):
+            return []
+        if current.op == "get_attr":
+            found = region.tensor(current)
+            if isinstance(found, nn.Parameter):
+                parameters[id(found)] = found
+        waiting += current.all_input_nodes
+    size = max((p.numel() for p in parameters.values()), default=0)
+    return [p for p in parameters.values() if p.numel() == size and p.dim() > 1]
+
+
+def opaque_weights(program: Program) -> set[str]:
+    """Names of the weights that modules or Python code use where no graph shows it."""
+    called = _called_modules(program)
+    found = {name for name in program.products if program.model.get_parameter(name).dim() > 1}
+    for path, module in program.model.named_modules():
+        if not isinstance(module, _OPAQUE) or not (called is None or id(module) in called):
+            continue
+        prefix = f"{path}." if path else ""
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1 and ("weight" in leaf or leaf in _REPARAMETRIZED):
+                found.add(prefix + leaf)
+        if parametrize.is_parametrized(module):
+            found |= {f"{prefix}parametrizations.{rest}" for rest in _originals(module)}
+    return found
+
+
+def _originals(module: nn.Module) -> Iterator[str]:
+    """The parameters behind a module's parametrized tensors, where they have the shape of the tensor itself."""
+    for name, stack in module.parametrizations.items():  # type: ignore[union-attr,operator]  # a ModuleDict
+        shape = getattr(module, name).shape
+        for leaf, parameter in stack._parameters.items():
+            if parameter is not None and parameter.shape == shape and parameter.dim() > 1:
+                yield f"{name}.{leaf}"
+
+
+def _called_modules(program: Program) -> set[int] | None:
+    """Modules that graphs call and what they hold; None where Python code may call any."""
+    if not all(region.serves_all for region in program.regions) and not _covers_model(program):
+        return None
+    called = [region.module(node) for region, _, graph in program.graphs() for node in graph.nodes]
+    return {id(child) for module in called if module is not None for child in module.modules()}
+
+
+def _covers_model(program: Program) -> bool:
+    return any(region.owner is program.model and region.role == "region" for region in program.regions)
+
+
+def keeps_zeros(program: Program, name: str) -> bool:
+    """Whether a weight of a parametrized module is 0 where its parameter is 0."""
+    path, _, leaf = name.rpartition(".")
+    stack = program.model.get_submodule(path)
+    if not isinstance(stack, parametrize.ParametrizationList):
+        return True
+    original = stack._parameters[leaf]
+    assert original is not None  # noqa: S101 -- the name comes from named_parameters
+    zeroed = torch.arange(original.numel(), device=original.device).reshape(original.shape) % 3 == 0
+    training = stack.training
+    stack.eval()
+    try:
+        stack._parameters[leaf] = nn.Parameter(original.detach().masked_fill(zeroed, 0.0))
+        with torch.no_grad():
+            weight: Tensor = stack()
+        return weight.shape == zeroed.shape and not weight[zeroed].any()
+    finally:
+        stack._parameters[leaf] = original
+        stack.train(training)
+
+
+def layer_of(path: str) -> str:
+    """The module that a parametrization belongs to, by its path; other paths as they are."""
+    return path.partition(".parametrizations.")[0]
+
+
+def embedded(program: Program) -> set[int]:
+    """Identities of the parameters that embeddings look up."""
+    modules = program.model.modules()
+    found = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    for region, _, graph in program.graphs():
+        for node in graph.find_nodes(op="call_function", target=F.embedding):
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            target = source_of_weight(region, weight)
+            if target is not None:
+                found.add(id(region.owner.get_parameter(target)))
+    return found
