@@ -75,9 +75,7 @@ def transform(
     _materialize(duplicate, call)
     start = time.perf_counter()
     captured = capture_model(duplicate, call)
-    program = Program(
-        duplicate, captured.regions, Transformation(config), captured.products, tuple(captured.failures)
-    )
+    program = Program(duplicate, captured.regions, Transformation(config), captured.products, tuple(captured.failures))
     if not program.is_one_graph:
         program.regions += leaf_regions(duplicate, program.regions, fallbacks=config.normalization == "nsconv")
     capture = PassResult(
@@ -124,6 +122,12 @@ def _check_model(model: nn.Module, config: Config) -> None:
             "its masks with fedmef_fx.set_masks"
         )
     names = [name for name, _ in model.named_modules()]
+    for name in names:
+        if not name.isprintable() or set(name) & set("\"'\\"):
+            raise ConfigError(
+                f"transform: module name {name!r} has quotes, backslashes or control characters, which cannot stand in "
+                "the code that torch.fx generates; rename the module"
+            )
     for entry in config.ignore:
         pattern = str(entry)
         matches = pattern.startswith("type:") or any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -67,7 +67,9 @@ class InsertMasks:
             self._register(program, list(chosen))
             _guard(program, chosen)
             for region, _, graph in program.graphs():
-                read_through_masks(region, graph, {id(program.model.get_parameter(n)): n for n in chosen}, program.model)
+                read_through_masks(
+                    region, graph, {id(program.model.get_parameter(n)): n for n in chosen}, program.model
+                )
         masked = set(chosen) if self.density < 1 else set()
         program.facts.prunable = {
             name: dataclasses.replace(fact, masked=name in masked) for name, fact in facts.items()
@@ -113,7 +115,9 @@ class InsertMasks:
         path = layer_of(name.rpartition(".")[0])
         if id(parameter) in lookups:
             return "tied to an embedding, which stays dense"
-        if is_ignored(self.ignore, path, owner if path == name.rpartition(".")[0] else program.model.get_submodule(path)):
+        if is_ignored(
+            self.ignore, path, owner if path == name.rpartition(".")[0] else program.model.get_submodule(path)
+        ):
             return "ignored by Config.ignore"
         if not parameter.requires_grad:
             return "frozen (requires_grad is False)"

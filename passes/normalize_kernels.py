@@ -34,7 +34,16 @@ from fedmef_fx.model import is_ignored, mask_name
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
 from fedmef_fx.passes._activations import activation_gain, nonlinearity
-from fedmef_fx.passes._nodes import CONVOLUTIONS, TRANSPOSED, bound, is_layer, is_view, layers, single_user, source_of_weight
+from fedmef_fx.passes._nodes import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    bound,
+    is_layer,
+    is_view,
+    layers,
+    single_user,
+    source_of_weight,
+)
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import GraphMode, Program, Region, set_provenance
 from fedmef_fx.signature import AnyTensors
@@ -229,11 +238,7 @@ def _in_some_graphs_only(pairs: list[_Pair], uses: dict[int, set[fx.Graph]]) -> 
         graphs: dict[tuple[int, int], set[fx.Graph]] = {}
         for pair in kept:
             graphs.setdefault(pair.parts, set()).add(pair.layer.graph)
-        mixed = {
-            pair.name
-            for pair in kept
-            if any(uses[part] != graphs[pair.parts] for part in pair.parts)
-        }
+        mixed = {pair.name for pair in kept if any(uses[part] != graphs[pair.parts] for part in pair.parts)}
         if not mixed:
             return refused
         refused |= dict.fromkeys(mixed, "its layer is used without it in another mode or kind of call")

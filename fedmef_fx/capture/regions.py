@@ -210,7 +210,7 @@ def capture_call(module: nn.Module, path: str, call: Call) -> list[Region]:
     """
     flags = {child: child.training for child in module.modules()}
 
-    def keep_modes(_: bool) -> None:  # noqa: FBT001 -- in the place of nn.Module.train
+    def keep_modes(_: bool) -> None:
         for child, flag in flags.items():
             child.training = flag
 
@@ -347,12 +347,14 @@ def _working_modes(model: nn.Module, call: Call, originals: Originals) -> tuple[
 
 def _describe(call: Call) -> str:
     def one(value: object) -> str:
-        return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
+        return (
+            f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
+        )
 
     return ", ".join(f"{name}={one(value)}" for name, value in call.arguments.items())
 
 
-def _mode(training: bool) -> GraphMode:  # noqa: FBT001 -- it is the one thing that is asked
+def _mode(training: bool) -> GraphMode:
     return "train" if training else "eval"
 
 
@@ -386,9 +388,7 @@ def _calls_composites(model: nn.Module, graphs: dict[GraphMode, fx.Graph]) -> bo
     """Whether a graph calls modules with weights that a trace on values would look into."""
     targets = {str(node.target) for graph in graphs.values() for node in graph.find_nodes(op="call_module")}
     modules = [model.get_submodule(target) for target in targets]
-    return any(
-        isinstance(module, COMPOSITES) or nn.utils.parametrize.is_parametrized(module) for module in modules
-    )
+    return any(isinstance(module, COMPOSITES) or nn.utils.parametrize.is_parametrized(module) for module in modules)
 
 
 def _drop_constants(module: nn.Module, *, besides: set[str]) -> None:

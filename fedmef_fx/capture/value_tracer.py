@@ -296,5 +296,3 @@ def _is_sized_by_data(target: Any, values: Any) -> bool:
         return target in _SIZED_BY_DATA
     except TypeError:
         return False
-
-
