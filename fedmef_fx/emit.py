@@ -20,7 +20,7 @@ from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
 from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
-__all__ = ["CompiledGraph", "RegionTable", "TransformedModule", "emit", "program_of"]
+__all__ = ["CompiledGraph", "RegionTable", "TransformedModule", "emit", "program_of", "restore_classes"]
 
 _TABLE: Final = "_fedmef_regions"
 _FORWARD: Final = "_fedmef_forward"
@@ -199,3 +199,12 @@ def program_of(model: nn.Module) -> Program:
             signature = None if isinstance(entry.signature, AnyCall) else entry.signature
             regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
     return Program(model, regions, facts)
+
+
+def restore_classes(model: nn.Module) -> None:
+    """Let the modules of a transformed model run their original forward again, in place."""
+    for module in model.modules():
+        if module.__dict__.pop(_TABLE, None) is not None:
+            module.__class__ = type(module).__mro__[2]
+            if _FORWARD in module.__dict__:
+                module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
