@@ -9,6 +9,7 @@ in the layers themselves. Freezing makes that permanent:
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -79,11 +80,11 @@ def _store_kernels(region: Region) -> None:
         return
     for weight, node in _kernels(region):
         mask = None if node.args[2] is None else region.tensor(node.args[2])
-        form = KernelForm(**node.kwargs)
+        options: dict[str, Any] = dict(node.kwargs)
+        form = KernelForm(**options)
         gain = weight.new_ones(form.rows(weight).shape[0])
         weight.copy_(nsconv_kernel(weight, gain, mask, form))
-        if getattr(owner, "bias", None) is not None:
-            owner.bias = None
+        owner.register_parameter("bias", None)
 
 
 def _strip(module: nn.Module) -> None:
