@@ -29,12 +29,23 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.capture import capture_graphs
+from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.compiled import original_class
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.model import is_ignored, mask_name
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
 from fedmef_fx.passes._activations import activation_gain, nonlinearity
-from fedmef_fx.passes._nodes import CONVOLUTIONS, TRANSPOSED, bound, is_layer, is_view, layers, single_user, source_of_weight
+from fedmef_fx.passes._nodes import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    bound,
+    is_layer,
+    is_view,
+    layers,
+    single_user,
+    source_of_weight,
+)
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import GraphMode, Program, Region, set_provenance
 from fedmef_fx.signature import AnyTensors
@@ -209,7 +220,7 @@ def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
-        if type(module) in _BATCH_NORMS and not (module._forward_hooks or module._forward_pre_hooks):
+        if module is not None and original_class(module) in _BATCH_NORMS and not has_user_hooks(module):
             yield node, str(node.target)
         if node.op == "call_function" and node.target is F.batch_norm:
             weight = bound(node).get("weight")
@@ -228,11 +239,7 @@ def _in_some_graphs_only(pairs: list[_Pair], uses: dict[int, set[fx.Graph]]) -> 
         graphs: dict[tuple[int, int], set[fx.Graph]] = {}
         for pair in kept:
             graphs.setdefault(pair.parts, set()).add(pair.layer.graph)
-        mixed = {
-            pair.name
-            for pair in kept
-            if any(uses[part] != graphs[pair.parts] for part in pair.parts)
-        }
+        mixed = {pair.name for pair in kept if any(uses[part] != graphs[pair.parts] for part in pair.parts)}
         if not mixed:
             return refused
         refused |= dict.fromkeys(mixed, "its layer is used without it in another mode or kind of call")
@@ -248,7 +255,7 @@ def _called_by_python(program: Program) -> dict[str, str]:
 
 def _affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
     """The forward of a BatchNorm with `channel_affine` in place of the normalisation; None if it cannot be traced."""
-    if type(norm) in _BATCH_NORMS:
+    if original_class(norm) in _BATCH_NORMS:
         graph = fx.Graph()
         x = graph.placeholder("input")
         graph.output(graph.call_function(channel_affine, (x, graph.get_attr("weight"), graph.get_attr("bias"))))

@@ -42,7 +42,9 @@ class RescaleResiduals:
                     continue
                 if region.may_run_python:
                     name = region.full_name(node.name)
-                    refusals[name] = Refusal(name, "the model's Python code may run for other calls, without the factor")
+                    refusals[name] = Refusal(
+                        name, "the model's Python code may run for other calls, without the factor"
+                    )
                 else:
                     self._rewrite(node)
                     rewrites[region.full_name(node.name)] = None

@@ -20,7 +20,18 @@ from fedmef_fx.errors import CaptureError
 
 __all__ = ["traced_calls"]
 
-_FACTORIES: Final = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "tril_indices", "zeros")
+_FACTORIES: Final = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "tensor",
+    "tril_indices",
+    "zeros",
+)
 _RANDOM_FACTORIES: Final = ("bernoulli", "normal", "rand", "randint", "randn", "randperm")
 
 

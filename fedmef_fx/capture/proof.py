@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
-from fedmef_fx.compiled import CompiledGraph
+from fedmef_fx.compiled import CompiledGraph, original_forward
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
@@ -55,7 +55,7 @@ class Originals:
             return self._observed[*key, True]
         if (*key, gradients) not in self._observed:
             self._kept += [module, call]
-            run = functools.partial(Call.on, forward=module.forward, module=module)
+            run = functools.partial(Call.on, forward=original_forward(module), module=module)
             self._observed[*key, gradients] = _observed(module, call, run, gradients=gradients)
         return self._observed[*key, gradients]
 

@@ -11,6 +11,7 @@ from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer, has_user_hooks
 from fedmef_fx.capture.values import NumberProxy, TensorProxy, ValueProxy, shown_to_isinstance, value_of
+from fedmef_fx.compiled import original_forward
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
@@ -141,7 +142,7 @@ class ValueTracer(BaseTracer):
         assert isinstance(root, nn.Module)  # noqa: S101 -- trace_call passes one
 
         def forward() -> Any:
-            return proxies.on(root.forward, root)
+            return proxies.on(original_forward(root), root)
 
         return forward, []
 
@@ -296,5 +297,3 @@ def _is_sized_by_data(target: Any, values: Any) -> bool:
         return target in _SIZED_BY_DATA
     except TypeError:
         return False
-
-

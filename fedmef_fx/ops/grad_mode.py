@@ -8,14 +8,14 @@ from torch import fx
 __all__ = ["enter_grad_mode", "leave_grad_mode"]
 
 
-def enter_grad_mode(enabled: bool) -> bool:  # noqa: FBT001 -- called by graphs
+def enter_grad_mode(enabled: bool) -> bool:
     """Switch the recording of gradients; returns whether it was on before, for `leave_grad_mode`."""
     previous = torch.is_grad_enabled()
     torch.set_grad_enabled(enabled)
     return previous
 
 
-def leave_grad_mode(previous: bool) -> None:  # noqa: FBT001 -- called by graphs
+def leave_grad_mode(previous: bool) -> None:
     """Switch back to what `enter_grad_mode` found."""
     torch.set_grad_enabled(previous)
 
