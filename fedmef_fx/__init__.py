@@ -4,18 +4,38 @@ Graph passes turn a model into one that trains sparse and in little memory, in f
 leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynamic Pruning", CVPR 2024.
 """
 
-from fedmef_fx.api import transform
+from typing import TYPE_CHECKING
+
+from fedmef_fx.api import ExportReport, export_onnx, freeze, transform
+from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
+from fedmef_fx.extrusion import Extrusion
+from fedmef_fx.growth import growth_candidates
+from fedmef_fx.inspection import inspect
 from fedmef_fx.model import coverage, density, masks, report, set_masks
+
+if TYPE_CHECKING:
+    from fedmef_fx.memory_report import memory
+else:
+    from fedmef_fx import memory  # a package that can be called as that function
 
 __all__ = [
     "Config",
+    "ExportReport",
+    "Extrusion",
     "FedmefError",
     "coverage",
     "density",
+    "export_onnx",
+    "freeze",
+    "growth_candidates",
+    "inspect",
+    "load",
     "masks",
+    "memory",
     "report",
+    "save",
     "set_masks",
     "transform",
 ]

@@ -15,7 +15,11 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.freeze import freeze
+from fedmef_fx.export.onnx_file import export_onnx
+from fedmef_fx.export.report import ExportReport
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -28,7 +32,7 @@ from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
-__all__ = ["extend_region", "memory_passes", "passes_of", "transform"]
+__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
 
 
 def transform(
@@ -72,6 +76,8 @@ def transform(
     duplicate = duplicate_of(model)
     call = _example_call(duplicate, example_inputs, example_kwargs)
     _materialize(duplicate, call)
+    if config.density < 1:
+        keep_weight_norms_finite(duplicate)
     start = time.perf_counter()
     captured = capture_model(duplicate, call)
     program = Program(

@@ -35,15 +35,13 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return self._forward(owner, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"graph": self.graph}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["graph"])  # type: ignore[misc]  # compiles anew
+    def __reduce__(self) -> tuple[type["CompiledGraph"], tuple[fx.Graph]]:
+        return CompiledGraph, (self.graph,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph, values := {}))
+        values: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, values))
         for old, new in values.items():
             new.meta = copy.copy(old.meta)
         return CompiledGraph(graph)

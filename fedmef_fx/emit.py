@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import fx, nn
 
-from fedmef_fx.compiled import ORIGINAL_FORWARD, CompiledGraph, TransformedModule, original_forward
+from fedmef_fx.compiled import ORIGINAL_FORWARD, CompiledGraph, TransformedModule, original_class, original_forward
 from fedmef_fx.gradient_masks import keep_gradients_masked
 from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
@@ -107,27 +107,38 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _may_capture() -> bool:
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level())  # type: ignore[attr-defined]
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not is_traced and not torch._C._functorch.maybe_current_level()
 
 
-@functools.cache
+_RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _running(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that runs graphs; one per class, so that isinstance and pickle agree."""
+    if kind not in _RUNNING:
+        _RUNNING[kind] = _subclass(kind)
+    return _RUNNING[kind]
+
+
+def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     # The signature of the original forward stays visible: generation and data collators look at it.
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _run(self, args, kwargs)
 
-    def reduce(self: nn.Module, _: Any) -> Any:
-        # The class is made at run time: copies and pickles name the class that it is made from.
-        return _rebuild, (kind,), dict(self.__dict__)
-
-    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "__reduce_ex__": reduce}
+    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "__reduce_ex__": _reduce}
     return type(f"Transformed{kind.__name__}", (TransformedModule, kind), body)
 
 
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    made = _running(kind)
-    return made.__new__(made)
+def _reduce(module: nn.Module, _: Any) -> Any:
+    # The class is made at run time, so that pickle and copy find it through the class of the original.
+    return _revive, (original_class(module),), module.__getstate__()  # type: ignore[no-untyped-call]  # object's own
+
+
+def _revive(kind: type[nn.Module]) -> nn.Module:
+    subclass = _running(kind)
+    return subclass.__new__(subclass)
 
 
 def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
@@ -185,8 +196,20 @@ def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for name, value in vars(model).items():
         if name not in vars(module) and name != "forward" and not hasattr(type(module), name):
             vars(module)[name] = value
+    module._register_deepcopy_hook(_CarryHooks(module))
     module.train(model.training)
     return module
+
+
+class _CarryHooks:
+    """Gives a copy of a GraphModule the hooks of the module itself, which torch.fx leaves behind."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hooks = {name: getattr(module, name) for name in _KEPT_BY_ROOT if name.startswith(("_forward", "_back"))}
+
+    def __call__(self, copied: nn.Module) -> None:
+        for name, hooks in self._hooks.items():
+            getattr(copied, name).update(hooks)
 
 
 def program_of(model: nn.Module) -> Program:

@@ -251,14 +251,17 @@ def apply_masks(model: nn.Module) -> None:
 
 def keep_masks_on_load(model: nn.Module) -> None:
     """Let `load_state_dict` take dictionaries of the original model, which have no masks, and keep masked weights 0."""
-    model.register_load_state_dict_pre_hook(_supply_masks)
-    model.register_load_state_dict_post_hook(_mask_after_load)
+    model.register_load_state_dict_pre_hook(_supply_masks)  # type: ignore[no-untyped-call]  # torch's own
+    model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     # A dictionary of the original model: its weights get the masks that this model has now.
-    for name, entry in masked_parameters(model).items():
-        state_dict.setdefault(prefix + mask_name(name), entry.mask)
+    kept = {id(entry.mask) for entry in masked_parameters(model).values()}
+    # Under all its names: a module that stands at two places has its parameters, and its masks, twice in a dictionary.
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if id(buffer) in kept:
+            state_dict.setdefault(prefix + name, buffer)
 
 
 def _mask_after_load(model: nn.Module, _: object) -> None:

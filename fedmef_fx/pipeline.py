@@ -7,7 +7,7 @@ that tells truthfully what it rewrote and what it refused to rewrite, with the r
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedmef_fx.errors import FedmefError, PassError
 
@@ -94,7 +94,8 @@ class Pass(Protocol):
 
 def describe(step: Pass) -> str:
     """A pass with its options: `insert-masks{density=0.1, allocation='erk'}`."""
-    options = dataclasses.asdict(step) if dataclasses.is_dataclass(step) and not isinstance(step, type) else {}
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(step) if dataclasses.is_dataclass(step) else ()
+    options: dict[str, Any] = {field.name: getattr(step, field.name) for field in fields}
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"{step.name}{{{shown}}}" if shown else step.name
 

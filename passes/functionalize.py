@@ -81,8 +81,8 @@ class FunctionalizeWeights:
             x = node.args[0] if node.args else node.kwargs["input"]
             kwargs = _geometry(module)
             if getattr(module, "padding_mode", "zeros") != "zeros":
-                pad = tuple(module._reversed_padding_repeated_twice)  # type: ignore[union-attr,arg-type]  # a list of ints
-                x = graph.call_function(F.pad, (x, pad), {"mode": module.padding_mode})
+                pad = tuple(vars(module)["_reversed_padding_repeated_twice"])
+                x = graph.call_function(F.pad, (x, pad), {"mode": vars(module)["padding_mode"]})
                 kwargs["padding"] = (0,) * len(kwargs["stride"])
                 made.append(x)
             call = graph.call_function(function, (x, made[0], bias), kwargs)

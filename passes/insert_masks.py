@@ -62,7 +62,9 @@ class InsertMasks:
             if not chosen:
                 raise ConfigError(
                     f"{type(program.model).__name__} has no prunable weights: expected at least one trainable weight "
-                    f"of a convolution or linear layer that is not ignored; Config.ignore is {self.ignore!r}"
+                    f"of a convolution or linear layer that is not ignored; Config.ignore is {self.ignore!r}. Weights "
+                    "that Python code multiplies by hand are found with example inputs: transform(..., "
+                    "example_inputs=(x,))"
                 )
             self._register(program, list(chosen))
             _guard(program, chosen)
@@ -206,7 +208,8 @@ def _is_main(program: Program, name: str) -> bool:
     """Whether a parameter of a parametrization has the shape of the weight that is computed."""
     path = name.rpartition(".")[0]
     layer, _, weight = path.partition(".parametrizations.")
-    return getattr(program.model.get_submodule(layer), weight).shape == program.model.get_parameter(name).shape
+    computed: Tensor = getattr(program.model.get_submodule(layer), weight)
+    return computed.shape == program.model.get_parameter(name).shape
 
 
 def _modules_with_parameters(region: Region) -> int:

@@ -101,8 +101,9 @@ class NormalizeKernels:
         """Apply the rules to every graph."""
         pairs, refused = self._match(program)
         refused |= _called_by_python(program)
+        gains: dict[str, float] = {}
         for pair in pairs:
-            self._rewrite(pair.region, pair)
+            self._rewrite(pair.region, pair, gains)
         if any(region.may_run_python for region in program.regions):
             self._rewrite_fallbacks(program, pairs)
         rewrites = dict.fromkeys(pair.name for pair in pairs)
@@ -155,7 +156,7 @@ class NormalizeKernels:
                 return "ignored by Config.ignore"
         return None
 
-    def _rewrite(self, region: Region, pair: _Pair) -> None:
+    def _rewrite(self, region: Region, pair: _Pair, gains: dict[str, float]) -> None:
         layer, graph = pair.layer, pair.layer.graph
         _ensure_affine(region, pair)
         masked = layer.args[1]
@@ -165,7 +166,7 @@ class NormalizeKernels:
             mask = graph.get_attr(mask_name(pair.weight)) if is_masked else None
             gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
             options = {
-                "g": round(_following_gain(region, pair.norm), 6),
+                "g": _following_gain(region, pair.norm, gains),
                 "groups": bound(layer).get("groups", 1) if layer.target in CONVOLUTIONS else 1,
                 "transposed": layer.target in TRANSPOSED,
                 "statistics": self.statistics,
@@ -296,13 +297,22 @@ def _channels(layer: fx.Node, weight: nn.Parameter) -> int:
     return int(weight.shape[1] * bound(layer).get("groups", 1))
 
 
-def _following_gain(region: Region, norm: fx.Node) -> float:
-    """G of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user."""
+def _following_gain(region: Region, norm: fx.Node, known: dict[str, float]) -> float:
+    """Gain of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user.
+
+    Args:
+        region: The region of the node.
+        norm: The node.
+        known: Gains by nonlinearity, which this adds to: a model has few kinds and many of each.
+    """
     node = single_user(norm)
     while node is not None and is_view(region, node):
         node = single_user(node)
     function = None if node is None else nonlinearity(region, node)
-    return 1.0 if function is None else activation_gain(function)
+    if node is None or function is None:
+        return 1.0
+    kind = f"{region.module(node) or node.target} {node.args[1:]} {node.kwargs}"
+    return known[kind] if kind in known else known.setdefault(kind, activation_gain(function))
 
 
 def _erase_unused(nodes: list[fx.Node]) -> None:

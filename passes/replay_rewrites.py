@@ -67,7 +67,7 @@ class ReplayRewrites:
 
 def _masked_parameters(model: nn.Module) -> dict[int, str]:
     """Identity of each masked parameter -> its name."""
-    found = {}
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and mask_name(leaf) in module._buffers:

@@ -53,6 +53,8 @@ class RescaleResiduals:
     def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
         if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
             return False
+        if any(user.target is operator.mul and user.args[1] == _FACTOR for user in node.users):
+            return False
         terms = [without_views(region, term) for term in node.args]
         return (
             len(terms) == 2 and all(isinstance(term, fx.Node) for term in terms) and any(t in normalized for t in terms)

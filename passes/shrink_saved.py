@@ -112,11 +112,11 @@ def _match_module(module: nn.Module) -> _Replacement | None:
     if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:
         return _Replacement(sign_relu, slope=module.negative_slope)
     if kind in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
-        values = [module.kernel_size, module.stride, module.padding, module.dilation]
-        return _max_pool(int(kind.__name__[-2]), *values, module.ceil_mode, module.return_indices)
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        return _max_pool(int(kind.__name__[-2]), **{name: vars(module)[name] for name in names})
     if kind in (nn.AvgPool2d, nn.AvgPool3d):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return _avg_pool(int(kind.__name__[-2]), *(getattr(module, name) for name in names))
+        return _avg_pool(int(kind.__name__[-2]), **{name: vars(module)[name] for name in names})
     if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
         return _adaptive_pool(int(kind.__name__[-2]), module.output_size)
     return None
@@ -132,21 +132,20 @@ def _match_function(node: fx.Node) -> _Replacement | None:
         slope = bound(node).get("negative_slope", 0.01)
         return _Replacement(sign_relu, slope=slope) if isinstance(slope, float) and slope > 0 else None
     if target is F.dropout:
-        given = bound(node)
-        p, training = given.get("p", 0.5), given.get("training", True)
-        static = isinstance(p, float | int) and isinstance(training, bool) and not given.get("inplace", False)
+        arguments = bound(node)
+        p, training = arguments.get("p", 0.5), arguments.get("training", True)
+        static = isinstance(p, float | int) and isinstance(training, bool) and not arguments.get("inplace", False)
         return _Replacement(bit_dropout, p=p, training=training) if static else None
     if target not in _MAX_POOLS and target not in _AVG_POOLS and target not in _ADAPTIVE_POOLS:
         return None
-    given = _pool_arguments(node)
-    if any(isinstance(value, fx.Node) for key, value in given.items() if key != "input"):
+    options: dict[str, Any] = {key: value for key, value in _pool_arguments(node).items() if key != "input"}
+    if any(isinstance(value, fx.Node) for value in options.values()):
         return None
-    given.pop("input", None)
     if target in _MAX_POOLS:
-        return _max_pool(_MAX_POOLS[target], **{"stride": None, **given})
+        return _max_pool(_MAX_POOLS[target], **{"stride": None, **options})
     if target in _AVG_POOLS:
-        return _avg_pool(_AVG_POOLS[target], **{"stride": None, **given})
-    return _adaptive_pool(_ADAPTIVE_POOLS[target], **given)
+        return _avg_pool(_AVG_POOLS[target], **{"stride": None, **options})
+    return _adaptive_pool(_ADAPTIVE_POOLS[target], **options)
 
 
 def _pool_arguments(node: fx.Node) -> dict[str, Any]:

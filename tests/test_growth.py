@@ -166,17 +166,17 @@ def test_nothing_is_left_changed(training):
 
 def test_activation_thresholds_are_those_of_training_afterwards():
     model = make_model()
-    site = model.get_submodule(HOLDER).sites
-    site.add_module("x", PackActivation(0.5, sample=64, interval=8))
-    site.x(torch.randn(10))
-    estimator, kept, threshold = site.x.estimator, site.x.estimator.kept, copy.copy(site.x.estimator)
+    site = PackActivation(0.5, sample=64, interval=8)
+    model.add_module("site", site)
+    site(torch.randn(10))
+    estimator, kept, threshold = site.estimator, site.estimator.kept, copy.copy(site.estimator)
 
     def packing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        site.x(batch[0] * 100)
+        site(batch[0] * 100)
         return loss_fn(model, batch)
 
     growth_candidates(model, packing, [make_batch(8)] * 9, k=3)
-    assert site.x.estimator is estimator
+    assert site.estimator is estimator
     assert estimator.kept == kept
     # The next training step reads the same threshold as it would have without the growth in between.
     assert estimator.threshold(torch.ones(10)) == threshold.threshold(torch.ones(10))

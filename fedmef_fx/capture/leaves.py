@@ -47,7 +47,8 @@ def _is_plain_layer(module: nn.Module) -> bool:
     """A convolution or linear layer as torch.nn defines it, with its own parameter as weight."""
     bases = original_class(module).__mro__
     kind = next((base for base in bases if base in _LAYERS), None)
-    if kind is None or has_user_hooks(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+    weight = module._parameters.get("weight")
+    if kind is None or weight is None or has_user_hooks(module) or nn.parameter.is_lazy(weight):
         return False
     own = {name for base in bases[: bases.index(kind)] for name in vars(base)}
-    return not own & {"forward", "_conv_forward"} and nn.parameter.is_lazy(module.weight) is False
+    return not own & {"forward", "_conv_forward"}

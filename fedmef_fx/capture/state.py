@@ -183,7 +183,7 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
     copied: dict[str, object] = {}
     for key, value in vars(module).items():
         if key not in _TREE:
-            copied[key] = type(value)(value) if type(value) in _CONTAINERS else value  # type: ignore[call-arg]
+            copied[key] = type(value)(value) if type(value) in _CONTAINERS else value
     return copied
 
 

@@ -222,7 +222,8 @@ class ValueTracer(BaseTracer):
         """What Python sees as the result of a node."""
         if isinstance(value, Tensor):
             return TensorProxy(node, self, value, depends_on_data=depends_on_data)
-        self._maybe_unused.append(node)
+        if node.target in (getattr, operator.getitem) or isinstance(value, bool | int | float):
+            self._maybe_unused.append(node)
         if isinstance(value, tuple | list | dict):
             return self._wrap_parts(node, value, depends_on_data=depends_on_data)
         if is_fixed or value is None or isinstance(value, str | torch.dtype | torch.device | torch.layout):

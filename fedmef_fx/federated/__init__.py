@@ -1,1 +1,27 @@
-"""Federated training: transport-neutral client and server cores, and an in-process engine."""
+"""Federated training: transport-neutral client and server cores, and an in-process engine.
+
+`run` trains a federation in one process. `Client` and `Server` are its two halves, for other transports: they exchange
+bytes and know nothing of how these travel.
+"""
+
+from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.engine import run
+from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.federated.local import LocalTraining, train_locally
+from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.methods import METHODS, Method
+from fedmef_fx.federated.server import Server
+
+__all__ = [
+    "METHODS",
+    "Client",
+    "History",
+    "LocalTraining",
+    "Method",
+    "RoundRecord",
+    "RoundTask",
+    "Server",
+    "Update",
+    "run",
+    "train_locally",
+]

@@ -1,1 +1,11 @@
-"""Looking into rewritten graphs: text, tables, differences."""
+"""Looking at graphs: what was rewritten, by which pass, why something was not, and what each layer costs.
+
+`inspect` takes a model apart into plain records once; text, tables, diffs, pictures and JSON are made from those.
+Importing this package imports neither networkx nor rich.
+"""
+
+from fedmef_fx.inspection.inspection import Inspection, inspect
+from fedmef_fx.inspection.records import GraphRecord, NodeRecord, TensorRecord
+from fedmef_fx.inspection.table import LayerRow, Table
+
+__all__ = ["GraphRecord", "Inspection", "LayerRow", "NodeRecord", "Table", "TensorRecord", "inspect"]

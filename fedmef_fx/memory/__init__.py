@@ -2,7 +2,14 @@
 
 Pure tensor code: it knows no graphs. Importing it imports neither numba nor a backend; see
 `fedmef_fx.memory.backends`.
+
+The module can be called: `fedmef_fx.memory(model, example_inputs)` is `fedmef_fx.memory_report.memory`, the measurement
+of one training step. The public API gives that function the name of this package.
 """
+
+import sys
+import types
+from typing import Any
 
 from fedmef_fx.memory.backends import Backend, available_backends, backend, backend_for, set_backend, using_backend
 from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
@@ -32,3 +39,17 @@ __all__ = [
     "unpack_bits",
     "using_backend",
 ]
+
+
+class _CallableModule(types.ModuleType):
+    """This package, called as a function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure one training step; see `fedmef_fx.memory_report.memory`."""
+        # At call time: the report is built on this package.
+        from fedmef_fx.memory_report import memory  # noqa: PLC0415
+
+        return memory(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -34,7 +34,7 @@ class _SignReLU(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         result = ctx.bits.apply(grad, scale_off=ctx.slope)
         ctx.bits = None

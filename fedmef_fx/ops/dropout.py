@@ -18,10 +18,11 @@ class _BitDropout(Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.bits = GradientBits.of(torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - p).bool())
         ctx.scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-        return ctx.bits.apply(x.detach()).mul_(ctx.scale)
+        kept: Tensor = ctx.bits.apply(x.detach())
+        return kept.mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         result = ctx.bits.apply(grad).mul_(ctx.scale)
         ctx.bits = None

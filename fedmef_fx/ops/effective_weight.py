@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.ops import growth
-from fedmef_fx.ops.nsconv import Statistics, nsconv_kernel, nsconv_kernel_backward
+from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 
 __all__ = ["StoredWeight", "effective_weight", "effective_weight_backward"]
 
@@ -21,27 +21,20 @@ class StoredWeight(NamedTuple):
         weight: The parameter.
         gain: gain_i of an NSConv, [out]; None for a weight that is not standardised.
         mask: Boolean, of the weight's shape; None = all active.
-        g: Gain of the nonlinearity that follows an NSConv.
-        groups: Groups of the convolution.
-        transposed: Whether it is a transposed convolution.
-        statistics: Of an NSConv: over the "active" weights or over "all".
+        form: How an NSConv standardises.
     """
 
     weight: Tensor
     gain: Tensor | None
     mask: Tensor | None
-    g: float = 1.0
-    groups: int = 1
-    transposed: bool = False
-    statistics: Statistics = "active"
+    form: KernelForm = KernelForm()
 
 
 def effective_weight(stored: StoredWeight) -> Tensor:
     """The dense weight to compute with; the parameter itself where nothing changes it."""
-    weight, gain, mask, *form = stored
+    weight, gain, mask, form = stored
     if gain is not None:
-        g, groups, transposed, statistics = form
-        return nsconv_kernel(weight, gain, mask, g=g, groups=groups, transposed=transposed, statistics=statistics)
+        return nsconv_kernel(weight, gain, mask, form)
     return weight if mask is None else torch.where(mask, weight, 0.0)
 
 
@@ -55,12 +48,9 @@ def effective_weight_backward(stored: StoredWeight, grad: Tensor) -> tuple[Tenso
     Returns:
         The gradient of the weight, exactly 0 where masked, and that of gain.
     """
-    weight, gain, mask, *form = stored
+    weight, gain, mask, form = stored
     if gain is not None:
-        g, groups, transposed, statistics = form
-        return nsconv_kernel_backward(
-            weight, gain, mask, grad, g=g, groups=groups, transposed=transposed, statistics=statistics
-        )
+        return nsconv_kernel_backward(weight, gain, mask, form, grad)
     grad = grad.to(weight.dtype)
     if mask is None:
         return grad, None

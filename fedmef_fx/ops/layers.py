@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import PackedTensor
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
-from fedmef_fx.ops.nsconv import Statistics
+from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
@@ -99,7 +99,7 @@ class _Linear:
         return grad @ weight
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
-        return grad.sum(dim=list(range(grad.dim() - 1)))
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -128,7 +128,7 @@ class _PrunedLayer(Function):
         computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
         if x.requires_grad or weight.requires_grad:
             ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
-            ctx.mask, ctx.form = stored.mask, stored[3:]
+            ctx.mask, ctx.form = stored.mask, stored.form
             ctx.packed = packed if ctx.needs_input_grad[1] else None
             keep_input = packed is None and ctx.needs_input_grad[1]
             ctx.save_for_backward(weight, gain, x if keep_input else None)
@@ -137,10 +137,10 @@ class _PrunedLayer(Function):
             return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
-        stored = StoredWeight(weight, gain, ctx.mask, *ctx.form)
+        stored = StoredWeight(weight, gain, ctx.mask, ctx.form)
         effective = effective_weight(stored).to(grad.dtype)
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.needs_input_grad[1]:
@@ -211,7 +211,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     Raises:
         FedmefError: x is not floating point.
     """
-    stored = StoredWeight(weight, gain, mask, g, groups, transposed, statistics)
+    stored = StoredWeight(weight, gain, mask, KernelForm(g, groups, transposed, statistics))
     dims = weight.dim() - 2
     output_padding = output_padding if len(output_padding) == dims else output_padding * dims
     geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
@@ -250,4 +250,4 @@ def pruned_linear(
     Raises:
         FedmefError: x is not floating point.
     """
-    return _apply(_Linear(), x, packed, bias, StoredWeight(weight, gain, mask, g, statistics=statistics))
+    return _apply(_Linear(), x, packed, bias, StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics)))

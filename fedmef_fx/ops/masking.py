@@ -25,7 +25,7 @@ class _OfferedMaskedWeight(Function):
         return torch.where(mask, weight, 0.0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         growth.offer(ctx.mask, grad)
         return torch.where(ctx.mask, grad, 0.0), None

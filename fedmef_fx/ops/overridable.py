@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -19,7 +19,8 @@ def overridable(op: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         relevant = tuple(leaf for leaf in (*args, *kwargs.values()) if hasattr(type(leaf), "__torch_function__"))
         if has_torch_function(relevant):
-            return cast("R", handle_torch_function(call, relevant, *args, **kwargs))
+            overridden: R = handle_torch_function(call, relevant, *args, **kwargs)
+            return overridden
         return op(*args, **kwargs)
 
     return call

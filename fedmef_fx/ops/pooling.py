@@ -52,7 +52,7 @@ class _MaxPool(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shape, kernel, stride, padding, dilation = ctx.geometry
         dims = len(kernel)
@@ -82,7 +82,7 @@ class _AvgPool(Function):
         return _avg_pool(x, options)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         backward = (
             torch.ops.aten.avg_pool3d_backward if len(ctx.options[0]) == 3 else torch.ops.aten.avg_pool2d_backward
@@ -103,7 +103,7 @@ class _AdaptiveAvgPool(Function):
         return _adaptive_avg_pool(x, output_size)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         aten = torch.ops.aten
         backward = aten._adaptive_avg_pool3d_backward if ctx.dims == 3 else aten._adaptive_avg_pool2d_backward
@@ -111,8 +111,10 @@ class _AdaptiveAvgPool(Function):
 
 
 def _adaptive_avg_pool(x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
-    pool = F.adaptive_avg_pool3d if len(output_size) == 3 else F.adaptive_avg_pool2d
-    return pool(x, output_size)  # type: ignore[no-any-return, operator]  # overloads of a builtin
+    if len(output_size) == 3:
+        return F.adaptive_avg_pool3d(x, output_size)
+    height, width = output_size
+    return F.adaptive_avg_pool2d(x, (height, width))
 
 
 @overridable

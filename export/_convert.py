@@ -1,0 +1,137 @@
+"""Convert: from an inference module to an ONNX graph, through torch's dynamo-based exporter."""
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Final
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.errors import ExportError
+from fedmef_fx.export._examples import Call, Examples, evaluating
+
+__all__ = ["convert"]
+
+_EXPORTER_LOG: Final = "torch.onnx._internal.exporter"
+_SEED: Final = 0
+
+
+def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool) -> tuple[onnx.ModelProto, bool, list[str]]:
+    """Trace a model and translate it.
+
+    Args:
+        model: Runs in eval mode here; its modes are as they were afterwards.
+        examples: Its example inputs.
+        dynamic_batch: Whether the batch size may vary. Where that is impossible it is fixed, with a notice.
+
+    Returns:
+        The model, whether its batch size varies, and notices.
+
+    Raises:
+        ExportError: Tracing or translating failed; the message names the operator or the reason.
+    """
+    if not dynamic_batch:
+        return _convert(model, examples, examples.call, dynamic=False), False, []
+    if examples.batch_size is None:
+        notice = "fixed sizes: the first example input has no dimensions, so there is no batch dimension"
+        return _convert(model, examples, examples.call, dynamic=False), False, [notice]
+    # torch.export takes sizes 0 and 1 for constants.
+    generator = torch.Generator().manual_seed(_SEED)
+    call = examples.random(max(examples.batch_size, 2), generator=generator)
+    try:
+        return _convert(model, examples, call, dynamic=True), True, []
+    except ExportError as error:
+        fixed = _convert(model, examples, examples.call, dynamic=False)
+        reason = str(error).removeprefix("export_onnx: ")
+        notice = f"fixed batch size {examples.batch_size}, as a varying one fails: {reason}"
+        return fixed, False, [notice]
+
+
+def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool) -> onnx.ModelProto:
+    # Two inputs that are one tensor would become one input.
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
+    shapes = examples.dynamic_shapes() if dynamic else None
+    with evaluating(model), torch.no_grad(), _quiet():
+        try:
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # whatever Python in the model's forward raises
+            raise ExportError(
+                f"export_onnx: torch.export cannot trace {type(model).__name__}: {_reason(error)}. Control flow that "
+                "depends on tensor values is the usual cause"
+            ) from error
+        names = _output_names(exported)
+        try:
+            program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names)
+        except Exception as error:
+            raise ExportError(f"export_onnx: {type(model).__name__}: {_translation_failure(error)}") from error
+    if program is None:
+        raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx returned no model")
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the exporter says about its own inner workings; errors still show."""
+    logger = logging.getLogger(_EXPORTER_LOG)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that torchvision is not installed, that None is no output, ...
+    try:
+        with warnings.catch_warnings():
+            # torch's exporter uses what torch itself has deprecated.
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+            # nn.LSTM and its kind keep a list of their parameters, which are registered all the same.
+            warnings.filterwarnings(
+                "ignore", message=r"The tensor attributes? self\.\S*_flat_weights", category=UserWarning
+            )
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    """Names of the tensors that a model returns, from where they stand in its result: dictionary keys, positions."""
+    returned = exported.graph_signature.user_outputs
+    spec = exported.call_spec.out_spec
+    assert spec is not None  # noqa: S101 -- an export always has one
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(returned), spec))
+    taken = {str(name) for name in exported.graph_signature.user_inputs}
+    tensors = {node.name for node in exported.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    names = []
+    for path, value in paths:
+        if value not in tensors:
+            continue  # a constant, which is no output of the graph
+        name = "_".join(re.sub(r"\W+", "_", pytree.keystr((key,))).strip("_") for key in path) or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a long message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    listed = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return (listed or lines or [type(error).__name__])[0]
+
+
+def _translation_failure(error: BaseException) -> str:
+    """What the exporter could not translate: operator and node, where its messages name them."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    operator = re.search(r"No ONNX function found for \S*op='([^']+)'", "\n".join(chain))
+    node = re.search(r"Error when translating node %(\w+)", "\n".join(chain))
+    where = f" (node {node[1]})" if node else ""
+    if operator:
+        return f"operator {operator[1]}{where} has no ONNX form; replace it in the model by operators that have one"
+    reason = chain[-1].strip().splitlines() or [repr(error)]
+    return f"torch.onnx cannot translate it{where}: {reason[0]}"

@@ -1,0 +1,137 @@
+"""Example inputs of a model: which dimension is the batch, and random inputs of other batch sizes like them."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.errors import ConfigError
+
+__all__ = ["Call", "Examples", "evaluating", "read_examples", "run"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, in the order in which they become inputs of a graph."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Examples:
+    """Example arguments, keyword arguments in the order of the signature.
+
+    Attributes:
+        call: The arguments as given.
+        signature: Of the model's forward.
+        batch_size: Size of dimension 0 of the first tensor; None where it has no dimensions.
+    """
+
+    call: Call
+    signature: inspect.Signature
+    batch_size: int | None
+
+    def is_batched(self, tensor: Tensor) -> bool:
+        """Whether dimension 0 of an example is the batch: it has the size of the first tensor's."""
+        return tensor.dim() > 0 and tensor.shape[0] == self.batch_size
+
+    def random(self, batch_size: int | None, *, generator: torch.Generator) -> Call:
+        """Random arguments like the examples: same mean and deviation, integers within the same range.
+
+        Args:
+            batch_size: Size of the batch; None for the examples' own.
+            generator: On the CPU.
+
+        Returns:
+            Arguments that share no tensor with each other or with the examples.
+        """
+
+        def one(example: Tensor) -> Tensor:
+            resized = batch_size is not None and self.is_batched(example)
+            shape = (batch_size, *example.shape[1:]) if resized else tuple(example.shape)
+            return _random_like(example, shape, generator)
+
+        return Call(*pytree.tree_map_only(Tensor, one, (self.call.args, self.call.kwargs)))
+
+    def dynamic_shapes(self) -> dict[str, Any]:
+        """What `torch.export` is told about sizes: dimension 0 of batched inputs varies, the rest does not."""
+        batch = torch.export.Dim("batch")
+        arguments = self.signature.bind(*self.call.args, **self.call.kwargs).arguments
+        shapes: dict[str, Any] = pytree.tree_map(
+            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and self.is_batched(leaf) else None, dict(arguments)
+        )
+        return shapes
+
+
+def _random_like(example: Tensor, shape: tuple[Any, ...], generator: torch.Generator) -> Tensor:
+    values = example.detach().cpu()
+    if values.numel() == 0:
+        result = torch.empty(shape)
+    elif values.dtype == torch.bool:
+        result = torch.rand(shape, generator=generator) < float(values.double().mean())
+    elif values.dtype.is_floating_point:
+        deviation = float(values.double().std(correction=0))
+        # An example that is constant, such as torch.zeros, tells nothing about the scale.
+        result = torch.randn(shape, generator=generator) * (deviation or 1.0) + float(values.double().mean())
+    elif values.dtype.is_complex:
+        result = torch.randn(shape, generator=generator, dtype=torch.complex64)
+    else:
+        result = torch.randint(int(values.min()), int(values.max()) + 1, shape, generator=generator)
+    return result.to(example.device, example.dtype)
+
+
+def read_examples(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Examples:
+    """Check example arguments against a model's signature.
+
+    Raises:
+        ConfigError: Not a tuple or list, no tensor in it, or arguments that do not fit the signature.
+    """
+    if not isinstance(inputs, tuple | list):
+        raise ConfigError(
+            f"export_onnx: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
+            "example_inputs=(x,)"
+        )
+    signature, given = inspect.signature(model.forward), dict(kwargs or {})
+    try:
+        signature.bind(*inputs, **given)
+    except TypeError as error:
+        raise ConfigError(
+            f"export_onnx: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
+            f"positional and {sorted(given)} keyword arguments: {error}"
+        ) from error
+    order = {name: index for index, name in enumerate(signature.parameters)}
+    call = Call(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
+    tensors = call.tensors()
+    if not tensors:
+        raise ConfigError("export_onnx: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
+    return Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is in eval mode; afterwards each module has the mode that it had before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run(model: nn.Module, call: Call) -> list[Tensor]:
+    """The tensors that a model returns in eval mode, in order; it may write into its inputs, not into the call's."""
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
+    with evaluating(model), torch.no_grad():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

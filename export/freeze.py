@@ -1,0 +1,124 @@
+"""Freeze: from a transformed model to a plain inference module that knows torch only.
+
+Stages, each on a copy of the eval graph
+1. Layers become functional calls on their weights (`FunctionalizeWeights`, also for ignored layers).
+2. Runtime ops turn back into torch functions; packing sites and dropout go (`export/_plain_ops.py`).
+3. Masked weights and NSConv kernels are computed once and become plain weights (`export/_weights.py`).
+4. A BatchNorm that was kept is folded into the layer before it (`export/_batch_norm.py`).
+5. What the graph no longer refers to - masks, gains, unused layers - stays behind.
+
+The residual factor 1 / sqrt(2) stays a multiplication: folding it into the branches would round differently, and the
+branch of an identity shortcut has no weights to take it.
+"""
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from fedmef_fx.emit import program_of
+from fedmef_fx.errors import ConfigError, ExportError
+from fedmef_fx.export._batch_norm import fold_batch_norms
+from fedmef_fx.export._plain_ops import restore_plain_ops
+from fedmef_fx.export._weights import erase_unread, fold_weights
+from fedmef_fx.model import is_transformed
+from fedmef_fx.passes.functionalize import FunctionalizeWeights
+from fedmef_fx.program import Program, Region
+
+__all__ = ["freeze"]
+
+_PACKAGE = "fedmef_fx"
+_CONSTANT = "fedmef_constant_"
+
+
+def freeze(model: nn.Module) -> fx.GraphModule:
+    """Make a plain inference module of a transformed model: masks, NSConv and BatchNorm folded, no fedmef ops.
+
+    Parameters keep their names where they still exist; tied weights stay tied. Not preserved: train mode behaviour,
+    container and block modules (their parameters stay under the same names), unused layers, hooks on the model itself.
+
+    Args:
+        model: A transformed model, in any mode; it does not change.
+
+    Returns:
+        A GraphModule in eval mode that computes what `model.eval()` computes, up to float rounding of the folded
+        BatchNorms. It can be copied and pickled, and read back where fedmef_fx is not installed.
+
+    Raises:
+        ConfigError: `model` was not made by `fedmef_fx.transform`.
+        ExportError: An operation that has no plain form, or a model that is not one traced region.
+
+    Example:
+        >>> import fedmef_fx
+        >>> sparse = fedmef_fx.transform(torch.nn.Sequential(torch.nn.Linear(8, 4)), fedmef_fx.Config(density=0.5))
+        >>> plain = freeze(sparse)
+        >>> int((plain.get_parameter("0.weight") != 0).sum())
+        16
+    """
+    if not is_transformed(model):
+        raise ConfigError(
+            f"freeze: {type(model).__name__} is not a transformed model; expected the result of "
+            "fedmef_fx.transform(model). A plain model needs no freezing: fedmef_fx.export_onnx takes it as it is"
+        )
+    duplicate = copy.deepcopy(model).eval()
+    program = program_of(duplicate)
+    regions = [region for region in program.regions if region.role == "region" and region.has_mode(training=False)]
+    paths = [region.path for region in regions]
+    # Models with several regions come in here: each region is frozen into its owner, the NSConv kernels of leaves and
+    # fallbacks are folded, hooks go; weights of the hook tier are plain masked parameters already.
+    if paths != [""]:
+        raise ExportError(
+            f"freeze: got {len(paths)} traced regions ({', '.join(paths) or 'none'}); expected a model that was traced "
+            "as a whole, see fedmef_fx.coverage(model)"
+        )
+    name = str(getattr(model, "_graphmodule_cls_name", type(model).__name__)).removeprefix("Transformed")
+    return _freeze_region(program, regions[0], class_name=f"Frozen{name}")
+
+
+@torch.no_grad()
+def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.GraphModule:
+    """Fold the eval graph of a region in place, and leave the rest of its owner behind."""
+    graph = region.graph_for(training=False)
+    inference = Region(region.path, region.owner, {"both": graph})
+    FunctionalizeWeights().run(Program(program.model, [inference], program.facts))
+    restore_plain_ops(inference, graph)
+    fold_weights(inference, graph)
+    fold_batch_norms(inference, graph)
+    erase_unread(graph)
+    _refuse_leftovers(inference, graph)
+    # GraphModule takes along only what the graph refers to.
+    return fx.GraphModule(region.owner, _clean_copy(inference, graph), class_name=class_name).eval()
+
+
+def _refuse_leftovers(region: Region, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        module = region.module(node)
+        if module is not None and type(module).__module__.startswith(f"{_PACKAGE}.ops"):
+            op = type(module).__qualname__
+        elif callable(node.target) and str(getattr(node.target, "__module__", "")).startswith(_PACKAGE):
+            op = getattr(node.target, "__qualname__", repr(node.target))
+        else:
+            continue
+        raise ExportError(
+            f"freeze: node {region.full_name(node.name)!r} calls {op}, which has no plain form here; expected only "
+            "operations that fedmef_fx.passes insert"
+        )
+
+
+def _clean_copy(region: Region, graph: fx.Graph) -> fx.Graph:
+    """The graph without tracer, annotations, provenance and stack traces, which refer to this package or to paths."""
+    clean = fx.Graph()
+    clean.output(clean.graph_copy(graph, {}))
+    clean.set_codegen(copy.deepcopy(graph._codegen))
+    for node in clean.nodes:
+        node.meta = {}
+        node.type = None
+        if node.op == "get_attr" and str(node.target).startswith(_CONSTANT):
+            plain = str(node.target).removeprefix("fedmef_")
+            while hasattr(region.owner, plain) and getattr(region.owner, plain) is not region.tensor(node):
+                plain += "_"
+            setattr(region.owner, plain, region.tensor(node))
+            node.target = plain
+        if node.name.startswith("fedmef"):
+            node._rename(node.name.removeprefix("fedmef_"))
+    return clean

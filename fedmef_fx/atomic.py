@@ -1,0 +1,67 @@
+"""Write a file whole or not at all: an old file stays as it is until the new one is complete on disk."""
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedmef_fx.errors import FedmefError
+
+__all__ = ["check_target", "replacing"]
+
+
+def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefError]) -> Path:
+    """Find out whether a file can be written, before the work to make it is done.
+
+    Args:
+        path: The file to be; symbolic links are followed.
+        error: Makes the exception of a message when it cannot be written.
+
+    Returns:
+        The path without links.
+    """
+    try:
+        target = Path(path).resolve()
+        folder = target.parent
+        if target.is_dir():
+            raise error(f"{path}: is a directory; expected the name of a file, e.g. {target / 'model'}")
+        if not folder.is_dir():
+            raise error(f"{path}: there is no directory {folder}; create it first: mkdir -p {folder}")
+        # To root every directory is writable, also one whose owner took all write permissions away.
+        if not folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            raise error(f"{path}: the directory {folder} is read-only; expected one that can be written")
+        probe = _temporary(target)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
+        raise error(f"{path}: cannot be written: {cause}; expected a file name in a writable directory") from cause
+    return target
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, error: Callable[[str], FedmefError]) -> Iterator[Path]:
+    """A block that makes a file; the file takes its name when the block ends without an exception.
+
+    Args:
+        target: The file to be, as `check_target` returned it.
+        error: Makes the exception of a message, in place of an OSError such as a full disk.
+
+    Yields:
+        A path in the same directory to write to. It is gone when the block fails, and `target` is as it was.
+    """
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as cause:
+        raise error(f"{target}: could not be written: {cause}; a file of that name is as it was") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")

@@ -1,0 +1,144 @@
+"""Models and inputs as the command line names them."""
+
+import contextlib
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import fedmef_fx
+from fedmef_fx.config import Config
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.models import REFERENCE_MODELS
+
+__all__ = ["Checkpoint", "InputShape", "ModelName", "build_model", "example_input", "required_input", "transformed"]
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{', '.join(REFERENCE_MODELS)}, or package.module:callable, which is imported from the current directory "
+        "or as installed and called without arguments.",
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", metavar="SHAPE", help="Shape of the input with its batch, e.g. 1x3x32x32."),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Weights, masks and configuration of a model that `fedmef-fx train` or `save` wrote."
+    ),
+]
+
+_IMAGES: Final = {
+    "digits_cnn": (1, 8, 8),
+    "resnet18": (3, 32, 32),
+    "resnet50": (3, 224, 224),
+    "mobilenet_v2": (3, 32, 32),
+}
+_SHAPE: Final = re.compile(r"\d+(x\d+)*")
+
+
+def build_model(name: str, *, seed: int = 0) -> nn.Module:
+    """The model of a name.
+
+    Args:
+        name: Of a reference model, or `package.module:callable`.
+        seed: Of its initial weights.
+
+    Raises:
+        ConfigError: No such model, or one that cannot be built; the message says why.
+    """
+    factory = _factory(name)
+    torch.manual_seed(seed)
+    try:
+        model = factory()
+    except Exception as error:
+        raise ConfigError(f"model {name!r}: calling it without arguments failed: {_told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name!r}: it returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    if name in REFERENCE_MODELS:
+        return REFERENCE_MODELS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ConfigError(f"model {name!r}: expected {' | '.join(REFERENCE_MODELS)}, or package.module:callable")
+    with _current_directory_importable():
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise ConfigError(f"model {name!r}: importing {module_name!r} failed: {_told(error)}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"model {name!r}: {module_name!r} has no {attribute!r}")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ConfigError(
+            f"model {name!r}: {attribute!r} is {type(found).__name__}; expected a function or class that is called "
+            "without arguments, e.g. def build(): return Net()"
+        )
+    factory: Callable[[], Any] = found
+    return factory
+
+
+@contextlib.contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """An installed script has its own directory on the path, not the one it is called in."""
+    directory = str(Path.cwd())
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def transformed(model: nn.Module, config: Config, *, checkpoint: Path | None) -> nn.Module:
+    """A model transformed as a checkpoint says, with its weights and masks, or as a configuration says."""
+    return fedmef_fx.transform(model, config) if checkpoint is None else fedmef_fx.load(checkpoint, model)
+
+
+def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | None:
+    """An input for a model, drawn at random, always the same.
+
+    Args:
+        name: The model's name.
+        shape: As the user gave it, batch first; None for the usual one of a reference model.
+        batch: Batch size where the shape is not given.
+
+    Returns:
+        `f32[*shape]`; None for a model of the user's without a shape.
+    """
+    sizes = _sizes(shape) if shape is not None else (batch, *_IMAGES[name]) if name in _IMAGES else None
+    return None if sizes is None else torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+
+
+def required_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor:
+    """`example_input` for a command that cannot do without."""
+    x = example_input(name, shape, batch=batch)
+    if x is None:
+        raise typer.BadParameter(f"is needed for {name}, e.g. --input 1x3x32x32", param_hint="--input")
+    return x
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    if not _SHAPE.fullmatch(shape):
+        raise typer.BadParameter(
+            f"got {shape!r}; expected sizes joined by x, batch first, e.g. 1x3x32x32", param_hint="--input"
+        )
+    return tuple(map(int, shape.split("x")))

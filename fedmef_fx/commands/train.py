@@ -1,0 +1,160 @@
+"""`fedmef-fx train`: a federation in one process, on data that is at hand."""
+
+import contextlib
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+import fedmef_fx
+from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
+from fedmef_fx.commands.config_options import takes_config
+from fedmef_fx.commands.models import build_model
+from fedmef_fx.commands.tables import bytes_text, show_table
+from fedmef_fx.config import Config
+from fedmef_fx.data import dirichlet_partition, load_cifar10, load_digits
+from fedmef_fx.errors import CheckpointError, ConfigError
+from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
+
+__all__ = ["round_note", "train"]
+
+
+class Data(StrEnum):
+    """What to train on."""
+
+    DIGITS = "digits"
+    CIFAR10 = "cifar10"
+
+
+_MODELS: Final = {Data.DIGITS: "digits_cnn", Data.CIFAR10: "resnet18"}
+
+
+@command
+@takes_config(training=True)
+def train(  # noqa: PLR0913 -- one parameter per option of the command line
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="As for the other commands; default: digits_cnn, resnet18 for CIFAR-10."
+        ),
+    ] = None,
+    data: Annotated[Data, typer.Option(help="Data set.")] = Data.DIGITS,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where CIFAR-10's binary files are; default: FEDMEF_FX_DATA.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where history, checkpoints and model go.")] = Path(
+        "fedmef-run"
+    ),
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "fedmef",
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 20,
+    clients: Annotated[int, typer.Option(help="Number of clients.")] = 10,
+    clients_per_round: Annotated[int | None, typer.Option(help="Clients drawn for each round; default: all.")] = None,
+    alpha: Annotated[float, typer.Option(help="Dirichlet concentration: small gives each client few classes.")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Local epochs per round.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 32,
+    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At the start.")] = 0.05,
+    schedule: Annotated[str, typer.Option(help="Learning rate over the rounds: constant or cosine.")] = "constant",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--restart", help="Continue an interrupted run of the same settings, or start over."),
+    ] = True,
+    as_json: AsJson = False,
+    config: Config,
+) -> Result:
+    """Train a model, federated and sparse; an interrupted run continues where it was.
+
+    Writes history.json, model.safetensors (for `fedmef-fx export --checkpoint`) and the folder rounds to go on from.
+    """
+    training = LocalTraining(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,  # type: ignore[arg-type]  # LocalTraining checks it and names the choices
+        learning_rate=learning_rate,
+        round_schedule=schedule,  # type: ignore[arg-type]  # as above
+    )
+    network = build_model(model or _MODELS[data], seed=config.seed)
+    train_set, test_set, labels = _load(data, data_dir)
+    shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    with progress_bar("rounds", steps=rounds) as bar, _telling_of_restart():
+        history = run(
+            network,
+            [Subset(train_set, share.tolist()) for share in shares],
+            config,
+            rounds=rounds,
+            test=test_set,
+            clients_per_round=clients_per_round,
+            training=training,
+            method=method,
+            checkpoint_dir=output / "rounds",
+            resume=resume,
+            progress=lambda record: bar.reach(record.round_index + 1, round_note(record)),
+            device=_device(device),
+        )
+    history.save(output / "history.json")
+    if history.model is not None:
+        fedmef_fx.save(history.model, output / "model.safetensors")
+    return Result(_summary(history, output), lambda console: _show(console, history, output))
+
+
+@contextlib.contextmanager
+def _telling_of_restart() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
+
+
+def round_note(record: RoundRecord) -> str:
+    """How a round went, in a few words."""
+    accuracy = "" if record.test_accuracy is None else f", accuracy {record.test_accuracy:.4f}"
+    return f"loss {record.train_loss:.3f}{accuracy}"
+
+
+def _load(data: Data, directory: Path | None) -> tuple[Dataset[Any], Dataset[Any], Tensor]:
+    """Training set, test set, and the labels of the training set."""
+    if data is Data.DIGITS:
+        digits, digits_test = load_digits()
+        return digits, digits_test, digits.tensors[1]
+    images, images_test = load_cifar10(directory)
+    return images, images_test, images.labels
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {name!r}; expected cpu, cuda, cuda:1, ...") from error
+
+
+def _summary(history: History, output: Path) -> dict[str, Any]:
+    last = history.rounds[-1]
+    return {
+        "output": str(output),
+        "rounds": len(history.rounds),
+        "test_accuracy": history.test_accuracy,
+        "test_loss": last.test_loss,
+        "density": last.density,
+        "bytes_down": history.bytes_down,
+        "bytes_up": history.bytes_up,
+        "peak_saved_bytes": max(record.peak_saved_bytes for record in history.rounds),
+        "seconds": history.seconds,
+    }
+
+
+def _show(console: Console, history: History, output: Path) -> None:
+    typer.echo(str(history))
+    console.print()
+    files = [("history", "history.json"), ("model", "model.safetensors"), ("to go on from", "rounds")]
+    rows = [(what, str(output / name)) for what, name in files]
+    rows.append(("sent", f"{bytes_text(history.bytes_down)} down, {bytes_text(history.bytes_up)} up"))
+    show_table(console, ("", ""), rows)

@@ -1,0 +1,13 @@
+"""What a transformed model is compared with: the same masks, but BatchNorm and dense saved activations."""
+
+from torch import nn
+
+import fedmef_fx
+from fedmef_fx.config import Config
+
+__all__ = ["masked_dense_twin"]
+
+
+def masked_dense_twin(model: nn.Module, config: Config) -> nn.Module:
+    """The model with the masks of a configuration and nothing else changed."""
+    return fedmef_fx.transform(model, config.replace(normalization="keep", activation_sparsity=0.0))

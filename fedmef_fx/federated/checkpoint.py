@@ -1,0 +1,149 @@
+"""The checkpoint of a federated run: one safetensors file, replaced as a whole after every finished round.
+
+It holds all that the next round depends on: the server's masks (one bit per weight), active values and dense tensors,
+what each client is known to have, the history, and the settings of the run. Random numbers need no place: they derive
+from seed, round and client. A SHA-256 digest tells a damaged file from a sound one.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.atomic import replacing
+from fedmef_fx.errors import CheckpointError, WireError
+from fedmef_fx.federated.container import decode, encode
+from fedmef_fx.federated.history import RoundRecord
+from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
+from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+
+__all__ = ["FILE_NAME", "Checkpoint", "clear_leftovers", "load_checkpoint", "save_checkpoint"]
+
+FILE_NAME: Final = "federation.safetensors"
+
+_FORMAT: Final = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """Where a run stands after a finished round.
+
+    Attributes:
+        state: The server's model.
+        changed: As in `Server`.
+        known: As in `Server`.
+        rounds: The history so far.
+        settings: What the run was started with, as JSON can hold it.
+    """
+
+    state: ModelState
+    changed: Mapping[str, int]
+    known: Mapping[int, int]
+    rounds: tuple[RoundRecord, ...]
+    settings: Mapping[str, Any]
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint over the earlier one.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    state = checkpoint.state
+    tensors = {f"value/{name}": values for name, values in state.values.items()}
+    tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items()}
+    tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
+    fields = {
+        "version": state.version,
+        "changed": dict(checkpoint.changed),
+        "known": {str(client): version for client, version in checkpoint.known.items()},
+        "rounds": [dataclasses.asdict(record) for record in checkpoint.rounds],
+        "settings": dict(checkpoint.settings),
+    }
+    metadata = {"format": _FORMAT, "kind": "checkpoint", "digest": _digest(tensors, fields), **fields}
+    with replacing(directory / FILE_NAME, error=CheckpointError) as temporary:
+        temporary.write_bytes(encode(tensors, metadata))
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove the unfinished files of runs that were killed while they wrote a checkpoint."""
+    for path in directory.glob(f".{FILE_NAME}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(directory: Path, schema: Schema) -> Checkpoint | None:
+    """Read the checkpoint of a directory.
+
+    Args:
+        directory: As given to `save_checkpoint`.
+        schema: Of the model that the run is about.
+
+    Returns:
+        The checkpoint, None if there is none.
+
+    Raises:
+        CheckpointError: A file that is damaged, something else, or belongs to another architecture.
+    """
+    path = directory / FILE_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    try:
+        return _parse(data, schema)
+    except (CheckpointError, WireError) as error:
+        raise CheckpointError(
+            f"{path}: {error}; to start over, delete the file, give another checkpoint_dir, or pass resume=False"
+        ) from error
+
+
+def _parse(data: bytes, schema: Schema) -> Checkpoint:
+    tensors, fields = decode(data)
+    if (fields.pop("format", None), fields.pop("kind", None)) != (_FORMAT, "checkpoint"):
+        raise CheckpointError("got another kind of file, or one of another version of fedmef_fx; expected a checkpoint")
+    if fields.pop("digest", None) != _digest(tensors, fields):
+        raise CheckpointError("the digest does not fit the content: the file is damaged")
+    # From here on the content is what `save_checkpoint` wrote; it may still be another model's.
+    masks = {}
+    for name, spec in schema.masked.items():
+        numel = spec.shape.numel()
+        bits = _take(tensors, f"mask/{name}", TensorSpec(torch.Size([bitmap_nbytes(numel)]), torch.uint8))
+        masks[name] = unpack_bits(bits, numel).reshape(spec.shape)
+    values = {
+        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].sum())]), spec.dtype))
+        for name, spec in schema.masked.items()
+    }
+    dense = {name: _take(tensors, f"dense/{name}", spec) for name, spec in schema.dense.items()}
+    if tensors:
+        raise CheckpointError(f"got tensors that the model does not have: {', '.join(sorted(tensors))[:200]}")
+    return Checkpoint(
+        ModelState(fields["version"], masks, values, dense),
+        changed=fields["changed"],
+        known={int(client): version for client, version in fields["known"].items()},
+        rounds=tuple(RoundRecord.from_dict(record) for record in fields["rounds"]),
+        settings=fields["settings"],
+    )
+
+
+def _take(tensors: dict[str, Tensor], key: str, spec: TensorSpec) -> Tensor:
+    tensor = tensors.pop(key, None)
+    if tensor is None or TensorSpec.of(tensor) != spec:
+        found = "nothing" if tensor is None else str(TensorSpec.of(tensor))
+        raise CheckpointError(f"{key!r}: got {found}; expected {spec}: the checkpoint belongs to another architecture")
+    return tensor
+
+
+def _digest(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {TensorSpec.of(tensor)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""`Client`: bytes in, local training, bytes out. What runs on a device, whatever brings the bytes."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
+from fedmef_fx.federated.state import ModelState, Schema, load_state
+from fedmef_fx.federated.wire import decode_broadcast, encode_update
+
+__all__ = ["Client"]
+
+
+class Client:
+    """The client side of a federation.
+
+    Args:
+        model: A transformed model, made like the server's; it is trained in place.
+        training: How to train.
+        loss_fn: Mean loss of a batch of outputs and targets.
+        received: What was received in an earlier life, if anything.
+
+    Attributes:
+        received: The last broadcast, on which the next one may build; None before the first. Its masks and dense
+            tensors are what a device has to keep between rounds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: LocalTraining,
+        *,
+        loss_fn: LossFunction = F.cross_entropy,
+        received: ModelState | None = None,
+    ) -> None:
+        self.received = received
+        self._model = model
+        self._training = training
+        self._loss_fn = loss_fn
+        self._schema = Schema.of(model)
+
+    def answer(self, message: bytes, dataset: Dataset[Any], *, client: int) -> bytes:
+        """Take part in one round.
+
+        Args:
+            message: The server's broadcast.
+            dataset: The local data: pairs (input, target).
+            client: This client's number.
+
+        Returns:
+            The update, as bytes.
+
+        Raises:
+            WireError: A message that cannot be used.
+            ConfigError: Data that cannot be trained on, or training that diverged.
+        """
+        task, state = decode_broadcast(message, self._schema, previous=self.received)
+        self.received = state
+        load_state(self._model, state)
+        update = train_locally(self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn)
+        return encode_update(update, received=state)

@@ -1,0 +1,254 @@
+"""`run`: a whole federation in one process. Every message goes through the wire format, so bytes are real."""
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from fedmef_fx.api import transform
+from fedmef_fx.config import Config
+from fedmef_fx.errors import CheckpointError, ConfigError
+from fedmef_fx.federated.batches import sample_count
+from fedmef_fx.federated.checkpoint import Checkpoint, clear_leftovers, load_checkpoint, save_checkpoint
+from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.evaluation import evaluate
+from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.federated.local import LocalTraining, LossFunction
+from fedmef_fx.federated.methods import Method, method_of
+from fedmef_fx.federated.seeds import derive_seed
+from fedmef_fx.federated.server import Server
+from fedmef_fx.model import density, is_transformed, transformation_of
+
+__all__ = ["run"]
+
+
+def run(  # noqa: PLR0913  # the options of a whole run, all but the data by keyword
+    model: nn.Module,
+    clients: Sequence[Dataset[Any]],
+    config: Config | None = None,
+    *,
+    rounds: int,
+    test: Dataset[Any] | None = None,
+    clients_per_round: int | None = None,
+    training: LocalTraining | None = None,
+    method: str | Method = "fedmef",
+    loss_fn: LossFunction = F.cross_entropy,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: Callable[[RoundRecord], None] | None = None,
+    device: torch.device | str | None = None,
+) -> History:
+    """Train a model on many clients' data, federated, sparse and with little memory per client.
+
+    The result depends on the arguments only, `config.seed` among them, up to the arithmetic of the device.
+
+    Args:
+        model: A model, which is transformed as configuration and method say, or one that `fedmef_fx.transform` made.
+            The caller's model never changes.
+        clients: One data set per client: map-style, of pairs (input, target), none empty. A single sample is enough,
+            unless the model keeps a BatchNorm that needs more.
+        config: The configuration; None for `Config()`, or for the one that a transformed model has.
+        rounds: Number of rounds.
+        test: Test set for the global model after every round.
+        clients_per_round: How many clients are drawn for a round; None for all.
+        training: How clients train; None for `LocalTraining()`.
+        method: A name in `METHODS`, or policies of your own.
+        loss_fn: Mean loss of a batch of outputs and targets.
+        checkpoint_dir: Where the run is saved after every round; made if it is missing. One run at a time.
+        resume: Continue from the checkpoint there, bit for bit as if the run had never been interrupted. It has to
+            belong to the same settings; data, loss function and test set are not compared. False starts over.
+        progress: Called with every finished round.
+        device: Where to train and evaluate; None for where the model is.
+
+    Returns:
+        The history; `history.model` is the final model.
+
+    Raises:
+        ConfigError: Arguments that cannot be used, an empty client, or training that diverged.
+        CheckpointError: A checkpoint that is damaged or belongs to another run.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> clients = [TensorDataset(torch.randn(20, 8), torch.randint(2, (20,))) for _ in range(3)]
+        >>> history = run(net, clients, Config(density=0.5), rounds=2)
+        >>> [record.round_index for record in history.rounds]
+        [0, 1]
+    """
+    training = training or LocalTraining()
+    method = method_of(method)
+    sizes = _check_clients(clients, rounds=rounds, clients_per_round=clients_per_round, test=test)
+    network = _prepare(model, config, method)
+    network = network if device is None else network.to(device)
+    server = Server(network, method=method, rounds=rounds)
+    settings = _settings(network, method, training, rounds=rounds, clients_per_round=clients_per_round, sizes=sizes)
+    history = History(settings=settings, model=network)
+    directory = None if checkpoint_dir is None else _directory(checkpoint_dir)
+    if directory is not None and resume:
+        _resume(directory, server, history)
+    # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
+    # receiver has, so whatever was received last, by any client, fills it in.
+    received = server.state if history.rounds else None
+    client = Client(copy.deepcopy(network), training, loss_fn=loss_fn, received=received)
+    for round_index in range(len(history.rounds), rounds):
+        chosen = _sample(len(clients), clients_per_round, seed=derive_seed(_seed(network), "sample", round_index))
+        record = _round(server, client, {index: clients[index] for index in chosen}, test=test, loss_fn=loss_fn)
+        history.rounds.append(record)
+        if directory is not None:
+            rounds_so_far = tuple(history.rounds)
+            save_checkpoint(directory, Checkpoint(server.state, server.changed, server.known, rounds_so_far, settings))
+        if progress is not None:
+            progress(record)
+    network.eval()
+    return history
+
+
+def _round(
+    server: Server,
+    client: Client,
+    datasets: Mapping[int, Dataset[Any]],
+    *,
+    test: Dataset[Any] | None,
+    loss_fn: LossFunction,
+) -> RoundRecord:
+    start = time.perf_counter()
+    task = server.task()
+    bytes_down = bytes_up = 0
+    updates = {}
+    for index, dataset in datasets.items():
+        message = server.broadcast(index)
+        answer = client.answer(message, dataset, client=index)
+        updates[index] = server.receive(index, answer)
+        bytes_down += len(message)
+        bytes_up += len(answer)
+    churn = server.finish_round(updates)
+    test_loss, accuracy = (None, None) if test is None else evaluate(server.model, test, loss_fn=loss_fn)
+    samples = sum(update.samples for update in updates.values())
+    return RoundRecord(
+        round_index=task.round_index,
+        adjusted=task.counts is not None,
+        clients=tuple(datasets),
+        train_loss=sum(update.loss * update.samples for update in updates.values()) / samples,
+        test_loss=test_loss,
+        test_accuracy=accuracy,
+        density=density(server.model),
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+        seconds=time.perf_counter() - start,
+        peak_saved_bytes=max(update.peak_saved_bytes for update in updates.values()),
+        churn=churn,
+    )
+
+
+def _check_clients(
+    clients: Sequence[Dataset[Any]], *, rounds: int, clients_per_round: int | None, test: Dataset[Any] | None
+) -> list[int]:
+    """The number of samples of every client."""
+    if type(rounds) is not int or rounds < 1:
+        raise ConfigError(f"federated.run: rounds: got {rounds!r}; expected an integer >= 1")
+    if not clients:
+        raise ConfigError("federated.run: got no clients; expected a list of data sets, one per client")
+    sizes = [sample_count(dataset) for dataset in clients]
+    empty = [str(index) for index, size in enumerate(sizes) if size == 0]
+    if empty:
+        raise ConfigError(
+            f"federated.run: client {', '.join(empty)} has no samples; expected at least one each: leave empty clients "
+            "out, e.g. [data for data in clients if len(data)]"
+        )
+    if test is not None and sample_count(test) == 0:
+        raise ConfigError("federated.run: test: got a data set without samples; expected some, or test=None")
+    allowed = clients_per_round is None or (type(clients_per_round) is int and 1 <= clients_per_round <= len(clients))
+    if not allowed:
+        raise ConfigError(
+            f"federated.run: clients_per_round: got {clients_per_round!r}; expected an integer in [1, {len(clients)}], "
+            "the number of clients"
+        )
+    return sizes
+
+
+def _prepare(model: nn.Module, config: Config | None, method: Method) -> nn.Module:
+    """A transformed copy of the model that fits the method."""
+    if not is_transformed(model):
+        return transform(model, method.configure(config or Config()))
+    own = transformation_of(model).config
+    wanted = method.configure(config or own)
+    different = [
+        f"{field.name}={getattr(own, field.name)!r} instead of {getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(Config)
+        if getattr(own, field.name) != getattr(wanted, field.name)
+    ]
+    if different:
+        raise ConfigError(
+            f"federated.run: the model was transformed with {', '.join(different)}, which method {method.name!r} and "
+            "config ask for; expected the original model, which run transforms itself, or one with this configuration"
+        )
+    return copy.deepcopy(model)
+
+
+def _settings(
+    model: nn.Module,
+    method: Method,
+    training: LocalTraining,
+    *,
+    rounds: int,
+    clients_per_round: int | None,
+    sizes: Sequence[int],
+) -> dict[str, Any]:
+    """What a run depends on, as JSON can hold it."""
+    return {
+        "method": dataclasses.asdict(method),
+        "config": json.loads(transformation_of(model).config.to_json()),
+        "training": dataclasses.asdict(training),
+        "rounds": rounds,
+        "clients_per_round": clients_per_round,
+        "client_samples": list(sizes),
+    }
+
+
+def _directory(checkpoint_dir: str | Path) -> Path:
+    directory = Path(checkpoint_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint_dir: {directory}: cannot be used: {error}; expected a writable directory"
+        ) from error
+    return directory
+
+
+def _resume(directory: Path, server: Server, history: History) -> None:
+    """Put server and history where the checkpoint says, if there is one."""
+    checkpoint = load_checkpoint(directory, server.schema)
+    if checkpoint is None:
+        return
+    for key, wanted in history.settings.items():
+        found = checkpoint.settings.get(key)
+        if found != wanted:
+            raise CheckpointError(
+                f"{directory}: the checkpoint belongs to another run: {key}: got {wanted!r:.200}, the checkpoint has "
+                f"{found!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
+            )
+    server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known)
+    history.rounds.extend(checkpoint.rounds)
+
+
+def _seed(model: nn.Module) -> int:
+    return transformation_of(model).config.seed
+
+
+def _sample(clients: int, per_round: int | None, *, seed: int) -> list[int]:
+    """The clients of a round, ascending."""
+    if per_round is None:
+        return list(range(clients))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(clients, generator=generator)[:per_round].tolist())

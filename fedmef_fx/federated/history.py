@@ -1,0 +1,194 @@
+"""`History`: what happened in every round of a federated training, as table, JSON and plot."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Final, Self, get_args, get_type_hints
+
+from torch import nn
+
+from fedmef_fx.atomic import check_target, replacing
+from fedmef_fx.errors import CheckpointError, ConfigError
+
+__all__ = ["History", "RoundRecord"]
+
+_FORMAT: Final = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """One finished round.
+
+    Attributes:
+        round_index: t, counted from 0.
+        adjusted: Whether it was an adjustment round.
+        clients: The clients that took part.
+        train_loss: Mean loss of the last local epoch, weighted by samples.
+        test_loss: Mean loss of the new global model on the test set; None without one.
+        test_accuracy: Its share of correct predictions, 0 to 1; None without a test set or classes.
+        density: Active share of the prunable weights, 0 to 1.
+        bytes_down: Bytes from the server to all clients of the round.
+        bytes_up: Bytes from them to the server.
+        seconds: Wall-clock time, evaluation included.
+        peak_saved_bytes: Largest number of bytes that a client kept between forward and backward.
+        churn: Parameter name -> weights that changed places; empty outside adjustment rounds.
+    """
+
+    round_index: int
+    adjusted: bool
+    clients: tuple[int, ...]
+    train_loss: float
+    test_loss: float | None
+    test_accuracy: float | None
+    density: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    peak_saved_bytes: int
+    churn: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: object) -> Self:
+        """Read what `dataclasses.asdict` gave and JSON stored.
+
+        Raises:
+            CheckpointError: Missing or unknown fields, or values of another type.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict) or fields.keys() != set(names):
+            raise CheckpointError(f"round record: got {fields!r:.80}; expected the fields {', '.join(names)}")
+        for name, hint in get_type_hints(cls).items():
+            if not _fits(fields[name], hint):
+                raise CheckpointError(f"round record: {name}: got {fields[name]!r:.80}; expected {hint}")
+        return cls(**{**fields, "clients": tuple(fields["clients"])})
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint == tuple[int, ...]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    if hint == dict[str, int]:
+        return isinstance(value, dict) and all(type(item) is int for item in value.values())
+    allowed = get_args(hint) or (hint,)
+    return type(value) in allowed and (not isinstance(value, float) or math.isfinite(value))
+
+
+@dataclasses.dataclass(eq=False)
+class History:
+    """The rounds of a run and the model they led to.
+
+    Attributes:
+        rounds: What happened, in order.
+        settings: What the run was started with: method, configuration, training, number of rounds, sizes of clients.
+        model: The final global model, transformed and in eval mode; None in a history that was read from JSON.
+    """
+
+    rounds: list[RoundRecord] = dataclasses.field(default_factory=list)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: nn.Module | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that the server sent, in all rounds."""
+        return sum(record.bytes_down for record in self.rounds)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that the clients sent, in all rounds."""
+        return sum(record.bytes_up for record in self.rounds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all rounds."""
+        return sum(record.seconds for record in self.rounds)
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Accuracy of the final model on the test set, 0 to 1; None without one."""
+        return self.rounds[-1].test_accuracy if self.rounds else None
+
+    def to_json(self) -> str:
+        """Rounds and settings as JSON text; the model is not part of it."""
+        rounds = [dataclasses.asdict(record) for record in self.rounds]
+        return json.dumps({"format": _FORMAT, "settings": self.settings, "rounds": rounds}, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: Another format, or records with missing or unknown fields.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"History.from_json: not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise CheckpointError(f"History.from_json: got another format; expected a history of format {_FORMAT}")
+        rounds, settings = content.get("rounds"), content.get("settings")
+        if not isinstance(rounds, list) or not isinstance(settings, dict):
+            raise CheckpointError("History.from_json: got no rounds or settings; expected both: the file is damaged")
+        return cls([RoundRecord.from_dict(record) for record in rounds], settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON text; the file is either the old one or complete.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        with replacing(check_target(path, error=CheckpointError), error=CheckpointError) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CheckpointError: A missing file, or one that is no history.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read: {error}; expected a file that History.save wrote"
+            ) from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def plot(self, path: str | Path) -> None:
+        """Draw accuracy, losses, traffic and memory over the rounds; the suffix says the format, e.g. `.png`, `.svg`.
+
+        Raises:
+            ConfigError: matplotlib is not installed, or it cannot write such a file.
+        """
+        try:
+            from fedmef_fx.federated.plotting import plot_history  # noqa: PLC0415 - only its users should wait
+        except ImportError as error:
+            raise ConfigError("History.plot: needs matplotlib; install it: pip install 'fedmef-fx[viz]'") from error
+        plot_history(self.rounds, Path(path))
+
+    def __str__(self) -> str:
+        lines = ["round  adj  clients  train loss  test loss  accuracy  density     down       up  saved peak  seconds"]
+        lines += [_line(record) for record in self.rounds]
+        total = f"{_bytes(self.bytes_down):>9s}{_bytes(self.bytes_up):>9s}{'':12s}{self.seconds:9.2f}"
+        return "\n".join([*lines, f"{'total':61s}{total}"])
+
+
+def _line(record: RoundRecord) -> str:
+    test_loss = "-" if record.test_loss is None else f"{record.test_loss:.4f}"
+    accuracy = "-" if record.test_accuracy is None else f"{record.test_accuracy:.4f}"
+    return (
+        f"{record.round_index:5d}{'*' if record.adjusted else '':>5s}{len(record.clients):9d}{record.train_loss:12.4f}"
+        f"{test_loss:>11s}{accuracy:>10s}{record.density:9.4f}"
+        f"{_bytes(record.bytes_down):>9s}{_bytes(record.bytes_up):>9s}{_bytes(record.peak_saved_bytes):>12s}"
+        f"{record.seconds:9.2f}"
+    )
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes for people: 12.3 kB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

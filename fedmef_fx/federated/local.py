@@ -1,0 +1,265 @@
+"""A client's part of a round: local epochs with extrusion where it is due, then the growth candidates.
+
+Knows nothing about transports: `train_locally` takes a model and a data set and returns an `Update`.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.utils.data import Dataset
+
+from fedmef_fx.clipping import clip_gradients
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.extrusion import Extrusion
+from fedmef_fx.federated.batches import Batch, batches, sample_count
+from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.seeds import derive_seed
+from fedmef_fx.federated.state import read_state
+from fedmef_fx.growth import growth_candidates
+from fedmef_fx.memory import SavedTensors
+from fedmef_fx.model import transformation_of
+from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+
+__all__ = ["LocalTraining", "LossFunction", "train_locally"]
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Maps a batch of outputs and targets to their mean loss, a scalar."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """How clients train. The optimizer is new in every round: clients keep no state of it.
+
+    Attributes:
+        epochs: E, passes over the local data per round, >= 1.
+        batch_size: Samples per batch, >= 1. A last batch of one sample joins the one before it.
+        optimizer: `"sgd"` or `"adam"`.
+        learning_rate: eta_0, > 0. NSConv networks diverge at rates that BatchNorm allows; `Config.gradient_clipping`
+            widens the range.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: >= 0; acts on active weights only, as masked ones are 0.
+        schedule: The rate within a local training: `"constant"`, or `"cosine"` down to 0 at its end. Only where the
+            rate decays can the rate floor of extrusion act.
+        round_schedule: The rate over the rounds of a run: `"constant"`, or `"cosine"` down to 0 after the last.
+        growth_batches: Batches from which growth candidates are computed; None for all local data.
+
+    Raises:
+        ConfigError: A value out of range; the message gives the field, the value and the range.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    round_schedule: Literal["constant", "cosine"] = "constant"
+    growth_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
+                self._reject(name, " | ".join(map(repr, choices)))
+        for name in ("epochs", "batch_size", "growth_batches"):
+            value = getattr(self, name)
+            if not (type(value) is int and value >= 1) and not (name == "growth_batches" and value is None):
+                self._reject(name, "an integer >= 1")
+        if not (_is_number(self.learning_rate) and self.learning_rate > 0):
+            self._reject("learning_rate", "a number > 0")
+        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
+            self._reject("momentum", "a number in [0, 1)")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            self._reject("weight_decay", "a number >= 0")
+
+    def _reject(self, name: str, expected: str) -> None:
+        raise ConfigError(f"LocalTraining.{name}: got {getattr(self, name)!r}; expected {expected}")
+
+    def learning_rate_in(self, task: RoundTask) -> float:
+        """eta_0 of a round."""
+        if self.round_schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * _cosine(task.round_index / task.rounds)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cosine(progress: float) -> float:
+    """From 1 at the start to 0 at the end."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def train_locally(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    options: LocalTraining,
+    *,
+    task: RoundTask,
+    client: int = 0,
+    loss_fn: LossFunction = F.cross_entropy,
+) -> Update:
+    """Train a transformed model on one client's data, in place, as a round asks for it.
+
+    In an adjustment round the weights that the server is about to prune are extruded (`fedmef_fx.Extrusion`, with the
+    counts of the task, fixed for the round), and the gradients at inactive coordinates are collected afterwards, with
+    the trained weights. The result depends on the model's parameters and buffers, the data and the arguments only: not
+    on what the model did before, nor on torch's random state, which is left as it was.
+
+    Args:
+        model: A transformed model, which holds what the server sent.
+        dataset: Map-style, of pairs (input, target), at least one. One sample is enough, unless the model keeps a
+            BatchNorm that needs more than one value per channel.
+        options: How to train.
+        task: The round.
+        client: The client's number, for its random choices and error messages.
+        loss_fn: Mean loss of a batch of outputs and targets.
+
+    Returns:
+        The trained values, the growth candidates if asked for, and measurements; never a dense gradient.
+
+    Raises:
+        ConfigError: No samples, a single one where BatchNorm needs more, or a loss that is no longer finite.
+    """
+    samples = sample_count(dataset)
+    if samples == 0:
+        raise ConfigError(
+            f"client {client}: got a data set without samples; expected at least one: leave the client out"
+        )
+    seed = derive_seed(transformation_of(model).config.seed, "client", task.round_index, client)
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, PackActivation):
+            module.estimator.reset()
+    model.train()
+    with _seeded(seed, device):
+        loss, peak_saved_bytes = _epochs(model, dataset, options, task=task, client=client, loss_fn=loss_fn)
+        gradients = _candidates(model, dataset, options, task=task, loss_fn=loss_fn)
+    state = read_state(model, version=task.round_index)
+    return Update(
+        round_index=task.round_index,
+        samples=samples,
+        loss=loss,
+        peak_saved_bytes=peak_saved_bytes,
+        values=state.values,
+        dense=state.dense,
+        gradients=gradients,
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Any:
+    """A block with random numbers of its own, on the CPU and the model's device."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def _epochs(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    options: LocalTraining,
+    *,
+    task: RoundTask,
+    client: int,
+    loss_fn: LossFunction,
+) -> tuple[float, int]:
+    """All local epochs: mean loss of the last one, and the bytes that the first step kept for its backward."""
+    clipping = transformation_of(model).config.gradient_clipping
+    rate = options.learning_rate_in(task)
+    optimizer = _optimizer(model, options, rate)
+    device = next(model.parameters()).device
+    step_count = options.epochs * _batch_count(sample_count(dataset), options.batch_size)
+    step, peak, total = 0, 0, 0.0
+    with _extrusion(model, optimizer, task, step_count):
+        for _ in range(options.epochs):
+            total = 0.0
+            for batch in batches(dataset, batch_size=options.batch_size, shuffle=True, device=device):
+                if options.schedule == "cosine":
+                    optimizer.param_groups[0]["lr"] = rate * _cosine(step / step_count)
+                optimizer.zero_grad()
+                # Only the first step is measured: the meter looks at every tensor that autograd saves.
+                meter = SavedTensors(model, *batch) if step == 0 else None
+                with meter or contextlib.nullcontext():
+                    loss = _loss(model, batch, loss_fn, client)
+                peak = meter.nbytes if meter else peak
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                if clipping is not None:
+                    clip_gradients(model, clipping)
+                optimizer.step()
+                total += _finite(loss, client, task) * len(batch[1])
+                step += 1
+    return total / sample_count(dataset), peak
+
+
+def _batch_count(samples: int, batch_size: int) -> int:
+    full, rest = divmod(samples, batch_size)
+    joins = rest == 1 and full > 0 and batch_size > 1  # see batches.batch_indices
+    return full + (1 if rest and not joins else 0)
+
+
+def _optimizer(model: nn.Module, options: LocalTraining, rate: float) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if options.optimizer == "adam":
+        return Adam(parameters, lr=rate, weight_decay=options.weight_decay)
+    return SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=options.weight_decay)
+
+
+def _extrusion(
+    model: nn.Module, optimizer: Optimizer, task: RoundTask, step_count: int
+) -> contextlib.AbstractContextManager[object]:
+    """Extrusion in adjustment rounds, and in those only."""
+    if not task.counts or transformation_of(model).config.extrusion_strength == 0:
+        return contextlib.nullcontext()
+    return Extrusion(model, optimizer, budget_steps=step_count, counts=task.counts)
+
+
+def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction, client: int) -> Tensor:
+    inputs, targets = batch
+    try:
+        return loss_fn(model(inputs), targets)
+    except ValueError as error:
+        if len(inputs) == 1 and "more than 1 value per channel" in str(error):
+            raise ConfigError(
+                f"client {client}: got a batch of a single sample, from which BatchNorm cannot compute statistics; "
+                'expected normalization="nsconv", which needs none, or at least two samples'
+            ) from error
+        raise
+
+
+def _finite(loss: Tensor, client: int, task: RoundTask) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"client {client}, round {task.round_index}: the loss became {value}: training has diverged; expected a "
+            "smaller LocalTraining.learning_rate, or gradient clipping, e.g. Config(gradient_clipping=0.05)"
+        )
+    return value
+
+
+def _candidates(
+    model: nn.Module, dataset: Dataset[Any], options: LocalTraining, *, task: RoundTask, loss_fn: LossFunction
+) -> dict[str, SparseGradient]:
+    if not task.counts:
+        return {}
+    device = next(model.parameters()).device
+    parts = batches(dataset, batch_size=options.batch_size, shuffle=True, device=device)
+    if options.growth_batches is not None:
+        parts = (batch for batch, _ in zip(parts, range(options.growth_batches), strict=False))
+
+    def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
+        return loss_fn(network(batch[0]), batch[1])
+
+    found = growth_candidates(model, batch_loss, parts, k=task.counts)
+    return {name: SparseGradient(g.positions.cpu(), g.values.cpu(), g.numel) for name, g in found.items()}

@@ -1,0 +1,122 @@
+"""What a federation exchanges of a model: masks, the active values under them, and all other tensors."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.container import DTYPES
+from fedmef_fx.model import masked_parameters, set_masks
+
+__all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a tensor.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """The spec of a tensor."""
+        return cls(tensor.shape, tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schema:
+    """Names, shapes and dtypes of what is exchanged; all parties of a federation have the same.
+
+    Attributes:
+        masked: Parameters with masks.
+        dense: Other parameters and persistent buffers (biases, normalisation, running statistics).
+    """
+
+    masked: Mapping[str, TensorSpec]
+    dense: Mapping[str, TensorSpec]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Schema":
+        """The schema of a transformed model.
+
+        Raises:
+            ConfigError: A tensor of a dtype that cannot be exchanged.
+        """
+        masked = {name: TensorSpec.of(entry.parameter) for name, entry in masked_parameters(model).items()}
+        schema = cls(masked, {name: TensorSpec.of(tensor) for name, tensor in _dense_tensors(model).items()})
+        for name, spec in (schema.masked | schema.dense).items():  # type: ignore[operator]  # both are dicts
+            if spec.dtype not in DTYPES.values():
+                expected = ", ".join(map(str, DTYPES.values()))
+                raise ConfigError(f"federated: {name!r}: got {spec.dtype}; expected one of {expected}")
+        return schema
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ModelState:
+    """A model's exchanged tensors, on the CPU. They are shared between states and never changed in place.
+
+    Attributes:
+        version: Number of rounds that are finished in it.
+        masks: Parameter name -> boolean mask, True = active.
+        values: Parameter name -> its active values `[active]`, in row-major order.
+        dense: Name -> tensor, of all other parameters and persistent buffers.
+    """
+
+    version: int
+    masks: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+
+
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors without a mask, by name; a tied one once."""
+    # By identity: `features.1.weight` must never be taken for a part of `features.10.weight`.
+    excluded = {id(tensor) for entry in masked_parameters(model).values() for tensor in entry}
+    persistent = model.state_dict(keep_vars=True).keys()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in named.items() if name in persistent and id(tensor) not in excluded}
+
+
+@torch.no_grad()
+def read_state(model: nn.Module, *, version: int) -> ModelState:
+    """Copy the exchanged tensors of a transformed model.
+
+    Args:
+        model: A transformed model.
+        version: Number of finished rounds.
+    """
+    entries = masked_parameters(model)
+    return ModelState(
+        version,
+        masks={name: entry.mask.cpu().clone() for name, entry in entries.items()},
+        values={name: entry.parameter.detach()[entry.mask].cpu() for name, entry in entries.items()},
+        dense={name: tensor.detach().cpu().clone() for name, tensor in _dense_tensors(model).items()},
+    )
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, state: ModelState) -> None:
+    """Write a state of the same schema into a model; masked weights become exactly 0.
+
+    Args:
+        model: A transformed model of the state's schema.
+        state: The state.
+    """
+    entries = masked_parameters(model)
+    set_masks(model, {n: m for n, m in state.masks.items() if not torch.equal(m, entries[n].mask.cpu())})
+    for name, (parameter, mask) in entries.items():
+        values = state.values[name].to(parameter.device)
+        parameter.copy_(torch.zeros_like(parameter).masked_scatter_(mask, values))
+    for name, tensor in _dense_tensors(model).items():
+        tensor.copy_(state.dense[name])

@@ -1,0 +1,128 @@
+"""What layers compute: floating point operations of convolutions, linear layers and products with weights.
+
+A weight is used once per result position, so a layer with n weights does n * positions multiply-adds, and with a mask
+active * positions. One multiply-add is two operations, as in `torch.utils.flop_counter`; biases, normalisation and
+elementwise operations are left out, as there.
+
+positions = results / out_features for linear layers and convolutions (padding counts as computed), and
+inputs / in_channels for transposed convolutions.
+"""
+
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.inspection.records import TensorRecord
+from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.program import Program, Region
+
+__all__ = ["positions_by_parameter"]
+
+_TRANSPOSED: Final = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
+_LAYERS: Final[frozenset[Callable[..., Any]]] = _TRANSPOSED | {F.conv1d, F.conv2d, F.conv3d, F.linear}
+_PRUNED_LAYERS: Final = (pruned_convolution, pruned_linear)
+_PRODUCTS: Final[frozenset[Callable[..., Any] | str]] = frozenset(
+    {operator.matmul, torch.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm"}
+)
+_LAYER_MODULES: Final = (nn.Linear, nn.modules.conv._ConvNd)
+
+Tensors = Mapping[fx.Node, tuple[TensorRecord, ...]]
+
+
+class _Use(NamedTuple):
+    """One use of a weight.
+
+    Attributes:
+        weight: The parameter.
+        positions: How often each of its elements is multiplied.
+    """
+
+    weight: nn.Parameter
+    positions: float
+
+
+def positions_by_parameter(program: Program, tensors: Tensors) -> dict[int, float]:
+    """How often each element of a weight is used in one call of the model in eval mode.
+
+    Args:
+        program: The program.
+        tensors: What example inputs showed, see `shapes.observe_tensors`.
+
+    Returns:
+        Positions by identity of the parameter, summed over its uses; weights that no known operation uses are left out.
+    """
+    total: dict[int, float] = defaultdict(float)
+    for region in program.regions:
+        if region.role == "fallback" or not region.has_mode(training=False):
+            continue
+        for node in region.graph_for(training=False).nodes:
+            for use in _uses(region, node, tensors):
+                total[id(use.weight)] += use.positions
+    return dict(total)
+
+
+def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
+    out = tensors.get(node, ())
+    if len(out) != 1:
+        return
+    module = region.module(node)
+    if isinstance(module, _LAYER_MODULES):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        weight = module.weight if isinstance(module.weight, nn.Parameter) else None
+        yield from _layer(weight, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
+    elif node.target in _LAYERS or node.target in _PRUNED_LAYERS:
+        at = 2 if node.target in _PRUNED_LAYERS else 1
+        weight = _parameter(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))
+        x = _tensor(node.args[0] if node.args else node.kwargs.get("input"), tensors)
+        transposed = node.target in _TRANSPOSED or bool(node.kwargs.get("transposed"))
+        yield from _layer(weight, x, out[0], transposed=transposed)
+    elif node.target in _PRODUCTS and len(node.args) == 2:
+        yield from _product(region, node, tensors, out[0])
+
+
+def _layer(
+    weight: nn.Parameter | None, x: TensorRecord | None, out: TensorRecord, *, transposed: bool
+) -> Iterator[_Use]:
+    if weight is None or x is None or not weight.numel():
+        return
+    if transposed:
+        yield _Use(weight, x.numel / weight.shape[0])
+    elif weight.dim() == 2:
+        yield _Use(weight, out.numel / weight.shape[0])
+    else:
+        # The channel axis may be cut into groups: each result takes part in weight[0].numel() products.
+        yield _Use(weight, out.numel * math.prod(weight.shape[1:]) / weight.numel())
+
+
+def _product(region: Region, node: fx.Node, tensors: Tensors, out: TensorRecord) -> Iterator[_Use]:
+    left = _tensor(node.args[0], tensors)
+    if left is None or not left.shape:
+        return
+    for argument in node.args:
+        weight = _parameter(region, argument)
+        if weight is not None and weight.numel():
+            yield _Use(weight, out.numel * left.shape[-1] / weight.numel())
+
+
+def _tensor(argument: object, tensors: Tensors) -> TensorRecord | None:
+    found = tensors.get(argument, ()) if isinstance(argument, fx.Node) else ()
+    return found[0] if len(found) == 1 else None
+
+
+def _parameter(region: Region, argument: object) -> nn.Parameter | None:
+    """The parameter that a weight argument is made from, through masks, NSConv and operations on it alone."""
+    while isinstance(argument, fx.Node) and argument.op != "get_attr":
+        alone = argument.target in (masked_weight, nsconv_weight) or len(argument.all_input_nodes) == 1
+        if not alone or argument.op == "placeholder" or not argument.args:
+            return None
+        argument = argument.args[0]
+    weight = region.tensor(argument)
+    return weight if isinstance(weight, nn.Parameter) else None

@@ -1,0 +1,50 @@
+"""The JSON document of an inspection."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any, Final
+
+from fedmef_fx.inspection.records import GraphRecord, NodeRecord
+from fedmef_fx.inspection.table import Table
+from fedmef_fx.pipeline import PassReport
+
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "document", "to_json"]
+
+SCHEMA: Final = "fedmef-fx/inspection"
+SCHEMA_VERSION: Final = 1
+"""Raised when a field changes its meaning or goes away; new fields alone do not raise it."""
+
+
+def document(graphs: Iterable[GraphRecord], table: Table, passes: PassReport) -> dict[str, Any]:
+    """What `Inspection.to_json` writes, as Python values; the fields are described there."""
+    return {
+        "schema": SCHEMA,
+        "version": SCHEMA_VERSION,
+        "graphs": [
+            {"region": graph.region, "mode": graph.mode, "nodes": [_node(node) for node in graph.nodes]}
+            for graph in graphs
+        ],
+        "parameters": table.as_dicts(),
+        "passes": [
+            {
+                "name": result.name,
+                "rewrites": list(result.rewrites),
+                "refusals": [{"where": refusal.where, "reason": refusal.reason} for refusal in result.refusals],
+            }
+            for result in passes
+        ],
+    }
+
+
+def _node(node: NodeRecord) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(node),
+        "inputs": list(node.inputs),
+        "tensors": [{"shape": list(tensor.shape), "dtype": tensor.dtype} for tensor in node.tensors],
+    }
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """A document as JSON text in ASCII; `<` is written as an escape, so that the text can stand inside HTML."""
+    return json.dumps(content, indent=2, allow_nan=False).replace("<", "\\u003c")

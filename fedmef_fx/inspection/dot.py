@@ -1,0 +1,67 @@
+"""Graphs in Graphviz's DOT language.
+
+Node identifiers are numbers and names stand only inside quoted, escaped strings, so no name can end a string early or
+start HTML-like markup.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from fedmef_fx.inspection.records import GraphRecord, NodeRecord, visible
+
+__all__ = ["to_dot"]
+
+# Okabe and Ito's palette in light tints: told apart by readers who do not see all colours, with black text on it.
+_TINTS: Final = ("#cfe8f7", "#fbe3b5", "#c9ebdd", "#f8f2b0", "#bfd9ee", "#f3cfb8", "#efd3e3", "#e0e0e0")
+_LONGEST: Final = 80
+
+
+def to_dot(graphs: Iterable[GraphRecord]) -> str:
+    """All graphs of a model as one DOT document.
+
+    Args:
+        graphs: Their records.
+
+    Returns:
+        DOT text, one cluster per graph; nodes that a pass made are filled with its colour.
+    """
+    graphs = tuple(graphs)
+    passes = dict.fromkeys(node.made_by for graph in graphs for node in graph.nodes if node.made_by is not None)
+    tints = {name: _TINTS[index % len(_TINTS)] for index, name in enumerate(passes)}
+    lines = [
+        "digraph model {",
+        '  node [shape=box, style="rounded,filled", fillcolor="#ffffff", fontname="sans-serif"];',
+    ]
+    for number, graph in enumerate(graphs):
+        lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(graph.label or 'model')};"]
+        lines += [f"    {line}" for line in _statements(graph, f"g{number}n", tints)]
+        lines.append("  }")
+    return "\n".join([*lines, "}"])
+
+
+def _statements(graph: GraphRecord, prefix: str, tints: dict[str, str]) -> Iterator[str]:
+    identifiers = {node.name: f"{prefix}{index}" for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        fill = f", fillcolor={_quoted(tints[node.made_by])}, tooltip={_quoted(node.made_by)}" if node.made_by else ""
+        yield f"{identifiers[node.name]} [label={_label(node)}{fill}];"
+        yield from (f"{identifiers[source]} -> {identifiers[node.name]};" for source in node.inputs)
+
+
+def _label(node: NodeRecord) -> str:
+    facts = [str(tensor) for tensor in node.tensors] if node.op != "output" else []
+    if node.density is not None:
+        facts.append(f"density {node.density:.2f}")
+    kind = node.op if node.op == "output" else f"{node.op} {_shortened(node.target)}"
+    return _quoted(*(line for line in (_shortened(node.name), kind, ", ".join(facts)) if line))
+
+
+def _shortened(text: str) -> str:
+    """Text that a box can hold; the middle is left out, because both ends of a path tell something."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
+
+
+def _quoted(*lines: str) -> str:
+    """Lines as one DOT string; DOT reads a backslash as the start of an escape of its own."""
+    escaped = (visible(line).replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+    return '"' + "\\n".join(escaped) + '"'

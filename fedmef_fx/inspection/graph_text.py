@@ -1,0 +1,53 @@
+"""Graphs as text: one line a node, the same in every process.
+
+%conv1_weight = get_attr[conv1.weight]  # f32[8,1,3,3] density=0.20 [functionalize-weights <- conv1]
+%conv2d = call_function[conv2d](%x, %masked_weight, None, stride=(1, 1))  # f32[2,8,6,6]
+return %conv2d
+"""
+
+from collections.abc import Iterable
+
+from fedmef_fx.inspection.records import GraphRecord, NodeRecord, visible
+
+__all__ = ["graph_text", "node_text"]
+
+
+def graph_text(graphs: Iterable[GraphRecord]) -> str:
+    """Several graphs as text.
+
+    Args:
+        graphs: Their records.
+
+    Returns:
+        The lines of each graph; above them its region and mode, except for the only graph of a whole model.
+    """
+    return "\n\n".join(_one_graph(graph) for graph in graphs)
+
+
+def _one_graph(graph: GraphRecord) -> str:
+    heading = [f"# {visible(graph.label)}"] if graph.label else []
+    return "\n".join([*heading, *map(node_text, graph.nodes)])
+
+
+def node_text(node: NodeRecord) -> str:
+    """The line of one node."""
+    call = _call(node)
+    facts = _facts(node)
+    return f"{call}  # {facts}" if facts else call
+
+
+def _call(node: NodeRecord) -> str:
+    if node.op == "output":
+        return f"return {node.arguments}"
+    call = f"%{node.name} = {node.op}[{visible(node.target)}]"
+    return call if node.op in ("placeholder", "get_attr") and not node.arguments else f"{call}({node.arguments})"
+
+
+def _facts(node: NodeRecord) -> str:
+    shown = [str(tensor) for tensor in node.tensors] if node.op != "output" else []
+    facts = [shown[0] if len(shown) == 1 else f"({', '.join(shown)})"] if shown else []
+    if node.density is not None:
+        facts.append(f"density={node.density:.2f}")
+    if node.made_by is not None:
+        facts.append(f"[{node.made_by} <- {visible(node.origin or '')}]")
+    return " ".join(facts)

@@ -1,0 +1,167 @@
+"""`inspect`: look into a model, transformed or not."""
+
+import copy
+import dataclasses
+import inspect as python_inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fedmef_fx.capture import capture_graphs
+from fedmef_fx.config import Config
+from fedmef_fx.emit import program_of
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.inspection.diff import text_diff
+from fedmef_fx.inspection.document import document, to_json
+from fedmef_fx.inspection.dot import to_dot
+from fedmef_fx.inspection.graph_text import graph_text
+from fedmef_fx.inspection.networkx_graph import to_networkx
+from fedmef_fx.inspection.records import GraphRecord, record_graphs
+from fedmef_fx.inspection.shapes import observe_tensors
+from fedmef_fx.inspection.table import Table, layer_table
+from fedmef_fx.model import Transformation, is_transformed
+from fedmef_fx.pipeline import PassReport
+from fedmef_fx.program import Program, Region
+
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = ["Inspection", "inspect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A model as it was when it was inspected; changing the model later does not change it.
+
+    `str()` gives the graphs as text, one line a node:
+
+        %name = op[target](arguments)  # f32[8,16,3,3] density=0.20 [pass <- what the node was made from]
+
+    Attributes:
+        graphs: Every graph as records.
+        layers: The rows that `table()` returns.
+        passes: What the passes did and refused; empty for a model that is not transformed.
+    """
+
+    graphs: tuple[GraphRecord, ...]
+    layers: Table
+    passes: PassReport
+    _example: tuple[Sequence[Any] | None, Mapping[str, Any] | None] = dataclasses.field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return graph_text(self.graphs)
+
+    def table(self) -> Table:
+        """Per prunable parameter: shape, weights, active, density, tier, operations (with example inputs), reason."""
+        return self.layers
+
+    def diff(self, original: "nn.Module | Inspection", *, context: int = 3) -> str:
+        """What changed from the original to this model, as a unified diff of their texts.
+
+        Args:
+            original: The model before, which is traced with the same example inputs, or its inspection.
+            context: Unchanged lines shown around each change.
+
+        Returns:
+            The diff; empty when nothing changed.
+
+        Raises:
+            CaptureError: The original cannot be traced.
+            ConfigError: It does not accept the example inputs.
+        """
+        if not isinstance(original, Inspection):
+            args, kwargs = self._example
+            original = inspect(original, args, example_kwargs=kwargs)
+        return text_diff(str(original), str(self), context=context)
+
+    def to_networkx(self) -> "networkx.DiGraph[str]":
+        """The graphs as one `networkx.DiGraph`, with edges from each node to those that read it.
+
+        A node's key is its name; where there are several graphs, `"region, mode/name"`. Attributes of nodes, absent
+        where they do not apply:
+
+        - `op`, `target`, `module`, `text`: kind, what it reads or calls, module it belongs to, line of `str()`
+        - `shape` (tuple of int), `dtype` (`"f32"`): of its value, if that is one tensor and known
+        - `density` (float): of the masked parameter it reads
+        - `made_by`, `origin`: the pass that made it, and from what
+        - `order` (int), `region`, `mode`: place in its graph, and which graph that is
+
+        Attributes of edges: `position` (int), the place among the node's inputs.
+        """
+        return to_networkx(self.graphs)
+
+    def to_dot(self) -> str:
+        """The graphs in Graphviz's DOT language; nodes that a pass made are filled with its colour."""
+        return to_dot(self.graphs)
+
+    def to_json(self) -> str:
+        """Everything as JSON, the same text for the same model.
+
+        An object with these fields, version 1 of the schema:
+
+        - `schema`: `"fedmef-fx/inspection"`; `version`: 1
+        - `graphs`: objects with `region`, `mode` and `nodes`; a node has the fields of `NodeRecord`, its `tensors` are
+          objects with `shape` and `dtype`
+        - `parameters`: objects with the fields of `LayerRow`, and `density`
+        - `passes`: objects with `name`, `rewrites` (names) and `refusals` (objects with `where` and `reason`)
+        """
+        return to_json(document(self.graphs, self.layers, self.passes))
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Inspection:
+    """Look into a model: its graphs with shapes, densities and the pass that made each node, and a table of layers.
+
+    Args:
+        model: A transformed model, or any model that can be traced; it never changes.
+        example_inputs: Positional arguments of one call, as a tuple. With them a copy of the model runs once per graph,
+            in eval mode and without gradients, and shapes of activations and operations per layer are known.
+        example_kwargs: Keyword arguments of that call.
+
+    Returns:
+        The inspection.
+
+    Raises:
+        CaptureError: The model is not transformed and cannot be traced.
+        ConfigError: Not a module, or example inputs that the model does not accept.
+
+    Example:
+        >>> import torch, fedmef_fx
+        >>> print(fedmef_fx.inspect(torch.nn.Sequential(torch.nn.Linear(8, 2)), (torch.ones(1, 8),)))
+        %input_1 = placeholder[input]  # f32[1,8]
+        %_0 = call_module[0](%input_1)  # f32[1,2]
+        return %_0
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"inspect: got {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(example_inputs, Tensor):
+        raise ConfigError("inspect: example_inputs is a tensor; expected a tuple of arguments: inspect(model, (x,))")
+    has_example = example_inputs is not None or example_kwargs is not None
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    program = _program(model, args, kwargs)
+    tensors = observe_tensors(program, args, kwargs) if has_example else {}
+    return Inspection(
+        record_graphs(program, tensors),
+        layer_table(program, tensors),
+        program.facts.reports,
+        (example_inputs, example_kwargs),
+    )
+
+
+def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    if is_transformed(model):
+        return program_of(model)
+    signature = python_inspect.signature(model.forward)
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise ConfigError(
+            f"inspect: the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    duplicate = copy.deepcopy(model)  # tracing may leave constants behind
+    return Program(duplicate, [Region("", duplicate, capture_graphs(duplicate, given=given))], Transformation(Config()))

@@ -1,0 +1,264 @@
+"""A run that was killed continues from its last finished round, to the bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedmef_fx import Config, atomic
+from fedmef_fx.errors import CheckpointError
+from fedmef_fx.federated import History, LocalTraining, RoundRecord, run
+from fedmef_fx.federated.checkpoint import FILE_NAME
+
+ROUNDS = 5
+CONFIG = Config(density=0.3, adjustment_interval=2)
+TRAINING = LocalTraining(batch_size=8, learning_rate=0.02)
+
+
+class _KilledError(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+Runner = Callable[..., History]
+
+
+@pytest.fixture
+def start(network: nn.Module, clients: list[TensorDataset], test_set: TensorDataset) -> Runner:
+    def call(directory: Path | None, **changes: Any) -> History:
+        options: dict[str, Any] = {"rounds": ROUNDS, "training": TRAINING, "clients_per_round": 2, **changes}
+        config = options.pop("config", CONFIG)
+        data = options.pop("clients", clients)
+        return run(network, data, config, test=test_set, checkpoint_dir=directory, **options)
+
+    return call
+
+
+@pytest.fixture
+def uninterrupted(start: Runner) -> History:
+    return start(None)
+
+
+def _assert_same(found: History, expected: History) -> None:
+    assert found.model is not None
+    assert expected.model is not None
+    weights = expected.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in found.model.state_dict().items())
+    assert [_fields(record) for record in found.rounds] == [_fields(record) for record in expected.rounds]
+
+
+def _fields(record: RoundRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__slots__ if name != "seconds"}
+
+
+@pytest.mark.parametrize("finished", range(1, ROUNDS + 1))
+def test_continues_after_any_round(finished: int, start: Runner, uninterrupted: History, tmp_path: Path) -> None:
+    def stop(record: RoundRecord) -> None:
+        if record.round_index + 1 == finished:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        start(tmp_path, progress=stop)
+    seen: list[int] = []
+    resumed = start(tmp_path, progress=lambda record: seen.append(record.round_index))
+    assert seen == list(range(finished, ROUNDS))
+    _assert_same(resumed, uninterrupted)
+
+
+def _file_operations(monkeypatch: pytest.MonkeyPatch, *, fail_at: int) -> Callable[[], int]:
+    """Let the process "die" just before a file operation; returns how many there were."""
+    count = 0
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == fail_at:
+                raise _KilledError
+            return operation(*args, **kwargs)
+
+        return call
+
+    def half_written(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            counted(file.write)(data[: len(data) // 2])
+            return counted(file.write)(data[len(data) // 2 :])  # type: ignore[no-any-return]  # it is an int
+
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    monkeypatch.setattr(atomic.os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(atomic.os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    return lambda: count
+
+
+def test_continues_when_killed_between_any_two_file_operations(
+    start: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = start(None, rounds=3)
+    with monkeypatch.context() as patch:
+        operations = _file_operations(patch, fail_at=0)
+        start(tmp_path / "count", rounds=3)
+    assert operations() >= 3 * 4
+    for fail_at in range(1, operations() + 1):
+        directory = tmp_path / str(fail_at)
+        with monkeypatch.context() as patch:
+            _file_operations(patch, fail_at=fail_at)
+            with pytest.raises(_KilledError):
+                start(directory, rounds=3)
+        _assert_same(start(directory, rounds=3), expected)
+        assert [path.name for path in directory.iterdir()] == [FILE_NAME]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from conftest import blobs, small_network
+from fedmef_fx import Config
+from fedmef_fx.federated import LocalTraining, run
+torch.set_num_threads(1)
+torch.manual_seed(0)
+clients = [blobs(size, seed=seed) for seed, size in enumerate([24, 9, 17])]
+history = run(
+    small_network(), clients, Config(density=0.3, adjustment_interval=2), rounds=12,
+    training=LocalTraining(batch_size=8, learning_rate=0.02), checkpoint_dir=sys.argv[1],
+    progress=lambda record: print(record.round_index, flush=True),
+)
+torch.save(history.model.state_dict(), Path(sys.argv[1]) / "final.pt")
+"""
+
+
+def _process(directory: Path) -> subprocess.Popen[str]:
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(directory)]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603  # fixed
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def call(directory: Path) -> subprocess.Popen[str]:
+        started.append(_process(directory))
+        return started[-1]
+
+    yield call
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_continues_when_killed_at_random_moments(
+    process: Callable[[Path], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    whole = process(tmp_path / "whole")
+    assert whole.wait() == 0
+    expected = torch.load(tmp_path / "whole" / "final.pt", weights_only=True)
+    moments = random.Random(0)  # noqa: S311  # no secret
+    directory = tmp_path / "killed"
+    for _ in range(4):
+        victim = process(directory)
+        assert victim.stdout is not None
+        if victim.stdout.readline():  # at least one more round is finished
+            time.sleep(moments.uniform(0, 0.3))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    assert process(directory).wait() == 0
+    found = torch.load(directory / "final.pt", weights_only=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_finished_run_is_only_read(start: Runner, uninterrupted: History, tmp_path: Path) -> None:
+    start(tmp_path)
+    before = (tmp_path / FILE_NAME).stat().st_mtime_ns
+    seen: list[RoundRecord] = []
+    again = start(tmp_path, progress=seen.append)
+    assert seen == []
+    assert (tmp_path / FILE_NAME).stat().st_mtime_ns == before
+    _assert_same(again, uninterrupted)
+
+
+def test_resume_false_starts_over(start: Runner, tmp_path: Path) -> None:
+    start(tmp_path, rounds=1)
+    seen: list[RoundRecord] = []
+    start(tmp_path, rounds=2, resume=False, progress=seen.append)
+    assert [record.round_index for record in seen] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": ROUNDS + 1}, "rounds: got 6, the checkpoint has 5"),
+        ({"training": LocalTraining(epochs=2)}, "training"),
+        ({"config": CONFIG.replace(seed=1)}, "config"),
+        ({"method": "static-random"}, "method"),
+        ({"clients_per_round": None}, "clients_per_round"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    changes: dict[str, Any], message: str, start: Runner, tmp_path: Path
+) -> None:
+    start(tmp_path)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    with pytest.raises(CheckpointError, match=f"belongs to another.*{message}.*resume=False"):
+        start(tmp_path, **changes)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_other_clients_are_refused(start: Runner, clients: list[TensorDataset], tmp_path: Path) -> None:
+    start(tmp_path)
+    with pytest.raises(CheckpointError, match="client_samples"):
+        start(tmp_path, clients=clients[:2])
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    start: Runner, clients: list[TensorDataset], tmp_path: Path
+) -> None:
+    start(tmp_path)
+    wider = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(CheckpointError, match=r"another architecture.*resume=False"):
+        run(wider, clients, CONFIG, rounds=ROUNDS, checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_named(share: float, start: Runner, tmp_path: Path) -> None:
+    start(tmp_path, rounds=1)
+    path = tmp_path / FILE_NAME
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(CheckpointError, match=rf"{FILE_NAME}.*to start over, delete the file"):
+        start(tmp_path, rounds=1)
+
+
+def test_every_flipped_byte_is_noticed(start: Runner, tmp_path: Path) -> None:
+    start(tmp_path, rounds=1)
+    path = tmp_path / FILE_NAME
+    data = path.read_bytes()
+    # Spaces that pad the header may change without a consequence; there are fewer than 8.
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    for index in range(0, len(data), 97):
+        if header_end - 8 <= index < header_end:
+            continue
+        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
+        with pytest.raises(CheckpointError):
+            start(tmp_path, rounds=1)
+
+
+def test_a_directory_that_cannot_be_made(start: Runner, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="expected a writable directory"):
+        start(tmp_path / "file" / "run", rounds=1)

@@ -1,0 +1,120 @@
+"""JSON and DOT: complete, versioned, and closed against hostile names."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fedmef_fx
+from fedmef_fx import Config
+from fedmef_fx.inspection import inspect
+from tests.inspection.models import HOSTILE_NAMES, PerMode, hostile, linear, two_convolutions
+
+# Kind of each field, or of the items of a list; a tuple lists what else is allowed.
+NODE = {
+    "name": str,
+    "op": str,
+    "target": str,
+    "arguments": str,
+    "inputs": [str],
+    "tensors": [{"shape": [int], "dtype": str}],
+    "density": (float, None),
+    "made_by": (str, None),
+    "origin": (str, None),
+    "module": str,
+}
+PARAMETER = {
+    "parameter": str,
+    "shape": [int],
+    "weights": int,
+    "active": int,
+    "density": float,
+    "tier": (str, None),
+    "flops_dense": (int, None),
+    "flops_sparse": (int, None),
+    "reason": str,
+}
+SCHEMA = {
+    "schema": str,
+    "version": int,
+    "graphs": [{"region": str, "mode": str, "nodes": [NODE]}],
+    "parameters": [PARAMETER],
+    "passes": [{"name": str, "rewrites": [str], "refusals": [{"where": str, "reason": str}]}],
+}
+
+
+def _check(value: Any, kind: Any, where: str = "document") -> None:
+    match kind:
+        case dict():
+            assert value.keys() == kind.keys(), where
+            for key, expected in kind.items():
+                _check(value[key], expected, f"{where}.{key}")
+        case [item]:
+            assert isinstance(value, list), where
+            for index, element in enumerate(value):
+                _check(element, item, f"{where}[{index}]")
+        case (first, None):
+            assert value is None or isinstance(value, first), where
+        case _:
+            assert isinstance(value, kind), where
+
+
+@pytest.mark.parametrize("build", [linear, two_convolutions, PerMode])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_json_follows_its_schema(build: type[nn.Module], transformed: bool) -> None:
+    model = build()
+    inputs = (torch.ones(2, 1, 8, 8),) if build is two_convolutions else (torch.ones(3, 4),)
+    if transformed:
+        model = fedmef_fx.transform(model, Config(density=0.5))
+    document = json.loads(inspect(model, inputs).to_json())
+    _check(document, SCHEMA)
+    assert (document["schema"], document["version"]) == ("fedmef-fx/inspection", 1)
+    assert bool(document["passes"]) == transformed
+
+
+def test_json_names_the_refusals() -> None:
+    document = json.loads(inspect(fedmef_fx.transform(linear(), Config(density=0.5))).to_json())
+    (entry,) = [entry for entry in document["passes"] if entry["name"].startswith("prune-activations")]
+    assert entry["refusals"][0]["where"] == "input_1"
+
+
+def test_json_gives_hostile_names_back_and_closes_no_script() -> None:
+    text = inspect(hostile()).to_json()
+    assert "<" not in text
+    assert text.isascii()
+    document = json.loads(text)
+    targets = [node["target"] for node in document["graphs"][0]["nodes"]]
+    assert set(HOSTILE_NAMES) <= set(targets)
+
+
+def _strings_and_rest(dot: str) -> tuple[list[str], str]:
+    """The quoted strings of a DOT document, and what is left without them."""
+    pattern = re.compile(r'"((?:[^"\\]|\\.)*)"')
+    return pattern.findall(dot), pattern.sub("S", dot)
+
+
+def test_dot_keeps_hostile_names_inside_strings() -> None:
+    dot = inspect(hostile(), (torch.ones(1, 2),)).to_dot()
+    strings, rest = _strings_and_rest(dot)
+    # What is left is our own: identifiers, edges and attributes.
+    assert re.fullmatch(r"[A-Za-z0-9_ \n{};,=\[\]>S-]*", rest)
+    assert any("<script>" in string for string in strings)
+    assert any(r"back\\\\slash" in repr(string) for string in strings)
+    assert max(map(len, strings)) < 300, "a name of 10,000 characters makes no box"
+
+
+def test_dot_colours_what_a_pass_made() -> None:
+    dot = inspect(fedmef_fx.transform(linear(), Config(density=0.5))).to_dot()
+    assert 'tooltip="insert-masks"' in dot
+    assert dot.count("->") == sum(len(n.inputs) for n in inspect(fedmef_fx.transform(linear())).graphs[0].nodes)
+
+
+def test_dot_has_a_cluster_per_graph() -> None:
+    strings, rest = _strings_and_rest(inspect(PerMode()).to_dot())
+    assert {"train", "eval"} <= set(strings)
+    assert rest.count("subgraph cluster_") == 2
+    identifiers = re.findall(r"^ +(\w+) \[", rest, flags=re.MULTILINE)
+    assert len(identifiers) == len(set(identifiers)) == 1 + 2 * 4  # the defaults of `node`, and each node of each graph
