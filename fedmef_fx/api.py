@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import functools
 import inspect as python_inspect
 import time
 from collections.abc import Mapping, Sequence
@@ -10,18 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmef_fx.capture import capture_model, duplicate_of, fixed_seed, leaf_regions
+from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_seed, leaf_regions
 from fedmef_fx.config import Config
-from fedmef_fx.emit import emit
-from fedmef_fx.errors import ConfigError
+from fedmef_fx.emit import RegionTable, emit
+from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.prune_activations import PruneActivations
+from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
@@ -29,7 +32,7 @@ from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "freeze", "passes_of", "transform"]
+__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
 
 
 def transform(
@@ -56,8 +59,8 @@ def transform(
         class (a subclass of it) that holds traced regions and keeps its Python forward for the rest.
 
     Raises:
-        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, or a
-            model wrapped for distributed training.
+        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, or
+            a model wrapped for distributed training.
 
     Example:
         >>> import torch, fedmef_fx
@@ -73,9 +76,18 @@ def transform(
     duplicate = duplicate_of(model)
     call = _example_call(duplicate, example_inputs, example_kwargs)
     _materialize(duplicate, call)
+    if config.density < 1:
+        keep_weight_norms_finite(duplicate)
     start = time.perf_counter()
     captured = capture_model(duplicate, call)
-    program = Program(duplicate, captured.regions, Transformation(config), captured.products, tuple(captured.failures))
+    program = Program(
+        duplicate,
+        captured.regions,
+        Transformation(config),
+        captured.products,
+        tuple(captured.failures),
+        pending=captured.pending,
+    )
     if not program.is_one_graph:
         program.regions += leaf_regions(duplicate, program.regions, fallbacks=config.normalization == "nsconv")
     capture = PassResult(
@@ -86,11 +98,31 @@ def transform(
     )
     reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
     program.facts.reports = PassReport((capture, *reports))
-    result = emit(program)
+    result = emit(program, extend=functools.partial(extend_region, config=config))
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
     return result
+
+
+def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: Config) -> None:
+    """Capture a region's owner for a kind of call that no graph serves yet, with the masks and kernels that it has.
+
+    Args:
+        module: The owner, in the mode of the call.
+        table: Gains the graph; stays as it is where the call cannot be captured faithfully.
+        call: The call.
+        config: Of the transformation.
+    """
+    table.attempts -= 1
+    try:
+        regions = capture_call(module, table.path, call)
+        program = Program(module, list(regions), Transformation(config))
+        Pipeline([ReplayRewrites(config.nsconv_statistics, config.ignore), *memory_passes(config)]).run(program)
+    except (CaptureError, PassError):
+        return
+    for region in regions:
+        table.add(region)
 
 
 def passes_of(config: Config) -> tuple[Pass, ...]:
@@ -103,14 +135,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
         if config.residual == "rescale":
             steps.append(RescaleResiduals())
-    if config.activation_sparsity > 0:
-        steps.append(ShrinkSaved())
-        steps.append(
-            PruneActivations(
-                config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore
-            )
-        )
-    return tuple(steps)
+    return (*steps, *memory_passes(config))
+
+
+def memory_passes(config: Config) -> tuple[Pass, ...]:
+    """The passes that shrink what autograd keeps."""
+    if config.activation_sparsity == 0:
+        return ()
+    options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
+    return (ShrinkSaved(), PruneActivations(*options))
 
 
 def _check_model(model: nn.Module, config: Config) -> None:

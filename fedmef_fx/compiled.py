@@ -1,12 +1,16 @@
-"""A graph with the function that runs it."""
+"""What runs: a graph with its function, and modules whose class was changed so that they run graphs."""
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import fx, nn
 
-__all__ = ["CompiledGraph"]
+__all__ = ["CompiledGraph", "TransformedModule", "original_class", "original_forward"]
+
+ORIGINAL_FORWARD: Final = "_fedmef_forward"
+"""Where a transformed module keeps the forward that the user had set on the instance."""
 
 
 class CompiledGraph:
@@ -31,15 +35,30 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return self._forward(owner, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"graph": self.graph}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["graph"])  # type: ignore[misc]  # compiles anew
+    def __reduce__(self) -> tuple[type["CompiledGraph"], tuple[fx.Graph]]:
+        return CompiledGraph, (self.graph,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
-        graph.output(graph.graph_copy(self.graph, values := {}))
+        values: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, values))
         for old, new in values.items():
             new.meta = copy.copy(old.meta)
         return CompiledGraph(graph)
+
+
+class TransformedModule(nn.Module):
+    """Mixin of modules that run traced graphs, one per mode and kind of call, or their original forward."""
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, for a transformed module that which it was made from."""
+    return type(module).__mro__[2] if isinstance(module, TransformedModule) else type(module)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module, for a transformed module the one that runs no graph."""
+    if not isinstance(module, TransformedModule):
+        return module.forward
+    stored: Callable[..., Any] | None = vars(module).get(ORIGINAL_FORWARD)
+    return stored or functools.partial(original_class(module).forward, module)

@@ -8,22 +8,21 @@ there is none. Names, `isinstance`, hooks, `deepcopy` and pickling keep working.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import fx, nn
 
-from fedmef_fx.compiled import CompiledGraph
+from fedmef_fx.compiled import ORIGINAL_FORWARD, CompiledGraph, TransformedModule, original_class, original_forward
 from fedmef_fx.gradient_masks import keep_gradients_masked
 from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
 from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
-__all__ = ["CompiledGraph", "RegionTable", "TransformedModule", "emit", "program_of", "restore_classes"]
+__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "tables_in"]
 
 _TABLE: Final = "_fedmef_regions"
-_FORWARD: Final = "_fedmef_forward"
 _KEPT_BY_ROOT: Final = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -38,7 +37,7 @@ _KEPT_BY_ROOT: Final = (
     "_load_state_dict_post_hooks",
 )
 
-Extend = Callable[[nn.Module, "RegionTable", Call], None]
+Extend: TypeAlias = Callable[[nn.Module, "RegionTable", Call], None]
 
 
 @dataclasses.dataclass
@@ -89,18 +88,12 @@ class RegionTable:
         return None
 
 
-class TransformedModule(nn.Module):
-    """Mixin of modules that run traced graphs, one per mode and kind of call, or their original forward."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: copies and pickles name the class that it is made from.
-        return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
-
-
-def _run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the graph that serves a call, or the original forward."""
     table: RegionTable = module.__dict__[_TABLE]
-    call = Call.of(module, args, kwargs)
+    original = original_forward(module)
+    # A trace sees the code that the model was written in, not the graphs that were made from it.
+    call = None if torch.fx._symbolic_trace.is_fx_symbolic_tracing() else Call.of(module, args, kwargs)
     if call is None:
         return original(*args, **kwargs)
     found = table.find(module, call)
@@ -114,24 +107,39 @@ def _run(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...],
 
 
 def _may_capture() -> bool:
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level())  # type: ignore[attr-defined]
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not is_traced and not torch._C._functorch.maybe_current_level()
+
+
+_RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 @functools.cache
 def _running(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module's class that runs graphs; one per class, so that isinstance and pickle agree."""
+    if kind not in _RUNNING:
+        _RUNNING[kind] = _subclass(kind)
+    return _RUNNING[kind]
+
+
+def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     # The signature of the original forward stays visible: generation and data collators look at it.
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        original = self.__dict__.get(_FORWARD) or functools.partial(kind.forward, self)
-        return _run(self, original, args, kwargs)
+        return _run(self, args, kwargs)
 
-    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
+    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "__reduce_ex__": _reduce}
     return type(f"Transformed{kind.__name__}", (TransformedModule, kind), body)
 
 
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    made = _running(kind)
-    return made.__new__(made)
+def _reduce(module: nn.Module, _: Any) -> Any:
+    # The class is made at run time, so that pickle and copy find it through the class of the original.
+    return _revive, (original_class(module),), module.__getstate__()  # type: ignore[no-untyped-call]  # object's own
+
+
+def _revive(kind: type[nn.Module]) -> nn.Module:
+    subclass = _running(kind)
+    return subclass.__new__(subclass)
 
 
 def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
@@ -150,20 +158,31 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
     else:
         result = program.model
         for region in program.regions:
-            table = region.owner.__dict__.get(_TABLE)
-            if table is None:
-                table = RegionTable(region.path, extend=extend if region.role == "region" else None)
-                _swap(region.owner, table)
-            table.add(region)
+            _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)
+        for path in program.pending:
+            _table_of(program.model.get_submodule(path), path, extend)
     keep_gradients_masked(result)
     return result
 
 
-def _swap(owner: nn.Module, table: RegionTable) -> None:
-    owner.__dict__[_TABLE] = table
+def tables_in(module: nn.Module) -> Iterator[tuple[nn.Module, RegionTable]]:
+    """The modules inside a module that run graphs, with their tables."""
+    for child in module.modules():
+        table = child.__dict__.get(_TABLE)
+        if table is not None:
+            yield child, table
+
+
+def _table_of(owner: nn.Module, path: str, extend: Extend | None) -> RegionTable:
+    """The table of a module, which starts to run graphs if it did not before."""
+    table: RegionTable | None = owner.__dict__.get(_TABLE)
+    if table is not None:
+        return table
+    table = owner.__dict__[_TABLE] = RegionTable(path, extend=extend)
     if "forward" in owner.__dict__:  # set on the instance by the user, where it would hide that of the class
-        owner.__dict__[_FORWARD] = owner.__dict__.pop("forward")
+        owner.__dict__[ORIGINAL_FORWARD] = owner.__dict__.pop("forward")
     owner.__class__ = _running(type(owner))
+    return table
 
 
 def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -178,8 +197,20 @@ def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     for name, value in vars(model).items():
         if name not in vars(module) and name != "forward" and not hasattr(type(module), name):
             vars(module)[name] = value
+    module._register_deepcopy_hook(_CarryHooks(module))
     module.train(model.training)
     return module
+
+
+class _CarryHooks:
+    """Gives a copy of a GraphModule the hooks of the module itself, which torch.fx leaves behind."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hooks = {name: getattr(module, name) for name in _KEPT_BY_ROOT if name.startswith(("_forward", "_back"))}
+
+    def __call__(self, copied: nn.Module) -> None:
+        for name, hooks in self._hooks.items():
+            getattr(copied, name).update(hooks)
 
 
 def program_of(model: nn.Module) -> Program:

@@ -266,8 +266,11 @@ def forget_load_hooks(model: nn.Module) -> None:
 
 def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
     # A dictionary of the original model: its weights get the masks that this model has now.
-    for name, entry in masked_parameters(model).items():
-        state_dict.setdefault(prefix + mask_name(name), entry.mask)
+    kept = {id(entry.mask) for entry in masked_parameters(model).values()}
+    # Under all its names: a module that stands at two places has its parameters, and its masks, twice in a dictionary.
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if id(buffer) in kept:
+            state_dict.setdefault(prefix + name, buffer)
 
 
 def _mask_after_load(model: nn.Module, _: object) -> None:

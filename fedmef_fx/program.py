@@ -104,6 +104,7 @@ class Program:
         facts: Becomes the model's child module `fedmef`.
         products: Names of the parameters that products read while the original ran on example inputs.
         failures: What was not captured as part of a region, and why.
+        pending: Paths of modules that are captured when they are first called, because there was no example call.
     """
 
     model: nn.Module
@@ -111,6 +112,7 @@ class Program:
     facts: Transformation
     products: frozenset[str] = frozenset()
     failures: tuple[Refusal, ...] = ()
+    pending: tuple[str, ...] = ()
 
     @property
     def is_one_graph(self) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fedmef_fx.compiled import ORIGINAL_FORWARD
+
 __all__ = ["AnyCall", "AnyTensors", "Call", "Signature"]
 
 PLAIN: Final = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, slice)
@@ -140,11 +142,12 @@ def _key(call: Call, *, exact: bool) -> _Key:
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     # An instance may have a forward of its own; for a transformed module the original's signature is inherited.
-    return vars(module)["forward"] if "forward" in vars(module) else functools.partial(type(module).forward, None)
+    own = vars(module).get("forward") or vars(module).get(ORIGINAL_FORWARD)
+    return own or functools.partial(type(module).forward, None)
 
 
 def _forward_signature(forward: Callable[..., Any]) -> inspect.Signature:
-    if isinstance(forward, functools.partial):
+    if isinstance(forward, functools.partial) and forward.args == (None,):
         return _method_signature(forward.func)
     return inspect.signature(forward)
 

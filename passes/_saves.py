@@ -197,6 +197,14 @@ def _kept_by_module(module: nn.Module | None) -> Kept:
     return _INPUTS if kind in _MODULES_KEEP_INPUTS else _BOTH
 
 
+def _written_by(region: Region, node: fx.Node) -> fx.Node | None:
+    """The node in whose storage a node writes, None for a node that writes into nothing."""
+    if not node.args or not (is_inplace(region, node) or node.target is operator.setitem):
+        return None
+    root = without_views(region, node.args[0])
+    return root if isinstance(root, fx.Node) else None
+
+
 def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) -> dict[fx.Node, str]:
     """The tensors of a graph that stay dense between forward and backward, whatever is done to some nodes.
 
@@ -209,8 +217,8 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
         The node in whose storage each such tensor lies, with who keeps it.
     """
     kept: dict[fx.Node, str] = {}
-    results: list[fx.Node] = []
     is_whole = not region.path  # what goes in and out of an inner region mostly belongs to other regions
+    results: list[fx.Node] = []
 
     def keep(tensor: object, reason: str) -> None:
         root = without_views(region, tensor)
@@ -231,6 +239,10 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
                 keep(tensor, f"{node.name} keeps its input")
             if what.output:
                 results.append(node)
+    for node in graph.nodes:
+        written = _written_by(region, node)
+        if written is not None and len(written.users) > 1:
+            keep(written, f"{node.name} writes into it between its readers")
     # Last, since a reader that keeps a result is the better reason: a ReLU that is free to may forget its own.
     for node in results:
         keep(node, f"{node.name} keeps its result")

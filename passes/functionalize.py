@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Final
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.compiled import original_class
 from fedmef_fx.model import is_ignored
 from fedmef_fx.passes._nodes import bound, layers
 from fedmef_fx.pipeline import PassResult, Refusal
@@ -105,16 +107,17 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _refusal(node: fx.Node, module: nn.Module) -> str | None:
-    kind = next((base for base in type(module).__mro__ if base in _FUNCTIONS), None)
+    bases = original_class(module).__mro__
+    kind = next((base for base in bases if base in _FUNCTIONS), None)
     if kind is None:
         return f"{type(module).__name__} is opaque to the graph: its weights are used inside it"
     if nn.utils.parametrize.is_parametrized(module):
         return f"{type(module).__name__} has parametrizations"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_user_hooks(module):
         return "it has hooks of the user, which need the module call"
     if not isinstance(dict(module.named_parameters(recurse=False)).get("weight"), nn.Parameter):
         return "its weight is not a parameter (weight_norm, prune, ...)"
-    own = {name for base in type(module).__mro__[: type(module).__mro__.index(kind)] for name in vars(base)}
+    own = {name for base in bases[: bases.index(kind)] for name in vars(base)}
     if own & {"forward", "_conv_forward"}:
         return f"{type(module).__qualname__} overrides the computation of {kind.__name__}"
     if len(node.args) > 1 or set(node.kwargs) - {"input"}:

@@ -62,7 +62,9 @@ class InsertMasks:
             if not chosen:
                 raise ConfigError(
                     f"{type(program.model).__name__} has no prunable weights: expected at least one trainable weight "
-                    f"of a convolution or linear layer that is not ignored; Config.ignore is {self.ignore!r}"
+                    f"of a convolution or linear layer that is not ignored; Config.ignore is {self.ignore!r}. Weights "
+                    "that Python code multiplies by hand are found with example inputs: transform(..., "
+                    "example_inputs=(x,))"
                 )
             self._register(program, list(chosen))
             _guard(program, chosen)
@@ -96,7 +98,7 @@ class InsertMasks:
                 continue  # read, but by no product: a positional embedding, a learnable scale, ...
             if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not _is_main(program, name):
                 continue  # a factor such as weight_norm's magnitudes
-            dense = self._reason_for_dense(program, name, parameter, owner, lookups)
+            dense = self._reason_for_dense(program, name, parameter, lookups)
             tier, reason = _tier(program, name, reader)
             facts[name] = PrunableParameter(
                 name,
@@ -109,15 +111,12 @@ class InsertMasks:
             )
         return facts, unread
 
-    def _reason_for_dense(
-        self, program: Program, name: str, parameter: nn.Parameter, owner: nn.Module, lookups: set[int]
-    ) -> str:
+    def _reason_for_dense(self, program: Program, name: str, parameter: nn.Parameter, lookups: set[int]) -> str:
         path = layer_of(name.rpartition(".")[0])
+        layer = program.model.get_submodule(path)
         if id(parameter) in lookups:
             return "tied to an embedding, which stays dense"
-        if is_ignored(
-            self.ignore, path, owner if path == name.rpartition(".")[0] else program.model.get_submodule(path)
-        ):
+        if is_ignored(self.ignore, path, layer):
             return "ignored by Config.ignore"
         if not parameter.requires_grad:
             return "frozen (requires_grad is False)"
@@ -207,9 +206,10 @@ def _masks_of_others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_main(program: Program, name: str) -> bool:
     """Whether a parameter of a parametrization has the shape of the weight that is computed."""
-    path, _, leaf = name.rpartition(".")
+    path = name.rpartition(".")[0]
     layer, _, weight = path.partition(".parametrizations.")
-    return getattr(program.model.get_submodule(layer), weight).shape == program.model.get_parameter(name).shape
+    computed: Tensor = getattr(program.model.get_submodule(layer), weight)
+    return computed.shape == program.model.get_parameter(name).shape
 
 
 def _modules_with_parameters(region: Region) -> int:

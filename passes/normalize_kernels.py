@@ -29,6 +29,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.capture import capture_graphs
+from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.compiled import original_class
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.model import is_ignored, mask_name
 from fedmef_fx.ops.masking import masked_weight
@@ -219,7 +221,7 @@ def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
-        if type(module) in _BATCH_NORMS and not (module._forward_hooks or module._forward_pre_hooks):
+        if module is not None and original_class(module) in _BATCH_NORMS and not has_user_hooks(module):
             yield node, str(node.target)
         if node.op == "call_function" and node.target is F.batch_norm:
             weight = bound(node).get("weight")
@@ -254,7 +256,7 @@ def _called_by_python(program: Program) -> dict[str, str]:
 
 def _affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
     """The forward of a BatchNorm with `channel_affine` in place of the normalisation; None if it cannot be traced."""
-    if type(norm) in _BATCH_NORMS:
+    if original_class(norm) in _BATCH_NORMS:
         graph = fx.Graph()
         x = graph.placeholder("input")
         graph.output(graph.call_function(channel_affine, (x, graph.get_attr("weight"), graph.get_attr("bias"))))
@@ -296,7 +298,7 @@ def _channels(layer: fx.Node, weight: nn.Parameter) -> int:
 
 
 def _following_gain(region: Region, norm: fx.Node, known: dict[str, float]) -> float:
-    """The gain g of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user.
+    """Gain of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user.
 
     Args:
         region: The region of the node.

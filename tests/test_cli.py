@@ -107,7 +107,6 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         (["inspect", "zoo_of_tests:needs_more"], "calling it without arguments failed: TypeError"),
         (["inspect", "zoo_of_tests:no_model"], "returned str; expected a torch.nn.Module"),
         (["inspect", "zoo_of_tests:instance"], "expected a function or class"),
-        (["inspect", "zoo_of_tests:Untraceable"], "cannot trace"),
         (["inspect", "digits_cnn", "--density", "1.5"], "Config.density: got 1.5"),
         (["inspect", "digits_cnn", "--input", "1x3x8x8"], "fails on the example inputs"),
         (["inspect", "digits_cnn", "--config", "absent.json"], "--config absent.json: cannot be read"),

@@ -1,7 +1,9 @@
 """Capture: from any nn.Module to regions of torch.fx graphs that are right in train and in eval mode."""
 
 from fedmef_fx.capture.duplicate import duplicate_of
-from fedmef_fx.capture.regions import Captured, capture_call, capture_model, leaf_regions
+from fedmef_fx.capture.leaves import leaf_regions
+from fedmef_fx.capture.on_values import capture_call
+from fedmef_fx.capture.regions import Captured, capture_model
 from fedmef_fx.capture.state import fixed_seed
 from fedmef_fx.capture.symbolic import capture_graphs
 

@@ -24,7 +24,6 @@ def duplicate_of(model: nn.Module) -> nn.Module:
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for value in vars(module).values():
-            parts = (
-                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
-            )
+            many = value.values() if isinstance(value, dict) else value
+            parts = many if isinstance(value, list | tuple | dict) else (value,)
             yield from (part for part in parts if isinstance(part, Tensor) and not part.is_leaf)

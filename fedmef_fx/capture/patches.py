@@ -72,25 +72,35 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
         for name, function in originals.items():
             setattr(torch, name, traced(function, always=name in _RANDOM_FACTORIES))
         Function.apply = classmethod(traced_apply)  # type: ignore[assignment]
-        saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]
+        saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]  # undone below
         yield
     finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]  # undone below
         for name, function in originals.items():
             setattr(torch, name, function)
-        Function.apply = apply
+        Function.apply = apply  # type: ignore[method-assign]  # what it was
 
 
 def _has_proxy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
+class _Apply:
+    """`function.apply` with a name that generated code can use, the same object each time."""
+
+    __module__ = "fedmef_fx.capture.patches"
+
+    def __init__(self, function: type[Function]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"apply_{function.__name__}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch's own
+
+    def __reduce__(self) -> Any:
+        return _apply_of, (self.function,)
+
+
 @functools.lru_cache(maxsize=4096)
-def _apply_of(function: type[Function]) -> Callable[..., Any]:
-    """`function.apply` as a plain function, the same one each time, with a name that generated code can use."""
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        return function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    apply.__name__ = apply.__qualname__ = f"apply_{function.__name__}"
-    return apply
+def _apply_of(function: type[Function]) -> _Apply:
+    return _Apply(function)

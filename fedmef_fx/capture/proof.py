@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
-from fedmef_fx.compiled import CompiledGraph
+from fedmef_fx.compiled import CompiledGraph, original_forward
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
@@ -55,7 +55,7 @@ class Originals:
             return self._observed[*key, True]
         if (*key, gradients) not in self._observed:
             self._kept += [module, call]
-            run = functools.partial(Call.on, forward=module.forward, module=module)
+            run = functools.partial(Call.on, forward=original_forward(module), module=module)
             self._observed[*key, gradients] = _observed(module, call, run, gradients=gradients)
         return self._observed[*key, gradients]
 
@@ -92,6 +92,8 @@ def prove(
         if isinstance(found, Exception):
             kind = type(found).__name__
             raise CaptureError(f"{where}the graph fails where forward does not: {kind}: {found}") from found
+        if gradients and original.gradients is not None and found.gradients is None and not where:
+            raise CaptureError("backward of the graph fails where that of forward does not")
         problem = difference(original, found)
         if problem is not None:
             raise CaptureError(f"{where}the graph is not the module: {problem}")
@@ -132,9 +134,13 @@ def observe(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradie
 
     with torch.set_grad_enabled(gradients):
         output = run(call.replace_tensors(fresh) if gradients else call.replace_tensors(_copy))
-        watched = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        watched: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         watched |= {f"input {index}": leaf for index, leaf in enumerate(leaves)}
-        found = _gradients(output, watched) if gradients else None
+        found = None
+        if gradients:
+            # A forward without a backward, as after a write in place: then only its outputs count.
+            with contextlib.suppress(RuntimeError):
+                found = _gradients(output, watched)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     return Observation(output, found, buffers)
 

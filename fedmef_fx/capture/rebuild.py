@@ -6,12 +6,13 @@ tensors and a skeleton; a node puts fresh copies together from them each time th
 
 import collections
 import dataclasses
+import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from fedmef_fx.errors import CaptureError
 
@@ -54,13 +55,12 @@ class Rebuild:
 
     __module__ = "fedmef_fx.capture.rebuild"
 
-    def __init__(self, skeleton: Any, kind: type, is_hole: Callable[[object], bool]) -> None:
+    def __init__(self, skeleton: Any, kind: type) -> None:
         self.skeleton = skeleton
-        self._is_hole = is_hole
         self.__name__ = self.__qualname__ = f"rebuild_{kind.__name__}"
 
     @classmethod
-    def of(cls, value: object, *, is_hole: Callable[[object], bool]) -> "Rebuild | None":
+    def of(cls, value: object) -> "Rebuild | None":
         """How to make a value again; None for what torch.fx takes as it is.
 
         Raises:
@@ -68,16 +68,14 @@ class Rebuild:
         """
         if type(value) in (tuple, list, dict, slice, range) or isinstance(value, (*_ATOMS, nn.Module)):
             return None
-        if is_hole(value) or not _contains(value, is_hole, _DEPTH):
+        if _is_hole(value) or not _contains(value, _DEPTH):
             return None
-        counter = iter(range(1_000_000))
-        skeleton = _take_apart(value, is_hole, counter, set())
-        return cls(skeleton, type(value), is_hole)
+        return cls(_take_apart(value, itertools.count(), set()), type(value))
 
     def holes_of(self, value: object) -> list[Any]:
         """The tensors of a value, in the order in which `__call__` takes them."""
         found: list[Any] = []
-        _collect(value, self._is_hole, found)
+        _collect(value, found)
         return found
 
     def __call__(self, *tensors: Any) -> Any:
@@ -106,25 +104,30 @@ def _parts(value: object) -> tuple[str, tuple[tuple[Any, Any], ...]] | None:
     return "state", tuple(vars(value).items())
 
 
-def _contains(value: object, is_hole: Callable[[object], bool], depth: int) -> bool:
-    if is_hole(value):
+def _is_hole(value: object) -> bool:
+    return issubclass(type(value), fx.Proxy) or isinstance(value, Tensor)
+
+
+def _contains(value: object, depth: int) -> bool:
+    """Whether a value holds a tensor."""
+    if _is_hole(value):
         return True
     parts = _parts(value) if depth else None
-    return parts is not None and any(_contains(part, is_hole, depth - 1) for _, part in parts[1])
+    return parts is not None and any(_contains(part, depth - 1) for _, part in parts[1])
 
 
-def _take_apart(value: object, is_hole: Callable[[object], bool], counter: Iterator[int], above: set[int]) -> Any:
-    if is_hole(value):
+def _take_apart(value: object, counter: Iterator[int], above: set[int]) -> Any:
+    if _is_hole(value):
         return _Hole(next(counter))
     parts = _parts(value)
-    if parts is None or not _contains(value, is_hole, _DEPTH):
+    if parts is None or not _contains(value, _DEPTH):
         # Nothing of it depends on the call, so the object itself is returned each time, as forward does.
         return value if isinstance(value, _ATOMS) else _fresh(value, parts)
     if id(value) in above:
         raise CaptureError(f"forward returns a {type(value).__name__} that contains itself")
     below = above | {id(value)}
     way, entries = parts
-    made = tuple((name, _take_apart(part, is_hole, counter, below)) for name, part in entries)
+    made = tuple((name, _take_apart(part, counter, below)) for name, part in entries)
     return _Made(type(value), way, made)
 
 
@@ -135,14 +138,14 @@ def _fresh(value: object, parts: tuple[str, tuple[tuple[Any, Any], ...]] | None)
     return value if isinstance(value, _ATOMS) else _Constant(value)
 
 
-def _collect(value: object, is_hole: Callable[[object], bool], found: list[Any]) -> None:
-    if is_hole(value):
+def _collect(value: object, found: list[Any]) -> None:
+    if _is_hole(value):
         found.append(value)
         return
     parts = _parts(value)
-    if parts is not None and _contains(value, is_hole, _DEPTH):
+    if parts is not None and _contains(value, _DEPTH):
         for _, part in parts[1]:
-            _collect(part, is_hole, found)
+            _collect(part, found)
 
 
 def _make(skeleton: Any, tensors: tuple[Any, ...]) -> Any:

@@ -11,36 +11,25 @@ With example inputs every graph is proven against the original before it is used
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.calls import Recording, record_calls
-from fedmef_fx.capture.proof import Originals, prove
-from fedmef_fx.capture.state import ChangedAttribute, attributes_of, fixed_seed, settle
-from fedmef_fx.capture.symbolic import as_graphs, capture_graphs, failure
+from fedmef_fx.capture.on_values import CaptureOnValues, drop_constants
+from fedmef_fx.capture.proof import Originals
+from fedmef_fx.capture.state import ChangedAttributeError, attributes_of, fixed_seed, settle
+from fedmef_fx.capture.symbolic import capture_graphs, failure
 from fedmef_fx.capture.tracer import COMPOSITES, has_user_hooks
-from fedmef_fx.capture.value_tracer import trace_call
-from fedmef_fx.errors import CaptureError, ConfigError
+from fedmef_fx.errors import ConfigError
 from fedmef_fx.pipeline import Refusal
 from fedmef_fx.program import GraphMode, Region, join
-from fedmef_fx.signature import AnyTensors, Call, Signature
+from fedmef_fx.signature import AnyTensors, Call
 
-__all__ = ["Captured", "capture_call", "capture_model", "leaf_regions"]
+__all__ = ["Captured", "capture_model", "has_weights"]
 
-_LAYERS: Final = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _CONTAINERS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_SIGNATURES: Final = 8
 
 
 @dataclasses.dataclass
@@ -51,11 +40,13 @@ class Captured:
         regions: The regions, none inside another.
         failures: Modules whose Python forward stays, and why.
         products: Names of the parameters that products read in the example call; empty where it was not recorded.
+        pending: Paths of modules that failed without an example call, and may be captured when they are called.
     """
 
     regions: list[Region] = dataclasses.field(default_factory=list)
     failures: list[Refusal] = dataclasses.field(default_factory=list)
     products: frozenset[str] = frozenset()
+    pending: tuple[str, ...] = ()
 
 
 def capture_model(model: nn.Module, call: Call | None) -> Captured:
@@ -83,7 +74,7 @@ class _Search:
         self.model = model
         self.call = call
         self.found = Captured()
-        self.capture = _Capture(model.train)
+        self.capture = CaptureOnValues(model.train)
         self.modes = () if call is None else _working_modes(model, call, self.capture.originals)
         self.recording: Recording | None = None
         self._visited: set[int] = set()
@@ -111,11 +102,11 @@ class _Search:
         return symbolic is not None
 
     def _on_values(self, call: Call) -> bool:
-        calls = dict.fromkeys(self.modes, [call])
+        calls = {mode: [call] for mode in self.modes}
         for is_settled in (False, True):
             try:
                 self.found.regions = self.capture.regions_of(self.model, "", calls)
-            except ChangedAttribute as error:
+            except ChangedAttributeError as error:
                 # Perhaps only the first call does that; if so, the next attempt starts after it.
                 if is_settled or not self._settle(call):
                     self._fail("", self.model, error)
@@ -155,7 +146,7 @@ class _Search:
             if call is not None:
                 self.capture.prove(self.model, call, graphs, self.modes, by_name=True)
         except Exception as error:
-            _drop_constants(self.model, besides=before)
+            drop_constants(self.model, besides=before)
             if call is None:
                 self._fail("", self.model, error)
             return None
@@ -199,127 +190,9 @@ class _Search:
         return True
 
     def _fail(self, path: str, module: nn.Module, error: Exception) -> None:
+        if self.call is None:
+            self.found.pending += (path,)
         self.found.failures.append(Refusal(path or type(module).__name__, str(failure(module, error))))
-
-
-def capture_call(module: nn.Module, path: str, call: Call) -> list[Region]:
-    """Capture a module for one call in the mode it is in, with proof.
-
-    Raises:
-        CaptureError: It cannot be traced faithfully.
-    """
-    flags = {child: child.training for child in module.modules()}
-
-    def keep_modes(_: bool) -> None:
-        for child, flag in flags.items():
-            child.training = flag
-
-    try:
-        return _Capture(keep_modes).regions_of(module, path, {module.training: [call]})
-    except Exception as error:
-        raise failure(module, error) from error
-
-
-@dataclasses.dataclass
-class _Capture:
-    """Captures modules on the calls that they get.
-
-    Attributes:
-        set_mode: Puts the model into train (True) or eval mode.
-        originals: Observations of original forwards.
-        own_hooks: Identities of hooks that the model's own code installed.
-    """
-
-    set_mode: Callable[[bool], object]
-    originals: Originals = dataclasses.field(default_factory=Originals)
-    own_hooks: set[int] = dataclasses.field(default_factory=set)
-
-    def regions_of(self, module: nn.Module, path: str, calls: dict[bool, list[Call]]) -> list[Region]:
-        """A region per signature that a module is called with, proven in each mode.
-
-        Raises:
-            Exception: One of its calls cannot be traced.
-        """
-        regions: list[Region] = []
-        before = set(module._buffers)
-        try:
-            for training, made in calls.items():
-                for call in made:
-                    known = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
-                    if known is None:
-                        modes = [mode for mode, others in calls.items() if any(_alike(call, other) for other in others)]
-                        regions.append(self._region_of(module, path, call, modes))
-                    elif known.has_mode(training=training):
-                        self.prove(module, call, known.graphs, [training], by_name=False)
-                    if len(regions) > _SIGNATURES:
-                        raise CaptureError(f"it is called in more than {_SIGNATURES} different ways")
-        except Exception:
-            _drop_constants(module, besides=before)
-            raise
-        return regions
-
-    def _region_of(self, module: nn.Module, path: str, call: Call, modes: Sequence[bool]) -> Region:
-        if call.opaque is not None:
-            raise CaptureError(f"an argument is a {call.opaque}, which may change while forward runs")
-        problem: Exception | None = None
-        for concrete_sizes in (False, True):
-            try:
-                traced: dict[GraphMode, fx.Graph] = {}
-                exact = False
-                for training in modes:
-                    self.set_mode(training)
-                    graph, specialized = trace_call(
-                        module, call, concrete_sizes=concrete_sizes, own_hooks=self.own_hooks
-                    )
-                    traced[_mode(training)] = graph
-                    exact |= specialized
-                graphs = as_graphs(module, traced)
-                self.prove(module, call, graphs, modes, by_name=False)
-            except Exception as error:
-                problem = problem or error
-                continue
-            return Region(path, module, graphs, Signature.of(call, exact=exact), by_name=False)
-        assert problem is not None  # noqa: S101 -- the loop has returned otherwise
-        raise problem
-
-    def prove(
-        self,
-        module: nn.Module,
-        call: Call,
-        graphs: dict[GraphMode, fx.Graph],
-        modes: Sequence[bool],
-        *,
-        by_name: bool,
-    ) -> None:
-        """Prove graphs in some modes."""
-        for index, training in enumerate(modes):
-            self.set_mode(training)
-            graph = graphs.get("both") or graphs[_mode(training)]
-            gradients = index == 0 or "both" not in graphs
-            prove(module, call, graph, self.originals, by_name=by_name, gradients=gradients)
-
-
-def _alike(call: Call, other: Call) -> bool:
-    return Signature.of(call, exact=True).accepts(other)
-
-
-def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) -> Iterator[Region]:
-    """Regions of single layers.
-
-    Args:
-        model: The model.
-        regions: Its larger regions.
-        fallbacks: Whether layers inside a region get one too.
-    """
-    inside = {id(module): region for region in regions for module in region.owner.modules()}
-    owners = {id(region.owner) for region in regions}
-    skipped = {identity for identity, region in inside.items() if not (fallbacks and region.may_run_python)}
-    for path, module in model.named_modules():
-        if not _is_plain_layer(module) or id(module) in owners or id(module) in skipped:
-            continue
-        graphs = capture_graphs(module)
-        role = "fallback" if id(module) in inside else "leaf"
-        yield Region(path, module, graphs, AnyTensors(frozenset({"input"})), role=role)  # type: ignore[arg-type]
 
 
 def _without_example(module: nn.Module, path: str) -> Region:
@@ -347,15 +220,9 @@ def _working_modes(model: nn.Module, call: Call, originals: Originals) -> tuple[
 
 def _describe(call: Call) -> str:
     def one(value: object) -> str:
-        return (
-            f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
-        )
+        return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
     return ", ".join(f"{name}={one(value)}" for name, value in call.arguments.items())
-
-
-def _mode(training: bool) -> GraphMode:
-    return "train" if training else "eval"
 
 
 def _required(module: nn.Module) -> set[str]:
@@ -375,24 +242,8 @@ def _is_single_layer(module: nn.Module) -> bool:
     return of_torch and (not list(module.children()) or not isinstance(module, _CONTAINERS + COMPOSITES))
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
-    """A convolution or linear layer as torch.nn defines it, with its own parameter as weight."""
-    kind = next((base for base in type(module).__mro__ if base in _LAYERS), None)
-    if kind is None or has_user_hooks(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return False
-    own = {name for base in type(module).__mro__[: type(module).__mro__.index(kind)] for name in vars(base)}
-    return not own & {"forward", "_conv_forward"} and nn.parameter.is_lazy(module.weight) is False
-
-
 def _calls_composites(model: nn.Module, graphs: dict[GraphMode, fx.Graph]) -> bool:
     """Whether a graph calls modules with weights that a trace on values would look into."""
     targets = {str(node.target) for graph in graphs.values() for node in graph.find_nodes(op="call_module")}
     modules = [model.get_submodule(target) for target in targets]
     return any(isinstance(module, COMPOSITES) or nn.utils.parametrize.is_parametrized(module) for module in modules)
-
-
-def _drop_constants(module: nn.Module, *, besides: set[str]) -> None:
-    """Remove what a capture that failed in the end has registered."""
-    for name in [name for name in module._buffers if name.startswith("fedmef_constant_") and name not in besides]:
-        del module._buffers[name]
-        module._non_persistent_buffers_set.discard(name)

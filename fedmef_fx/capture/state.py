@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CaptureError
 
-__all__ = ["ChangedAttribute", "attributes_of", "fixed_seed", "restored", "settle", "unchanged"]
+__all__ = ["ChangedAttributeError", "attributes_of", "fixed_seed", "restored", "settle", "unchanged"]
 
 _TREE: Final = ("_buffers", "_modules", "_parameters", "training")
 _CONTAINERS: Final = (dict, collections.OrderedDict, list, set)
@@ -20,7 +20,7 @@ _SEED: Final = 0
 _CONSTANT: Final = "_tensor_constant"  # what torch.fx calls tensors that it finds; they outlive the trace
 
 
-class ChangedAttribute(CaptureError):
+class ChangedAttributeError(CaptureError):
     """Forward sets an attribute of a module, which a graph would not do."""
 
 
@@ -158,7 +158,7 @@ class _Snapshot:
             if key.startswith(_CONSTANT) or is_cache:
                 continue
             if key not in before or not _same(value, before[key]):
-                raise ChangedAttribute(
+                raise ChangedAttributeError(
                     f"{type(self.module).__name__}: forward changes the attribute {key!r} of module "
                     f"{self._name(child)!r}; a graph would not. Register it as a buffer and change it with tensor "
                     "operations"
@@ -183,7 +183,7 @@ def attributes_of(module: nn.Module) -> dict[str, object]:
     copied: dict[str, object] = {}
     for key, value in vars(module).items():
         if key not in _TREE:
-            copied[key] = type(value)(value) if type(value) in _CONTAINERS else value  # type: ignore[call-arg]
+            copied[key] = type(value)(value) if type(value) in _CONTAINERS else value
     return copied
 
 

@@ -65,7 +65,7 @@ class BaseTracer(fx.Tracer):
         self._own_hooks = own_hooks
         self._names: dict[int, str] = {}
         self._grad_is_enabled = True
-        self._scopes: list[fx.Proxy] = []
+        self._scopes: list[fx.Node] = []
 
     def prepare(self, root: nn.Module) -> None:
         """Look up the names of parameters and buffers once; torch.fx searches them at each access."""
@@ -101,7 +101,7 @@ class BaseTracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
-        rebuild = Rebuild.of(a, is_hole=lambda value: is_proxy(value) or isinstance(value, Tensor))
+        rebuild = Rebuild.of(a)
         if rebuild is not None:
             return self.create_node("call_function", rebuild, tuple(map(self.create_arg, rebuild.holes_of(a))), {})
         return super().create_arg(a)

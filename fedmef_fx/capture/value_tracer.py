@@ -11,6 +11,7 @@ from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer, has_user_hooks
 from fedmef_fx.capture.values import NumberProxy, TensorProxy, ValueProxy, shown_to_isinstance, value_of
+from fedmef_fx.compiled import original_forward
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.signature import Call
 
@@ -141,7 +142,7 @@ class ValueTracer(BaseTracer):
         assert isinstance(root, nn.Module)  # noqa: S101 -- trace_call passes one
 
         def forward() -> Any:
-            return proxies.on(root.forward, root)
+            return proxies.on(original_forward(root), root)
 
         return forward, []
 
@@ -221,7 +222,8 @@ class ValueTracer(BaseTracer):
         """What Python sees as the result of a node."""
         if isinstance(value, Tensor):
             return TensorProxy(node, self, value, depends_on_data=depends_on_data)
-        self._maybe_unused.append(node)
+        if node.target in (getattr, operator.getitem) or isinstance(value, bool | int | float):
+            self._maybe_unused.append(node)
         if isinstance(value, tuple | list | dict):
             return self._wrap_parts(node, value, depends_on_data=depends_on_data)
         if is_fixed or value is None or isinstance(value, str | torch.dtype | torch.device | torch.layout):

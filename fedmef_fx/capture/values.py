@@ -8,6 +8,7 @@ graph becomes specialised to the shapes of the example. What tensors *contain* i
 
 import builtins
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -55,7 +56,7 @@ def shown_to_isinstance() -> Iterator[None]:
             return True
         return type(value) in (TensorProxy, NumberProxy) and issubclass(value.shown_class, classes)
 
-    builtins.isinstance = is_instance  # type: ignore[assignment]  # a plain function for a builtin one
+    builtins.isinstance = is_instance  # a plain function for a builtin one
     try:
         yield
     finally:
@@ -92,7 +93,17 @@ class TensorProxy(ValueProxy):
 
     def __iter__(self) -> Iterator[Any]:
         self.tracer.specialize(self)
-        return iter([self[index] for index in range(len(self.known))])
+        getitem = self.tracer.create_proxy
+        return iter([getitem("call_function", operator.getitem, (self, i), {}) for i in range(len(self.known))])
+
+    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        # torch.fx has no in-place operators and would make a new tensor, which others that know this one would not see.
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
+    __isub__ = functools.partialmethod(_in_place, operator.isub)
+    __imul__ = functools.partialmethod(_in_place, operator.imul)
+    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

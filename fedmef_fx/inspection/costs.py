@@ -61,6 +61,8 @@ def positions_by_parameter(program: Program, tensors: Tensors) -> dict[int, floa
     """
     total: dict[int, float] = defaultdict(float)
     for region in program.regions:
+        if region.role == "fallback" or not region.has_mode(training=False):
+            continue
         for node in region.graph_for(training=False).nodes:
             for use in _uses(region, node, tensors):
                 total[id(use.weight)] += use.positions

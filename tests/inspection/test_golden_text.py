@@ -31,7 +31,7 @@ class Case(NamedTuple):
 CASES = {
     "original": Case(two_convolutions, (2, 1, 8, 8), None, {}),
     "masks": Case(linear, (3, 4), MASKS_ONLY, {"functionalize-weights": (1, 0), "insert-masks": (1, 0)}),
-    "tied": Case(Tied, (3, 4), MASKS_ONLY, {"functionalize-weights": (1, 0), "insert-masks": (1, 0)}),
+    "tied": Case(Tied, (3, 4), MASKS_ONLY, {"functionalize-weights": (2, 0), "insert-masks": (1, 0)}),
     "everything": Case(
         two_convolutions,
         (2, 1, 8, 8),
@@ -79,4 +79,5 @@ def test_text_and_counts(name: str) -> None:
     assert text == path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LONGEST
     counts = {r.name.partition("{")[0]: (len(r.rewrites), len(r.refusals)) for r in inspection.passes}
+    assert counts.pop("capture", (1, 0)) == (1, 0)
     assert counts == case.counts
