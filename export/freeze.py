@@ -66,17 +66,16 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     duplicate = copy.deepcopy(model).eval()
     program = program_of(duplicate)
-    regions = [region for region in program.regions if region.role == "region" and region.has_mode(training=False)]
-    paths = [region.path for region in regions]
-    # Models with several regions come in here: each region is frozen into its owner, the NSConv kernels of leaves and
-    # fallbacks are folded, hooks go; weights of the hook tier are plain masked parameters already.
-    if paths != [""]:
-        raise ExportError(
-            f"freeze: got {len(paths)} traced regions ({', '.join(paths) or 'none'}); expected a model that was traced "
-            "as a whole, see fedmef_fx.coverage(model)"
-        )
+    whole = next((region for region in program.regions if _runs_the_model(region)), None)
+    if whole is None:
+        return restore_model(program)
     name = str(getattr(model, "_graphmodule_cls_name", type(model).__name__)).removeprefix("Transformed")
-    return _freeze_region(program, regions[0], class_name=f"Frozen{name}")
+    return _freeze_region(program, whole, class_name=f"Frozen{name}")
+
+
+def _runs_the_model(region: Region) -> bool:
+    """Whether a graph takes the arguments of the model's forward and runs all of it."""
+    return not region.path and region.role == "region" and region.by_name and region.has_mode(training=False)
 
 
 @torch.no_grad()

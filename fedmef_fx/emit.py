@@ -20,7 +20,7 @@ from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
 from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
-__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "tables_in"]
+__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "restore_classes", "tables_in"]
 
 _TABLE: Final = "_fedmef_regions"
 _KEPT_BY_ROOT: Final = (
@@ -114,7 +114,6 @@ def _may_capture() -> bool:
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-@functools.cache
 def _running(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module's class that runs graphs; one per class, so that isinstance and pickle agree."""
     if kind not in _RUNNING:
@@ -234,8 +233,8 @@ def program_of(model: nn.Module) -> Program:
 
 def restore_classes(model: nn.Module) -> None:
     """Let the modules of a transformed model run their original forward again, in place."""
-    for module in model.modules():
-        if module.__dict__.pop(_TABLE, None) is not None:
-            module.__class__ = type(module).__mro__[2]
-            if _FORWARD in module.__dict__:
-                module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
+    for module, _ in list(tables_in(model)):
+        module.__class__ = original_class(module)
+        del module.__dict__[_TABLE]
+        if ORIGINAL_FORWARD in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(ORIGINAL_FORWARD)
