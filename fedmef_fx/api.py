@@ -156,10 +156,10 @@ def _check_model(model: nn.Module, config: Config) -> None:
         )
     names = [name for name, _ in model.named_modules()]
     for name in names:
-        if not name.isprintable() or set(name) & set("\"'\\"):
+        if set(name) & set("\"'\\\n\r"):
             raise ConfigError(
-                f"transform: module name {name!r} has quotes, backslashes or control characters, which cannot stand in "
-                "the code that torch.fx generates; rename the module"
+                f"transform: module name {name!r} has quotes, backslashes or line breaks, which cannot stand in the code "
+                "that torch.fx generates; rename the module"
             )
     for entry in config.ignore:
         pattern = str(entry)
