@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 __all__ = ["duplicate_of"]
 
@@ -13,11 +14,15 @@ def duplicate_of(model: nn.Module) -> nn.Module:
     """A deep copy of a model that shares no tensor with it.
 
     Tensors with a history, such as the weight that `torch.nn.utils.prune` or `weight_norm` computes before each
-    call, cannot be deep-copied; their values are copied instead.
+    call, cannot be deep-copied; their values are copied instead. Neither can buffers of lazy layers; they start anew.
     """
     memo: dict[int, Any] = {}
     for tensor in _computed_tensors(model):
         memo[id(tensor)] = tensor.detach().clone()
+    for buffer in model.buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            fresh: Any = UninitializedBuffer  # its constructor, which torch leaves unannotated
+            memo[id(buffer)] = fresh(device=buffer.device, dtype=buffer.dtype)
     return copy.deepcopy(model, memo)
 
 
