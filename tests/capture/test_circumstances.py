@@ -139,7 +139,7 @@ def test_a_weight_norm_whose_rows_are_masked_stays_finite():
 
 def test_lazy_layers():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    with pytest.raises(ConfigError, match="parameter '0.weight' has no shape yet; expected example inputs"):
+    with pytest.raises(ConfigError, match=r"parameter '0\.weight' has no shape yet; expected example inputs"):
         transform(model, SPARSE)
     x = torch.randn(2, 3, 6, 6)
     sparse = transform(model, SPARSE, example_inputs=(x,))

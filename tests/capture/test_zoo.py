@@ -34,10 +34,11 @@ MODELS = [
 ]
 
 
-def package(name):
-    """A package, or a skip where it is missing or does not load."""
+def package(name, *members):
+    """A package, or some of its members; a skip where it is missing or does not load."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        return [getattr(module, member) for member in members] or module
     except Exception as error:
         pytest.skip(f"needs {name}: {type(error).__name__}: {error}")
 
@@ -46,8 +47,8 @@ def build(source, name, options):
     """A model and a function that makes inputs for it."""
     torch.manual_seed(0)
     if source == "transformers":
-        library = package(source)
-        model = getattr(library, f"{name}Model")(getattr(library, f"{name}Config")(**options))
+        kind, settings = package(source, f"{name}Model", f"{name}Config")
+        model = kind(settings(**options))
         if "image_size" in options:
             return model, lambda: ((), {"pixel_values": torch.randn(2, 3, 32, 32)})
         return model, lambda: ((), {"input_ids": torch.randint(5, 99, (2, 12))})
