@@ -10,13 +10,11 @@ Rules
 """
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import functional as F
 
 from fedmef_fx.ops.activations import sign_relu
@@ -147,13 +145,7 @@ def _adaptive_avg_pool(node: fx.Node) -> _Call:
     return _ADAPTIVE_AVG_POOL[len(given["output_size"])], (given["x"], given["output_size"]), {}
 
 
-def _none_assertion(node: fx.Node) -> _Call:
-    value, message = node.args
-    return torch._assert, (node.graph.call_function(operator.eq, (value, None)), message), {}
-
-
 _PLAIN: Final[dict[Any, Callable[[fx.Node], _Call]]] = {
-    _assert_is_none: _none_assertion,
     adaptive_avg_pool: _adaptive_avg_pool,
     avg_pool: _avg_pool,
     bit_dropout: _dropout,

@@ -9,6 +9,8 @@ Stages, each on a copy of the eval graph
 
 The residual factor 1 / sqrt(2) stays a multiplication: folding it into the branches would round differently, and the
 branch of an identity shortcut has no weights to take it.
+
+Where no graph runs the whole model, its Python code stays and the weights are stored plainly (`export/_restore.py`).
 """
 
 import copy
@@ -20,6 +22,7 @@ from fedmef_fx.emit import program_of
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export._batch_norm import fold_batch_norms
 from fedmef_fx.export._plain_ops import restore_plain_ops
+from fedmef_fx.export._restore import restore_model
 from fedmef_fx.export._weights import erase_unread, fold_weights
 from fedmef_fx.model import is_transformed
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -31,7 +34,7 @@ _PACKAGE = "fedmef_fx"
 _CONSTANT = "fedmef_constant_"
 
 
-def freeze(model: nn.Module) -> fx.GraphModule:
+def freeze(model: nn.Module) -> nn.Module:
     """Make a plain inference module of a transformed model: masks, NSConv and BatchNorm folded, no fedmef ops.
 
     Parameters keep their names where they still exist; tied weights stay tied. Not preserved: train mode behaviour,
@@ -41,12 +44,13 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         model: A transformed model, in any mode; it does not change.
 
     Returns:
-        A GraphModule in eval mode that computes what `model.eval()` computes, up to float rounding of the folded
-        BatchNorms. It can be copied and pickled, and read back where fedmef_fx is not installed.
+        A module in eval mode that computes what `model.eval()` computes, up to float rounding of the folded
+        BatchNorms. It can be copied and pickled, and read back where fedmef_fx is not installed. A GraphModule where a
+        graph runs the model; otherwise a module of the original classes, with sparse weights.
 
     Raises:
         ConfigError: `model` was not made by `fedmef_fx.transform`.
-        ExportError: An operation that has no plain form, or a model that is not one traced region.
+        ExportError: An operation that has no plain form.
 
     Example:
         >>> import fedmef_fx
@@ -62,17 +66,16 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         )
     duplicate = copy.deepcopy(model).eval()
     program = program_of(duplicate)
-    regions = [region for region in program.regions if region.role == "region" and region.has_mode(training=False)]
-    paths = [region.path for region in regions]
-    # Models with several regions come in here: each region is frozen into its owner, the NSConv kernels of leaves and
-    # fallbacks are folded, hooks go; weights of the hook tier are plain masked parameters already.
-    if paths != [""]:
-        raise ExportError(
-            f"freeze: got {len(paths)} traced regions ({', '.join(paths) or 'none'}); expected a model that was traced "
-            "as a whole, see fedmef_fx.coverage(model)"
-        )
+    whole = next((region for region in program.regions if _runs_the_model(region)), None)
+    if whole is None:
+        return restore_model(program)
     name = str(getattr(model, "_graphmodule_cls_name", type(model).__name__)).removeprefix("Transformed")
-    return _freeze_region(program, regions[0], class_name=f"Frozen{name}")
+    return _freeze_region(program, whole, class_name=f"Frozen{name}")
+
+
+def _runs_the_model(region: Region) -> bool:
+    """Whether a graph takes the arguments of the model's forward and runs all of it."""
+    return not region.path and region.role == "region" and region.by_name and region.has_mode(training=False)
 
 
 @torch.no_grad()

@@ -155,6 +155,12 @@ def _check_model(model: nn.Module, config: Config) -> None:
             "its masks with fedmef_fx.set_masks"
         )
     names = [name for name, _ in model.named_modules()]
+    for name in names:
+        if not name.isprintable() or set(name) & set("\"'\\"):
+            raise ConfigError(
+                f"transform: module name {name!r} has quotes, backslashes or control characters, which cannot stand in "
+                "the code that torch.fx generates; rename the module"
+            )
     for entry in config.ignore:
         pattern = str(entry)
         matches = pattern.startswith("type:") or any(fnmatch.fnmatchcase(name, pattern) for name in names)

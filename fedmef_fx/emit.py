@@ -20,7 +20,7 @@ from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
 from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
-__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "tables_in"]
+__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "restore_classes", "tables_in"]
 
 _TABLE: Final = "_fedmef_regions"
 _KEPT_BY_ROOT: Final = (
@@ -229,3 +229,12 @@ def program_of(model: nn.Module) -> Program:
             signature = None if isinstance(entry.signature, AnyCall) else entry.signature
             regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
     return Program(model, regions, facts)
+
+
+def restore_classes(model: nn.Module) -> None:
+    """Let the modules of a transformed model run their original forward again, in place."""
+    for module, _ in list(tables_in(model)):
+        module.__class__ = original_class(module)
+        del module.__dict__[_TABLE]
+        if ORIGINAL_FORWARD in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(ORIGINAL_FORWARD)

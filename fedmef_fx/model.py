@@ -28,6 +28,7 @@ __all__ = [
     "apply_masks",
     "coverage",
     "density",
+    "forget_load_hooks",
     "is_ignored",
     "is_transformed",
     "keep_masks_on_load",
@@ -253,6 +254,14 @@ def keep_masks_on_load(model: nn.Module) -> None:
     """Let `load_state_dict` take dictionaries of the original model, which have no masks, and keep masked weights 0."""
     model.register_load_state_dict_pre_hook(_supply_masks)  # type: ignore[no-untyped-call]  # torch's own
     model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def forget_load_hooks(model: nn.Module) -> None:
+    """Undo `keep_masks_on_load`."""
+    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_supply_masks, _mask_after_load):
+                del hooks[key]
 
 
 def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fedmef_fx
-from fedmef_fx import Config, transform
+from fedmef_fx import Config, report, transform
 from fedmef_fx.errors import ConfigError, FedmefError
 from fedmef_fx.model import masked_parameters
 from fedmef_fx.passes._activations import activation_gain
@@ -349,15 +349,19 @@ class PythonRandom(Untraceable):
         (PythonRandom, r"Python's or NumPy's random numbers"),
     ],
 )
-def test_what_cannot_be_captured_faithfully_stays_python_and_says_why(model, message):
+def test_what_cannot_be_traced_keeps_its_python_and_its_masks(model, message):
     instance = model()
     sparse = transform(instance, SPARSE)
-    assert instance.calls == sparse.calls == 0
-    (row,) = fedmef_fx.coverage(sparse).rows
-    assert row.tier == "module"
-    assert re.search(message, row.reason)
-    sparse(torch.ones(2, 4))
-    assert sparse.calls == (model is Counting)
+    assert instance.calls == 0
+    refusals = report(sparse)["capture"].refusals
+    assert re.search(message, str(refusals[0])), refusals
+    assert [row.tier for row in fedmef_fx.coverage(sparse).rows] == ["module"]
+    optimizer = OPTIMIZERS["sgd"](sparse.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(sparse(torch.rand(2, 4))).backward()
+        optimizer.step()
+    assert_masked_weights_are_zero(sparse)
 
 
 def test_random_tensors_stay_random():
@@ -453,3 +457,30 @@ def test_gradients_are_exact_when_nothing_is_dropped():
 
 def test_the_gain_of_relu():
     assert activation_gain(F.relu) == pytest.approx(math.sqrt(2 / (1 - 1 / math.pi)), rel=1e-6)
+
+
+class WithDefaults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, mask=None, *, flag=True, shape=(1, 2)):
+        return self.layer(x) * (1 if mask is None else mask) * shape[1]
+
+
+@pytest.mark.parametrize("examples", [True, False])
+def test_optional_arguments_keep_their_names(examples):
+    model, x = WithDefaults(), torch.randn(2, 4)
+    sparse = transform(model, IDENTITY, example_inputs=(x,) if examples else None)
+    for twin in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):  # noqa: S301 -- made here
+        assert torch.equal(twin(x, mask=None, flag=True, shape=(1, 2)), model(x))
+    with pytest.raises(AssertionError, match=r"traced for mask=None, the default; transform the model with example"):
+        sparse(x, mask=torch.zeros(4))
+    transform(WithDefaults(), IDENTITY)  # what was pickled breaks no later trace
+
+
+def test_a_name_that_cannot_stand_in_code_is_refused():
+    model = nn.Sequential()
+    model.add_module('a"b', nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"module name 'a\"b' has quotes"):
+        transform(model)

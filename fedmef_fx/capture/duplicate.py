@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
@@ -23,7 +24,13 @@ def duplicate_of(model: nn.Module) -> nn.Module:
         if isinstance(buffer, UninitializedBuffer):
             fresh: Any = UninitializedBuffer  # its constructor, which torch leaves unannotated
             memo[id(buffer)] = fresh(device=buffer.device, dtype=buffer.dtype)
-    return copy.deepcopy(model, memo)
+    # Scripted modules copy by computing: with gradients on, their copies would have a history.
+    with torch.no_grad():
+        duplicate = copy.deepcopy(model, memo)
+    for parameter, copied in zip(model.parameters(), duplicate.parameters(), strict=True):
+        if copied.requires_grad != parameter.requires_grad:
+            copied.requires_grad_(parameter.requires_grad)
+    return duplicate
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

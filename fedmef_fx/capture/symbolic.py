@@ -11,13 +11,14 @@ Plain `torch.fx.symbolic_trace` is silently wrong for many real models; this tra
 
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fedmef_fx.capture.arguments import placeholders
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer
@@ -61,14 +62,30 @@ def as_graphs(module: nn.Module, graphs: Mapping[GraphMode, fx.Graph]) -> dict[G
     return dict(graphs)
 
 
+class _SymbolicTracer(BaseTracer):
+    """Traces with proxies that know no values."""
+
+    def __init__(self, specialized: Mapping[str, object]) -> None:
+        super().__init__()
+        self.specialized = specialized
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for the arguments of forward."""
+        return placeholders(self, self.root, root_fn, self.specialized)
+
+
 def _trace(module: nn.Module, given: Mapping[str, object] | None) -> fx.Graph:
-    tracer = BaseTracer()
+    tracer = _SymbolicTracer(_defaults(module, given))
     tracer.prepare(module)
     try:
         with unchanged(module), traced_calls(tracer):
-            graph = tracer.trace(module, concrete_args=_defaults(module, given))
+            graph = tracer.trace(module)
     except Exception as error:
         raise failure(module, error) from error
+    # Unpickling a GraphModule traces its code again, with a tracer that it makes without arguments.
+    graph._tracer_cls = fx.Tracer
     graph.lint()
     return graph
 

@@ -283,3 +283,41 @@ def test_an_op_without_a_plain_form_is_named() -> None:
 
     with pytest.raises(ExportError, match=r"node 'strange' calls clamp, which has no plain form"):
         freeze(model)
+
+
+class _Branching(nn.Module):
+    """Python control flow on values around layers that can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8)
+        )
+        self.rnn = nn.GRU(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x if x.sum() > 0 else -x)
+        return self.head(self.rnn(x.mean(2).transpose(1, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("normalization", ["nsconv", "keep"])
+@pytest.mark.parametrize("examples", [True, False])
+def test_a_model_that_keeps_its_python_becomes_plain_again(normalization: str, examples: bool) -> None:
+    model, x = _Branching(), torch.randn(4, 3, 8, 8)
+    sparse = transform(
+        model, CONFIGS["keep" if normalization == "keep" else "fedmef"], example_inputs=(x,) if examples else None
+    )
+    sparse(x).sum().backward()
+    sparse.eval()
+    plain = freeze(sparse)
+    assert type(plain) is _Branching
+    for module in plain.modules():
+        assert not type(module).__module__.startswith("fedmef_fx")
+    assert set(plain.state_dict()) <= set(model.state_dict())
+    other = torch.randn(3, 3, 8, 8)  # a batch size that no graph has seen
+    assert torch.allclose(plain(other), sparse(other), atol=1e-5)
+    assert torch.allclose(plain(-x), sparse(-x), atol=1e-5)
+    rest = masks(sparse)
+    assert bool((plain.rnn.weight_ih_l0[~rest["rnn.weight_ih_l0"]] == 0).all())
+    plain.load_state_dict(plain.state_dict())
