@@ -17,7 +17,16 @@ from fedmef_fx.capture.calls import PRODUCTS
 from fedmef_fx.passes._nodes import bound, is_layer, source_of_weight
 from fedmef_fx.program import Program, Region
 
-__all__ = ["NOT_WEIGHTS", "Reader", "embedded", "keeps_zeros", "layer_of", "opaque_weights", "readers"]
+__all__ = [
+    "NOT_WEIGHTS",
+    "Reader",
+    "embedded",
+    "is_main_parameter",
+    "keeps_zeros",
+    "layer_of",
+    "opaque_weights",
+    "readers",
+]
 
 NOT_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 """Modules whose parameters are never weights."""
@@ -122,7 +131,7 @@ def opaque_weights(program: Program) -> set[str]:
 def _originals(module: nn.Module) -> Iterator[str]:
     """The parameters behind a module's parametrized tensors, where they have the shape of the tensor itself."""
     for name, stack in module.parametrizations.items():  # type: ignore[union-attr,operator]  # a ModuleDict
-        shape = getattr(module, name).shape
+        shape = _computed(stack).shape
         for leaf, parameter in stack._parameters.items():
             if parameter is not None and parameter.shape == shape and parameter.dim() > 1:
                 yield f"{name}.{leaf}"
@@ -149,15 +158,29 @@ def keeps_zeros(program: Program, name: str) -> bool:
     original = stack._parameters[leaf]
     assert original is not None  # noqa: S101 -- the name comes from named_parameters
     zeroed = torch.arange(original.numel(), device=original.device).reshape(original.shape) % 3 == 0
-    training = stack.training
-    stack.eval()
     try:
         stack._parameters[leaf] = nn.Parameter(original.detach().masked_fill(zeroed, 0.0))
-        with torch.no_grad():
-            weight: Tensor = stack()
+        weight = _computed(stack)
         return weight.shape == zeroed.shape and not weight[zeroed].any()
     finally:
         stack._parameters[leaf] = original
+
+
+def is_main_parameter(program: Program, name: str) -> bool:
+    """Whether a parameter of a parametrization has the shape of the weight that is computed."""
+    stack = program.model.get_submodule(name.rpartition(".")[0])
+    return _computed(stack).shape == program.model.get_parameter(name).shape
+
+
+def _computed(stack: nn.Module) -> Tensor:
+    """The weight of a parametrization, in eval mode: in train mode some change their buffers (spectral norm)."""
+    training = stack.training
+    stack.eval()
+    try:
+        with torch.no_grad():
+            weight: Tensor = stack()
+        return weight
+    finally:
         stack.train(training)
 
 

@@ -26,7 +26,16 @@ from torch.nn.utils import prune
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.model import PrunableParameter, Tier, is_ignored, mask_name, register_mask
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.passes._weights import NOT_WEIGHTS, Reader, embedded, keeps_zeros, layer_of, opaque_weights, readers
+from fedmef_fx.passes._weights import (
+    NOT_WEIGHTS,
+    Reader,
+    embedded,
+    is_main_parameter,
+    keeps_zeros,
+    layer_of,
+    opaque_weights,
+    readers,
+)
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, set_provenance
 from fedmef_fx.sparsity import allocate, magnitude_masks, random_masks
@@ -96,7 +105,7 @@ class InsertMasks:
                 if id(parameter) not in read and not isinstance(owner, NOT_WEIGHTS):
                     unread.append(name)
                 continue  # read, but by no product: a positional embedding, a learnable scale, ...
-            if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not _is_main(program, name):
+            if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not is_main_parameter(program, name):
                 continue  # a factor such as weight_norm's magnitudes
             dense = self._reason_for_dense(program, name, parameter, lookups)
             tier, reason = _tier(program, name, reader)
@@ -120,6 +129,8 @@ class InsertMasks:
             return "ignored by Config.ignore"
         if not parameter.requires_grad:
             return "frozen (requires_grad is False)"
+        if isinstance(program.model.get_submodule(name.rpartition(".")[0]), torch.jit.ScriptModule):
+            return "its module is compiled by TorchScript, which takes no mask"
         if not keeps_zeros(program, name):
             return "its parametrization does not keep zeros, so that a mask would not hold"
         return ""
@@ -202,14 +213,6 @@ def _masks_of_others(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if isinstance(hook, prune.BasePruningMethod):
                 name = f"{hook._tensor_name}_orig"
                 yield f"{path}.{name}" if path else name, getattr(module, f"{hook._tensor_name}_mask") != 0
-
-
-def _is_main(program: Program, name: str) -> bool:
-    """Whether a parameter of a parametrization has the shape of the weight that is computed."""
-    path = name.rpartition(".")[0]
-    layer, _, weight = path.partition(".parametrizations.")
-    computed: Tensor = getattr(program.model.get_submodule(layer), weight)
-    return computed.shape == program.model.get_parameter(name).shape
 
 
 def _modules_with_parameters(region: Region) -> int:

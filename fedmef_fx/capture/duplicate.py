@@ -4,7 +4,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 __all__ = ["duplicate_of"]
 
@@ -13,12 +15,22 @@ def duplicate_of(model: nn.Module) -> nn.Module:
     """A deep copy of a model that shares no tensor with it.
 
     Tensors with a history, such as the weight that `torch.nn.utils.prune` or `weight_norm` computes before each
-    call, cannot be deep-copied; their values are copied instead.
+    call, cannot be deep-copied; their values are copied instead. Neither can buffers of lazy layers; they start anew.
     """
     memo: dict[int, Any] = {}
     for tensor in _computed_tensors(model):
         memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(model, memo)
+    for buffer in model.buffers():
+        if isinstance(buffer, UninitializedBuffer):
+            fresh: Any = UninitializedBuffer  # its constructor, which torch leaves unannotated
+            memo[id(buffer)] = fresh(device=buffer.device, dtype=buffer.dtype)
+    # Scripted modules copy by computing: with gradients on, their copies would have a history.
+    with torch.no_grad():
+        duplicate = copy.deepcopy(model, memo)
+    for parameter, copied in zip(model.parameters(), duplicate.parameters(), strict=True):
+        if copied.requires_grad != parameter.requires_grad:
+            copied.requires_grad_(parameter.requires_grad)
+    return duplicate
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
+import torch
 from torch import nn
 
 from fedmef_fx.capture.symbolic import capture_graphs
@@ -47,6 +48,8 @@ def _is_plain_layer(module: nn.Module) -> bool:
     """A convolution or linear layer as torch.nn defines it, with its own parameter as weight."""
     bases = original_class(module).__mro__
     kind = next((base for base in bases if base in _LAYERS), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     weight = module._parameters.get("weight")
     if kind is None or weight is None or has_user_hooks(module) or nn.parameter.is_lazy(weight):
         return False

@@ -123,8 +123,9 @@ class _Snapshot:
     def restore(self, *, attributes: bool = True) -> None:
         for child, before in self.attributes.items() if attributes else ():
             _restore(child, before, self.buffers[child])
-            child._parameters.clear()
-            child._parameters.update(self.parameters[child])
+            if isinstance(child._parameters, dict):  # a scripted module has its own kind, which never changes
+                child._parameters.clear()
+                child._parameters.update(self.parameters[child])
         with torch.no_grad():
             for buffer, value in self.values:
                 # Versions do not tell: batch normalisation updates its statistics without a new one.
@@ -222,6 +223,8 @@ def _restore(module: nn.Module, attributes: Mapping[str, object], buffers: Mappi
         elif current is not value:
             vars(module)[key] = value
     same = module._buffers.keys() == buffers.keys()
+    if not isinstance(module._buffers, dict):
+        return  # a scripted module
     if not same or any(module._buffers[key] is not value for key, value in buffers.items()):
         module._buffers.clear()
         module._buffers.update(buffers)
