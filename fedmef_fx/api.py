@@ -158,8 +158,8 @@ def _check_model(model: nn.Module, config: Config) -> None:
     for name in names:
         if set(name) & set("\"'\\\n\r"):
             raise ConfigError(
-                f"transform: module name {name!r} has quotes, backslashes or line breaks, which cannot stand in the code "
-                "that torch.fx generates; rename the module"
+                f"transform: module name {name!r} has quotes, backslashes or line breaks, which cannot stand in "
+                "the code that torch.fx generates; rename the module"
             )
     for entry in config.ignore:
         pattern = str(entry)

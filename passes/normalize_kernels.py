@@ -10,6 +10,9 @@ Rules
 2. g is the gain of the nonlinearity that follows (views in between are looked through), 1 where none does.
 3. Where Python code may run instead of the graph, the two modules compute the same when called one after the other:
    `layer(x)` -> `layer(x, nsconv_weight(weight, 1, mask))` and `bn(x)` -> `channel_affine(x, gain, shift)`.
+4. The stored weights of each output channel are centred over its active ones, which the kernel does anyway, so that a
+   weight of 0 is one that contributes nothing: pruning small weights and growing zeros then change little. Gradient
+   steps keep the sum of a channel, because the gradient of a centred kernel sums to 0.
 
 The BatchNorm's modules and running statistics stay in the model, so that dictionaries of the original load; they are
 no longer read. A pair is rewritten only if it occurs, once, in every graph that uses one of its parts.
@@ -34,7 +37,7 @@ from fedmef_fx.compiled import original_class
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.model import is_ignored, mask_name
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
+from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, channel_affine, nsconv_weight
 from fedmef_fx.passes._activations import activation_gain, nonlinearity
 from fedmef_fx.passes._nodes import (
     CONVOLUTIONS,
@@ -178,6 +181,8 @@ class NormalizeKernels:
         pair.norm.replace_all_uses_with(layer)
         graph.erase_node(pair.norm)
         _erase_unused(orphans)
+        if self.statistics == "active":
+            _centre(region, pair.weight, is_masked=is_masked, options=options)
         for new in filter(None, (weight, mask, gain, shift, kernel)):
             set_provenance(new, by=self.name, origin=region.full_name(pair.path))
 
@@ -295,6 +300,21 @@ def _channels(layer: fx.Node, weight: nn.Parameter) -> int:
     if layer.target not in TRANSPOSED:
         return weight.shape[0]
     return int(weight.shape[1] * bound(layer).get("groups", 1))
+
+
+@torch.no_grad()
+def _centre(region: Region, target: str, *, is_masked: bool, options: dict[str, Any]) -> None:
+    """Subtract from each row of a kernel the mean that its NSConv subtracts anyway (rule 4)."""
+    weight = region.owner.get_parameter(target)
+    form = KernelForm(**options)
+    rows = form.rows(weight)
+    mask = form.rows(region.owner.get_buffer(mask_name(target))) if is_masked else torch.ones_like(rows).bool()
+    number = mask.sum(1, keepdim=True)
+    mean = rows.sum(1, keepdim=True) / number.clamp_min(1)
+    # Where nothing but the mean is left, NSConv does not subtract it either.
+    spread = torch.where(mask, rows - mean, 0.0).norm(dim=1, keepdim=True)
+    centred = (number > 1) & (spread > DEGENERATE * rows.norm(dim=1, keepdim=True))
+    weight.copy_(form.kernel(torch.where(mask & centred, rows - mean, rows), weight.shape))
 
 
 def _following_gain(region: Region, norm: fx.Node, known: dict[str, float]) -> float:

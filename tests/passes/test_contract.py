@@ -11,7 +11,7 @@ from fedmef_fx import Config, coverage, masks, report, transform
 from fedmef_fx.api import passes_of
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.memory import SavedTensors
-from fedmef_fx.model import Transformation
+from fedmef_fx.model import Transformation, masked_parameters
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.pipeline import Pipeline
@@ -46,6 +46,29 @@ def targets(model, function):
 def test_nsconv_takes_the_gain_of_what_follows():
     nodes = targets(transform(Residual(), CONFIG.replace(activation_sparsity=0)), nsconv_weight)
     assert sorted(node.kwargs["g"] for node in nodes) == pytest.approx([1.0, 1.0, 1.7128586, 1.7128586])
+
+
+def test_stored_kernels_are_centred_so_that_weights_near_zero_can_go():
+    model, _ = build("residual")
+    sparse = transform(model, Config(density=0.5, activation_sparsity=0.0)).eval()
+    for name in ("stem", "conv1", "conv2", "shortcut.0"):
+        rows = sparse.get_parameter(f"{name}.weight").detach().flatten(1)
+        assert torch.allclose(rows.sum(1), torch.zeros(len(rows)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+def test_the_mean_of_a_kernel_has_no_effect(name):
+    model, inputs = build(name)
+    sparse = transform(model, Config(density=0.5, activation_sparsity=0.0)).eval()
+    before = sparse(*inputs)
+    grouped = getattr(getattr(sparse, "grouped", None), "weight", None)  # has no BatchNorm
+    with torch.no_grad():
+        for parameter, mask in masked_parameters(sparse).values():
+            several = mask.flatten(1).sum(1) > 1  # a single weight per channel is not centred
+            if parameter.dim() > 2 and parameter is not grouped:
+                parameter.add_(0.3 * mask * several.view(-1, *[1] * (parameter.dim() - 1)))
+        moved = sparse(*inputs)
+    assert torch.allclose(before, moved, atol=1e-4)
 
 
 def test_nsconv_refusals():
