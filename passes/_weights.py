@@ -84,6 +84,8 @@ def _weight_arguments(node: fx.Node) -> list[Any]:
         return []
     if is_layer(node):
         return [node.args[1]]
+    if name == "bilinear":
+        return list(node.args[2:3])
     if name.endswith("_cell"):
         return list(node.args[2:4])  # after the input and the state come the two weights
     if node.target is F.multi_head_attention_forward:

@@ -19,6 +19,7 @@ from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
 __all__ = ["COMPOSITES", "BaseTracer", "has_user_hooks", "is_proxy"]
 
 COMPOSITES: Final = (
+    nn.Bilinear,
     nn.GRUCell,
     nn.LSTMCell,
     nn.MultiheadAttention,
