@@ -4,7 +4,8 @@ Graph passes turn a model into one that trains sparse and in little memory, in f
 leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynamic Pruning", CVPR 2024.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fedmef_fx.api import ExportReport, export_onnx, freeze, transform
 from fedmef_fx.checkpoint import load, save
@@ -16,6 +17,7 @@ from fedmef_fx.inspection import inspect
 from fedmef_fx.model import coverage, density, masks, report, set_masks
 
 if TYPE_CHECKING:
+    from fedmef_fx import federated
     from fedmef_fx.memory_report import memory
 else:
     from fedmef_fx import memory  # a package that can be called as that function
@@ -28,6 +30,7 @@ __all__ = [
     "coverage",
     "density",
     "export_onnx",
+    "federated",
     "freeze",
     "growth_candidates",
     "inspect",
@@ -39,3 +42,10 @@ __all__ = [
     "set_masks",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The federation takes as long to import as all the rest: only its users should wait for it.
+    if name == "federated":
+        return importlib.import_module("fedmef_fx.federated")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

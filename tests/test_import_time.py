@@ -26,3 +26,11 @@ def test_the_package_itself_was_loaded(modules_after_import: set[str]) -> None:
 @pytest.mark.parametrize("name", LOADED_ON_DEMAND)
 def test_import_does_not_load(name: str, modules_after_import: set[str]) -> None:
     assert name not in modules_after_import
+
+
+def test_the_federation_is_an_attribute_that_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, fedmef_fx; assert 'fedmef_fx.federated' not in sys.modules; "
+        "assert callable(fedmef_fx.federated.run); assert not hasattr(fedmef_fx, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
