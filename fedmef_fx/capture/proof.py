@@ -60,9 +60,7 @@ class Originals:
         return self._observed[*key, gradients]
 
 
-def prove(
-    module: nn.Module, call: Call, graph: fx.Graph, originals: Originals, *, by_name: bool, gradients: bool = True
-) -> None:
+def prove(module: nn.Module, call: Call, graph: fx.Graph, originals: Originals, *, by_name: bool) -> None:
     """Compare a graph with the forward that it was traced from, in the mode the module is in.
 
     Args:
@@ -71,8 +69,6 @@ def prove(
         graph: The graph, unchanged by passes.
         originals: Observations of original forwards.
         by_name: Whether its placeholders are the arguments of forward; otherwise the tensors of the call.
-        gradients: Whether gradients are compared too, on the first input: which operations record gradients does not
-            depend on values. Not needed again for a graph that was proven in the other mode.
 
     Raises:
         CaptureError: Outputs, gradients or buffers differ, on this input or on another one.
@@ -82,18 +78,18 @@ def prove(
     def run(changed: Call) -> Any:
         return compiled(module, **changed.arguments) if by_name else compiled(module, *changed.tensors)
 
-    expected = originals.of(module, call, gradients=gradients)
+    expected = originals.of(module, call, gradients=True)
     if isinstance(expected[0], Exception):
         raise CaptureError(f"forward itself fails: {type(expected[0]).__name__}: {expected[0]}") from expected[0]
-    got = _observed(module, call, run, gradients=gradients)
+    got = _observed(module, call, run, gradients=True)
     for where, original, found in zip(("", "another input: "), expected, got, strict=True):
         if isinstance(original, Exception):
             continue  # the original refuses the values that were made up for it
         if isinstance(found, Exception):
             kind = type(found).__name__
             raise CaptureError(f"{where}the graph fails where forward does not: {kind}: {found}") from found
-        if gradients and original.gradients is not None and found.gradients is None and not where:
-            raise CaptureError("backward of the graph fails where that of forward does not")
+        if original.gradients is not None and found.gradients is None:
+            raise CaptureError(f"{where}backward of the graph fails where that of forward does not")
         problem = difference(original, found)
         if problem is not None:
             raise CaptureError(f"{where}the graph is not the module: {problem}")
@@ -108,7 +104,7 @@ def _observed(
         for index, changed in enumerate((call, call.replace_tensors(_other_values))):
             torch.manual_seed(index)
             try:
-                found.append(observe(module, changed, run, gradients=gradients and not index))
+                found.append(observe(module, changed, run, gradients=gradients))
             except Exception as error:
                 found.append(error)
     return found
