@@ -5,8 +5,6 @@ Rules
    or the parameter itself; `PackActivation` sites, which only serve backward, go.
 2. `sign_relu` -> F.relu, F.relu6, F.leaky_relu or torch.clamp; `max_pool`, `avg_pool`, `adaptive_avg_pool` -> F.*.
 3. Dropout that drops nothing in eval mode goes, as do identities. One that always drops stays, as F.dropout.
-4. torch.fx's assertion that an optional argument is None -> `torch._assert(x == None)`: loading a pickle with the
-   former breaks torch.fx for the rest of the process.
 """
 
 import math
