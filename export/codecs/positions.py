@@ -1,0 +1,152 @@
+"""Where the active elements of a flat tensor are: three codes for a strictly increasing list of positions.
+
+Let p_i be the positions, p_-1 = -1, and g_i = p_i - p_(i-1) - 1 >= 0 the gaps, H(d) the entropy of density d.
+
+- `Bitmap`: one bit per element. Best above a density of about 1/3.
+- `Gaps(k)`: fields of k bits. A field s < E = 2**k - 1 ends a gap: it goes on by s + 1 and marks the position where it
+  arrives; s = E goes on by E and marks nothing. 5.04 bits per position at density 0.1 with k = 4; H/d is 4.69.
+- `Rice(k)`: g = q * 2**k + r. The remainders r are fields of k bits; the quotients stand in unary, q zeros and a one, in
+  a bit stream. 4.76 bits per position at density 0.1 with k = 3 (Golomb, IEEE Trans. Inf. Theory 1966; Rice, JPL 1979).
+
+In both, a symbol that marks nothing arrives at an element that is inactive, and at a different one each: so a decoder
+may write a 0 there in place of leaving it out, and needs neither dynamic shapes nor a place for rubbish.
+"""
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmef_fx.export.codecs.fields import pack_fields, plane_bytes, unpack_fields
+
+__all__ = ["Bitmap", "Gaps", "PositionCode", "Positions", "Rice", "choose_code", "decode_positions", "encode_positions"]
+
+_Bytes = NDArray[np.uint8]
+_GAP_BITS: Final = range(2, 9)
+_RICE_BITS: Final = range(8)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A bit per element."""
+
+    name = "bitmap"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gaps:
+    """Gaps as fields of `bits` bits with an escape."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """As in the manifest."""
+        return f"gap{self.bits}"
+
+    @property
+    def escape(self) -> int:
+        """The field that marks nothing."""
+        return (1 << self.bits) - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rice:
+    """Gaps as quotients in unary and remainders of `bits` bits."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """As in the manifest."""
+        return f"rice{self.bits}"
+
+
+PositionCode = Bitmap | Gaps | Rice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Positions:
+    """Encoded positions.
+
+    Attributes:
+        code: How.
+        size: Elements of the flat tensor.
+        active: Number of positions.
+        planes: Fields of `Gaps`, remainders of `Rice`; empty for `Bitmap`.
+        stream: Bits of `Bitmap` (one per element) and `Rice` (unary quotients); empty for `Gaps`.
+        symbols: Fields of `Gaps`, bits of `stream` for the others.
+    """
+
+    code: PositionCode
+    size: int
+    active: int
+    planes: tuple[_Bytes, ...]
+    stream: _Bytes
+    symbols: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and stream."""
+        return sum(plane.nbytes for plane in self.planes) + self.stream.nbytes
+
+
+def choose_code(gaps: NDArray[np.int64], size: int) -> tuple[PositionCode, int]:
+    """The code that takes the fewest bytes.
+
+    Args:
+        gaps: `[active]`, each the number of inactive elements before an active one.
+        size: Elements of the flat tensor.
+
+    Returns:
+        The code, and about how many bytes it takes.
+    """
+    best: tuple[PositionCode, int] = (Bitmap(), -(-size // 8))
+    # Few different gaps occur, so their histogram is short.
+    lengths, counts = np.unique(gaps, return_counts=True)
+    active = int(gaps.size)
+    for bits in _GAP_BITS:
+        symbols = active + int(((lengths // ((1 << bits) - 1)) * counts).sum())
+        best = min(best, (Gaps(bits), plane_bytes(symbols, bits)), key=lambda found: found[1])
+    for bits in _RICE_BITS:
+        stream = active + int(((lengths >> bits) * counts).sum())
+        found = plane_bytes(active, bits) + -(-stream // 8)
+        best = min(best, (Rice(bits), found), key=lambda found: found[1])
+    return best
+
+
+def encode_positions(positions: NDArray[np.int64], size: int, code: PositionCode) -> Positions:
+    """Encode strictly increasing positions below `size`."""
+    active = int(positions.size)
+    none = np.zeros(0, np.uint8)
+    if isinstance(code, Bitmap):
+        bits = np.zeros(size, np.uint8)
+        bits[positions] = 1
+        return Positions(code, size, active, (), np.packbits(bits), size)
+    gaps = np.diff(positions, prepend=-1) - 1
+    if isinstance(code, Gaps):
+        escapes, rest = np.divmod(gaps, code.escape)
+        ends = np.cumsum(escapes + 1) - 1
+        fields = np.full(int(ends[-1]) + 1 if active else 0, code.escape, np.int64)
+        fields[ends] = rest
+        return Positions(code, size, active, pack_fields(fields, code.bits), none, fields.size)
+    ends = np.cumsum((gaps >> code.bits) + 1) - 1
+    unary = np.zeros(int(ends[-1]) + 1 if active else 0, np.uint8)
+    unary[ends] = 1
+    remainders = gaps & ((1 << code.bits) - 1)
+    return Positions(code, size, active, pack_fields(remainders, code.bits), np.packbits(unary), unary.size)
+
+
+def decode_positions(encoded: Positions) -> NDArray[np.int64]:
+    """The positions of `encode_positions`: the reference for the ONNX decoders, step by step as they do it."""
+    code = encoded.code
+    if isinstance(code, Gaps):
+        fields = unpack_fields(encoded.planes, code.bits, encoded.symbols)
+        marks = fields != code.escape
+        return (np.cumsum(fields + marks) - 1)[marks]
+    marks = np.unpackbits(encoded.stream, count=encoded.symbols).astype(bool)
+    if isinstance(code, Bitmap):
+        return np.flatnonzero(marks)
+    steps = np.concatenate([[1 << code.bits], unpack_fields(encoded.planes, code.bits, encoded.active) + 1])
+    return (np.cumsum(steps[np.cumsum(marks) * marks]) - 1)[marks]
