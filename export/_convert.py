@@ -1,7 +1,9 @@
 """Convert: from an inference module to an ONNX graph, through torch's dynamo-based exporter."""
 
 import contextlib
+import dataclasses
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,44 +17,63 @@ from torch.utils import _pytree as pytree
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export._examples import Call, Examples, evaluating
 
-__all__ = ["convert"]
+__all__ = ["Converted", "convert"]
 
 _EXPORTER_LOG: Final = "torch.onnx._internal.exporter"
 _SEED: Final = 0
 
 
-def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool) -> tuple[onnx.ModelProto, bool, list[str]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Converted:
+    """A model in ONNX.
+
+    Attributes:
+        proto: The ONNX model.
+        program: What it was translated from, operator by operator: values of both have the same names.
+        is_dynamic: Whether its batch size varies.
+        notices: What was done otherwise than asked for.
+    """
+
+    proto: onnx.ModelProto
+    program: torch.export.ExportedProgram
+    is_dynamic: bool
+    notices: tuple[str, ...] = ()
+
+
+def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool, optimize: bool = True) -> Converted:
     """Trace a model and translate it.
 
     Args:
         model: Runs in eval mode here; its modes are as they were afterwards.
         examples: Its example inputs.
         dynamic_batch: Whether the batch size may vary. Where that is impossible it is fixed, with a notice.
+        optimize: Whether onnxscript simplifies the graph.
 
     Returns:
-        The model, whether its batch size varies, and notices.
+        The model, and what it was made from.
 
     Raises:
         ExportError: Tracing or translating failed; the message names the operator or the reason.
     """
     if not dynamic_batch:
-        return _convert(model, examples, examples.call, dynamic=False), False, []
+        return _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
     if examples.batch_size is None:
         notice = "fixed sizes: the first example input has no dimensions, so there is no batch dimension"
-        return _convert(model, examples, examples.call, dynamic=False), False, [notice]
+        fixed = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
+        return dataclasses.replace(fixed, notices=(notice,))
     # torch.export takes sizes 0 and 1 for constants.
     generator = torch.Generator().manual_seed(_SEED)
     call = examples.random(max(examples.batch_size, 2), generator=generator)
     try:
-        return _convert(model, examples, call, dynamic=True), True, []
+        return _convert(model, examples, call, dynamic=True, optimize=optimize)
     except ExportError as error:
-        fixed = _convert(model, examples, examples.call, dynamic=False)
+        fixed = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
         reason = str(error).removeprefix("export_onnx: ")
         notice = f"fixed batch size {examples.batch_size}, as a varying one fails: {reason}"
-        return fixed, False, [notice]
+        return dataclasses.replace(fixed, notices=(notice,))
 
 
-def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool) -> onnx.ModelProto:
+def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool, optimize: bool) -> Converted:
     # Two inputs that are one tensor would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     shapes = examples.dynamic_shapes() if dynamic else None
@@ -66,12 +87,13 @@ def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool)
             ) from error
         names = _output_names(exported)
         try:
-            program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names)
+            program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names, optimize=optimize)
         except Exception as error:
-            raise ExportError(f"export_onnx: {type(model).__name__}: {_translation_failure(error)}") from error
-    if program is None:
+            failure = _translation_failure(error, exported)
+            raise ExportError(f"export_onnx: {type(model).__name__}: {failure}") from error
+    if program is None or program.exported_program is None:
         raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx returned no model")
-    return program.model_proto
+    return Converted(program.model_proto, program.exported_program, dynamic)
 
 
 @contextlib.contextmanager
@@ -121,8 +143,8 @@ def _reason(error: BaseException) -> str:
     return (listed or lines or [type(error).__name__])[0]
 
 
-def _translation_failure(error: BaseException) -> str:
-    """What the exporter could not translate: operator and node, where its messages name them."""
+def _translation_failure(error: BaseException, exported: torch.export.ExportedProgram) -> str:
+    """What the exporter could not translate: operator, node and source line, where its messages name them."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -130,8 +152,23 @@ def _translation_failure(error: BaseException) -> str:
         cause = cause.__cause__
     operator = re.search(r"No ONNX function found for \S*op='([^']+)'", "\n".join(chain))
     node = re.search(r"Error when translating node %(\w+)", "\n".join(chain))
-    where = f" (node {node[1]})" if node else ""
+    where = f" (node {node[1]}{_source_of(node[1], exported)})" if node else ""
     if operator:
         return f"operator {operator[1]}{where} has no ONNX form; replace it in the model by operators that have one"
     reason = chain[-1].strip().splitlines() or [repr(error)]
     return f"torch.onnx cannot translate it{where}: {reason[0]}"
+
+
+def _source_of(name: str, exported: torch.export.ExportedProgram) -> str:
+    """`, model.py:12: return torch.bessel(x)`: the line of the model's code that made a node; empty if unknown."""
+    nodes = list(exported.graph.nodes)
+    if not any(node.name == name for node in nodes):
+        # The exporter splits operators into simpler ones before it translates them.
+        nodes = list(exported.run_decompositions().graph.nodes)
+    trace = next((node.meta.get("stack_trace") for node in nodes if node.name == name), None)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', trace or "")
+    own = [frame for frame in frames if f"{os.sep}torch{os.sep}nn{os.sep}" not in frame[0]]
+    if not own:
+        return ""
+    file, line, code = own[-1]
+    return f", {os.path.basename(file)}:{line}: {code.strip()}"

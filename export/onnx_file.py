@@ -1,34 +1,33 @@
 """`export_onnx`: from a model to one small ONNX file that provably computes the same.
 
-Stages: freeze, trace and translate, strip, check, write to a temporary file, compare in onnxruntime, rename.
-Whatever fails, a file that was there before stays as it was. onnx and onnxruntime are imported when they are needed.
+Stages: freeze, trace and translate, strip, check, quantize, encode, write to a temporary file, compare in onnxruntime,
+rename. Whatever fails, a file that was there before stays as it was. onnx and onnxruntime are imported when needed.
 """
 
 import contextlib
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
-from fedmef_fx.atomic import check_target, replacing
+from fedmef_fx.atomic import check_target
 from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.export._examples import Examples, read_examples, run
+from fedmef_fx.export._calibration import calibration_calls
+from fedmef_fx.export._checks import check_finite, check_masked, check_runs
+from fedmef_fx.export._clock import Clock
+from fedmef_fx.export._examples import Call, read_examples
+from fedmef_fx.export._precision import in_float32, low_precision, widened
 from fedmef_fx.export.freeze import freeze
-from fedmef_fx.export.report import ExportReport, Parity
+from fedmef_fx.export.report import ExportReport
 from fedmef_fx.model import is_transformed
-
-if TYPE_CHECKING:
-    import onnx
 
 __all__ = ["export_onnx"]
 
-_WEIGHTS: Final = ("dense",)
-_QUANTIZATIONS: Final = (None,)
-_LARGEST_FILE_BYTES: Final = 2**31 - 1  # of a protobuf message
+Weights = Literal["dense", "packed", "packed-int16", "packed-fp16"]
+Quantize = Literal["int8"] | None
+Optimize = Literal["none", "onnxscript", "onnxslim"]
+_QUANTIZATIONS: Final = (None, "int8")
 
 
 def export_onnx(
@@ -37,10 +36,12 @@ def export_onnx(
     *,
     example_inputs: Sequence[Any],
     example_kwargs: Mapping[str, Any] | None = None,
-    weights: Literal["dense"] = "dense",
-    quantize: None = None,
+    weights: Weights = "dense",
+    quantize: Quantize = None,
+    calibration_data: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
+    optimize: Optimize = "onnxscript",
 ) -> ExportReport:
     """Write a model as ONNX, with masks, NSConv and BatchNorm folded, and prove that the file computes the same.
 
@@ -51,16 +52,22 @@ def export_onnx(
         example_inputs: Positional arguments of one call, as a tuple. Tensors whose dimension 0 has the size of the
             first one's share the batch dimension.
         example_kwargs: Keyword arguments of that call. Arguments that are no tensors become constants of the file.
-        weights: How weights are stored: "dense".
-        quantize: None, as trained.
+        weights: How weights are stored: "dense"; "packed", active values and their positions, lossless; "packed-int16"
+            and "packed-fp16", likewise with values of 16 bits. A packed file decodes itself: onnxruntime does it once,
+            when it loads the file, and then runs as fast as with the dense one.
+        quantize: None, as trained; "int8", static quantization of weights and activations.
+        calibration_data: For "int8": inputs like those the model will see, from which the ranges of its activations
+            are taken. Each is a tensor, or a tuple of the arguments of a call.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
+        optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
+            to be installed), "none".
 
     Returns:
         Sizes, agreement, and what was done differently from what was asked for.
 
     Raises:
-        ConfigError: An option that is not allowed, or example inputs that do not fit the model.
+        ConfigError: An option that is not allowed, or example inputs or calibration data that do not fit the model.
         ExportError: A path that cannot be written, weights that are not numbers, an operator without ONNX form, or a
             file that computes something else.
 
@@ -72,52 +79,61 @@ def export_onnx(
         >>> report.parity.max_abs < 1e-5
         True
     """
-    _check_option("weights", weights, _WEIGHTS)
+    _check_option("weights", weights, get_args(Weights))
     _check_option("quantize", quantize, _QUANTIZATIONS)
+    _check_option("optimize", optimize, get_args(Optimize))
     target = check_target(path, error=_named_export_error)
     examples = read_examples(model, example_inputs, example_kwargs)
-    _check_runs(model, examples)
+    check_runs(model, examples)
+    calls = calibration_calls(model, quantize, calibration_data, examples)
 
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("freeze"):
         plain = freeze(model) if is_transformed(model) else model
+        check_finite(plain)
+        check_masked(model, plain)
+        reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
-        examples = read_examples(plain, example_inputs, example_kwargs)
-        _check_weights(plain)
+        examples = read_examples(plain, *given)
+        calibration = None if calls is None else [Call(*widened(call.args, call.kwargs)) for call in calls]
     with clock.stage("convert"):
         from fedmef_fx.export._convert import convert  # noqa: PLC0415 -- imports onnx
 
-        proto, dynamic, notices = convert(plain, examples, dynamic_batch=dynamic_batch)
-    with clock.stage("strip"):
-        from fedmef_fx.export._strip import strip  # noqa: PLC0415 -- imports onnx
+        converted = convert(plain, examples, dynamic_batch=dynamic_batch, optimize=optimize != "none")
 
-        strip(proto)
-    with clock.stage("check"):
-        _check_graph(proto)
-    parity, more = _write(proto, target, model if verify else None, examples, dynamic=dynamic, clock=clock)
+    from fedmef_fx.export._build import Plan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
+    from fedmef_fx.export._write import total_bytes, written  # noqa: PLC0415
+
+    plan = Plan(weights, quantize, uses_slim=optimize == "onnxslim", is_frozen=isinstance(plain, fx.GraphModule))
+    built = build(converted, plan, calibration, clock)
+    nodes = len(built.proto.graph.node)
+    parity, runtime = None, None
+    with contextlib.ExitStack() as stack:
+        with clock.stage("write"):
+            temporary = stack.enter_context(written(built.proto, built.manifest, target))
+        if verify:
+            from fedmef_fx.export._verify_file import verify_file  # noqa: PLC0415 -- imports onnxruntime
+
+            with clock.stage("verify"):
+                parity, runtime, more = verify_file(temporary, reference, converted, built, examples, calibration or ())
+            notices += more
     return ExportReport(
         path=target,
-        bytes=target.stat().st_size,
+        bytes=total_bytes(target),
         dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        opset=max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
-        nodes=len(proto.graph.node),
+        opset=built.opset,
+        nodes=nodes,
         parity=parity,
         seconds=clock.seconds,
-        notices=(*notices, *more),
+        notices=(*converted.notices, *built.notices, *notices),
+        weights=weights,
+        quantize=quantize,
+        plain_bytes=built.plain_bytes,
+        entropy_bytes=built.entropy_bytes,
+        plain_nodes=built.plain_nodes,
+        tensors=built.manifest.tensors,
+        runtime=runtime,
     )
-
-
-class _Clock:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
 
 
 def _named_export_error(message: str) -> ExportError:
@@ -129,58 +145,15 @@ def _check_option(name: str, value: object, allowed: tuple[object, ...]) -> None
         raise ConfigError(f"export_onnx: got {name}={value!r}; expected {' | '.join(map(repr, allowed))}")
 
 
-def _check_runs(model: nn.Module, examples: Examples) -> None:
-    try:
-        run(model, examples.call)
-    except Exception as error:
-        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in examples.call.tensors())
-        raise ConfigError(
-            f"export_onnx: {type(model).__name__} itself fails on the example inputs ({shapes}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+def _in_float32(
+    model: nn.Module, plain: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, nn.Module, tuple[Sequence[Any], Mapping[str, Any] | None], list[str]]:
+    """The model to compare with and the one to export, example arguments for both, and notices.
 
-
-def _check_weights(model: nn.Module) -> None:
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        # Buffers may hold infinities: attention masks do.
-        bad = tensor.isnan() if not isinstance(tensor, nn.Parameter) else ~tensor.isfinite()
-        if bad.any():
-            raise ExportError(
-                f"export_onnx: {name} has {int(bad.sum())} of {tensor.numel()} values that are NaN or infinite; the "
-                "training diverged: export an earlier checkpoint, or train with a smaller learning rate"
-            )
-        if tensor.dtype == torch.bfloat16:
-            raise ExportError(f"export_onnx: {name} is bfloat16, which onnxruntime cannot run; export model.float()")
-    size = sum(tensor.nbytes for _, tensor in named)
-    if size > _LARGEST_FILE_BYTES:
-        raise ExportError(
-            f"export_onnx: the weights take {size:,} bytes; one ONNX file holds at most {_LARGEST_FILE_BYTES:,}. "
-            "Export parts of the model, or export model.half()"
-        )
-
-
-def _check_graph(proto: "onnx.ModelProto") -> None:
-    import onnx  # noqa: PLC0415 -- only exports need it
-
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:  # the checker's and shape inference's errors have no other common base
-        raise ExportError(f"export_onnx: onnx refuses the exported graph: {error}") from error
-
-
-def _write(
-    proto: "onnx.ModelProto", target: Path, model: nn.Module | None, examples: Examples, *, dynamic: bool, clock: _Clock
-) -> tuple[Parity | None, list[str]]:
-    """Write a model; compared with another before it takes its name, unless that is None."""
-    parity: Parity | None = None
-    notices: list[str] = []
-    with replacing(target, error=_named_export_error) as temporary:
-        with clock.stage("write"):
-            temporary.write_bytes(proto.SerializeToString(deterministic=True))
-        if model is not None:
-            with clock.stage("verify"):
-                from fedmef_fx.export._parity import check_parity  # noqa: PLC0415 -- imports onnxruntime
-
-                parity, notices = check_parity(model, temporary, examples, dynamic=dynamic)
-    return parity, notices
+    A model of 16-bit floats becomes one of float32: onnxruntime's CPU kernels know few operators for other types.
+    """
+    found = low_precision(plain)
+    if not found:
+        return model, plain, (inputs, kwargs), []
+    notice = f"converted from {found} to float32: inputs and outputs of the file are float32"
+    return in_float32(model), in_float32(plain), widened(inputs, kwargs), [notice]

@@ -1,10 +1,13 @@
 """What an export says about itself."""
 
 import dataclasses
+import html
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ExportReport", "Parity"]
+from fedmef_fx.export.manifest import StoredTensor
+
+__all__ = ["ExportReport", "Parity", "Runtime"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,19 +31,47 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Runtime:
+    """What onnxruntime makes of the file, against the file with the same weights stored plainly.
+
+    Attributes:
+        nodes: Operators that it runs, after it has folded what is constant.
+        plain_nodes: Likewise for the plain file; equal where no decoder is left.
+        session_seconds: To create a session.
+        plain_session_seconds: Likewise for the plain file.
+        latency_ratio: How many times longer one run takes: minima of a few runs taken in turns, a rough figure
+            (`fedmef-fx bench onnx` measures it properly).
+    """
+
+    nodes: int
+    plain_nodes: int
+    session_seconds: float
+    plain_session_seconds: float
+    latency_ratio: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ExportReport:
     """What `export_onnx` wrote, and how well it agrees with the model.
 
     Attributes:
         path: The file.
-        bytes: Its size.
+        bytes: Its size, and that of its second file where it needs one.
         dense_bytes: Bytes of the model's parameters, pruned ones included.
         ratio: dense_bytes / bytes: how many times smaller than the dense parameters the file is.
         opset: Version of the standard operator set.
-        nodes: Operators in the graph.
+        nodes: Operators in the file, those that decode weights included.
         parity: Agreement with the model; None where it was not asked for.
         seconds: Wall-clock time by stage, in order.
         notices: What was done differently from what was asked for, and why.
+        weights: How weights were asked to be stored.
+        quantize: As asked for.
+        plain_bytes: Size of the graph as a file of dense float32 weights.
+        entropy_bytes: What the weights take at least: the entropy of where the active ones are, n H(d) bits for a
+            tensor of n elements and density d, and the bits of their values.
+        plain_nodes: Operators of the model itself, before quantizing and encoding.
+        tensors: The tensors that are stored encoded.
+        runtime: What onnxruntime makes of it; None where nothing is encoded or verification was not asked for.
     """
 
     path: Path
@@ -51,26 +82,81 @@ class ExportReport:
     parity: Parity | None
     seconds: dict[str, float]
     notices: tuple[str, ...] = ()
+    weights: str = "dense"
+    quantize: str | None = None
+    plain_bytes: int = 0
+    entropy_bytes: float = 0.0
+    plain_nodes: int = 0
+    tensors: tuple[StoredTensor, ...] = ()
+    runtime: Runtime | None = None
 
     @property
     def ratio(self) -> float:
         """How many times smaller than the dense parameters the file is."""
         return self.dense_bytes / self.bytes
 
+    @property
+    def over_entropy(self) -> float | None:
+        """Bytes of the file over the entropy bound, less 1; None where the bound is not known."""
+        return self.bytes / self.entropy_bytes - 1 if self.entropy_bytes else None
+
     def as_dict(self) -> dict[str, Any]:
         """The report as values that `json.dumps` takes."""
-        return {**dataclasses.asdict(self), "path": str(self.path), "ratio": self.ratio}
+        values = {**dataclasses.asdict(self), "path": str(self.path), "ratio": self.ratio}
+        tensors = [{**dataclasses.asdict(t), "shape": list(t.shape), "density": t.density} for t in self.tensors]
+        return {**values, "over_entropy": self.over_entropy, "tensors": tensors}
 
     def __str__(self) -> str:
-        rows = [
-            ("file", str(self.path)),
-            ("size", f"{self.bytes:,} bytes; parameters {self.dense_bytes:,} bytes, {self.ratio:.2f} times the file"),
-            ("graph", f"{self.nodes} nodes, opset {self.opset}"),
-            ("parity", _parity_text(self.parity)),
-            ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())),
-            *(("notice", notice) for notice in self.notices),
-        ]
-        return "\n".join(f"{name:8s}{value}" for name, value in rows)
+        lines = [f"{name:8s}{value}" for name, value in self._rows()]
+        if self.tensors:
+            cells = [("tensor", "shape", "codec", "density", "bytes"), *map(_tensor_cells, self.tensors)]
+            widths = [max(len(row[column]) for row in cells) for column in range(5)]
+            lines += ["", *("  ".join(_aligned(row, widths)).rstrip() for row in cells)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        facts = "".join(f"<tr><th>{html.escape(n)}</th><td>{html.escape(v)}</td></tr>" for n, v in self._rows())
+        head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "codec", "density", "bytes"))
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _tensor_cells(tensor)) + "</tr>"
+            for tensor in self.tensors
+        )
+        return f"<table>{facts}</table>" + (f"<table><tr>{head}</tr>{rows}</table>" if rows else "")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        size = f"{self.bytes:,} bytes; parameters {self.dense_bytes:,} bytes, {self.ratio:.2f} times the file"
+        nodes = f"{self.nodes} nodes, opset {self.opset}"
+        rows = [("file", str(self.path)), ("size", size)]
+        if self.tensors or self.quantize:
+            stored = self.weights if self.quantize is None else f"{self.weights}, {self.quantize}"
+            bound = "" if self.over_entropy is None else f", {self.over_entropy:.1%} over the entropy bound"
+            plain = f"{self.plain_bytes:,} bytes as dense float32, {self.plain_bytes / self.bytes:.2f} times the file"
+            rows.append(("weights", f"{stored}; {plain}{bound}"))
+            nodes += f"; {self.plain_nodes} without decoders and quantizers"
+        rows += [("graph", nodes), ("parity", _parity_text(self.parity))]
+        if self.runtime is not None:
+            rows.append(("runtime", _runtime_text(self.runtime)))
+        rows.append(("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())))
+        return rows + [("notice", notice) for notice in self.notices]
+
+
+def _tensor_cells(tensor: StoredTensor) -> tuple[str, ...]:
+    shape = "x".join(map(str, tensor.shape))
+    return tensor.name, shape, tensor.codec, f"{tensor.density:.3f}", f"{tensor.bytes:,}"
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    """Text to the left, numbers to the right."""
+    cells = list(zip(row, widths, strict=True))
+    return [*(cell.ljust(width) for cell, width in cells[:3]), *(cell.rjust(width) for cell, width in cells[3:])]
+
+
+def _runtime_text(runtime: Runtime) -> str:
+    left = runtime.nodes - runtime.plain_nodes
+    return (
+        f"{runtime.nodes} nodes run, {left} of them decoders; session {runtime.session_seconds:.2f} s, plain "
+        f"{runtime.plain_session_seconds:.2f} s; latency {runtime.latency_ratio:.2f} times plain"
+    )
 
 
 def _parity_text(parity: Parity | None) -> str:

@@ -9,7 +9,8 @@ Let p_i be the positions, p_-1 = -1, and g_i = p_i - p_(i-1) - 1 >= 0 the gaps, 
   a bit stream. 4.76 bits per position at density 0.1 with k = 3 (Golomb, IEEE Trans. Inf. Theory 1966; Rice, JPL 1979).
 
 In both, a symbol that marks nothing arrives at an element that is inactive, and at a different one each: so a decoder
-may write a 0 there in place of leaving it out, and needs neither dynamic shapes nor a place for rubbish.
+may write a 0 there in place of leaving it out, and needs neither dynamic shapes nor a place for rubbish. `Rice` stores
+2**k - 1 before its remainders, which is what a zero of its stream goes on by, less 1.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ __all__ = ["Bitmap", "Gaps", "PositionCode", "Positions", "Rice", "choose_code",
 
 _Bytes = NDArray[np.uint8]
 _GAP_BITS: Final = range(2, 9)
-_RICE_BITS: Final = range(8)
+_RICE_BITS: Final = range(1, 8)  # with 0 bits it is a bitmap
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Positions:
         code: How.
         size: Elements of the flat tensor.
         active: Number of positions.
-        planes: Fields of `Gaps`, remainders of `Rice`; empty for `Bitmap`.
+        planes: Fields of `Gaps`; 2**k - 1 and remainders of `Rice`; empty for `Bitmap`.
         stream: Bits of `Bitmap` (one per element) and `Rice` (unary quotients); empty for `Gaps`.
         symbols: Fields of `Gaps`, bits of `stream` for the others.
     """
@@ -111,7 +112,7 @@ def choose_code(gaps: NDArray[np.int64], size: int) -> tuple[PositionCode, int]:
         best = min(best, (Gaps(bits), plane_bytes(symbols, bits)), key=lambda found: found[1])
     for bits in _RICE_BITS:
         stream = active + int(((lengths >> bits) * counts).sum())
-        found = plane_bytes(active, bits) + -(-stream // 8)
+        found = plane_bytes(active + 1, bits) + -(-stream // 8)
         best = min(best, (Rice(bits), found), key=lambda found: found[1])
     return best
 
@@ -134,7 +135,8 @@ def encode_positions(positions: NDArray[np.int64], size: int, code: PositionCode
     ends = np.cumsum((gaps >> code.bits) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1 if active else 0, np.uint8)
     unary[ends] = 1
-    remainders = gaps & ((1 << code.bits) - 1)
+    low = (1 << code.bits) - 1
+    remainders = np.concatenate([[low], gaps & low])
     return Positions(code, size, active, pack_fields(remainders, code.bits), np.packbits(unary), unary.size)
 
 
@@ -148,5 +150,5 @@ def decode_positions(encoded: Positions) -> NDArray[np.int64]:
     marks = np.unpackbits(encoded.stream, count=encoded.symbols).astype(bool)
     if isinstance(code, Bitmap):
         return np.flatnonzero(marks)
-    steps = np.concatenate([[1 << code.bits], unpack_fields(encoded.planes, code.bits, encoded.active) + 1])
+    steps = unpack_fields(encoded.planes, code.bits, encoded.active + 1) + 1
     return (np.cumsum(steps[np.cumsum(marks) * marks]) - 1)[marks]

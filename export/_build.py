@@ -1,0 +1,196 @@
+"""Build: from a converted model to the graph that is written: simplified, stripped, checked, quantized, encoded."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.export._checks import check_folded, check_graph
+from fedmef_fx.export._clock import Clock
+from fedmef_fx.export._convert import Converted
+from fedmef_fx.export._examples import Call
+from fedmef_fx.export._names import drop_defaults, shorten_names
+from fedmef_fx.export._origins import readers_of
+from fedmef_fx.export._parity import FLOAT32_TOLERANCE
+from fedmef_fx.export._strip import strip
+from fedmef_fx.export._write import LARGEST_FILE_BYTES, stored_bytes
+from fedmef_fx.export.codecs.tensor import EncodedTensor
+from fedmef_fx.export.encode import StoredWeights, apply_encoding, encode, round_weights, zero_is_positive
+from fedmef_fx.export.manifest import Manifest, StoredTensor
+
+__all__ = ["Built", "Plan", "build"]
+
+# Rounding to 16 bits changes outputs by less than this; None: int8 changes them by what the calibration gives.
+_TOLERANCES: Final[dict[StoredWeights, float]] = {
+    "dense": FLOAT32_TOLERANCE,
+    "packed": FLOAT32_TOLERANCE,
+    "packed-int16": 1e-3,
+    "packed-fp16": 1e-2,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to build.
+
+    Attributes:
+        weights: As for `export_onnx`.
+        quantize: Likewise.
+        uses_slim: Whether onnxslim simplifies the graph.
+        is_frozen: Whether the model is a frozen graph, in which no BatchNorm may be left that could be folded.
+    """
+
+    weights: StoredWeights
+    quantize: str | None
+    uses_slim: bool
+    is_frozen: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Built:
+    """A graph to write.
+
+    Attributes:
+        proto: The graph.
+        manifest: What it says about itself.
+        plain: The graph as it was traced, stripped: names of its values are those of the traced program.
+        reference: The same graph with the same weights stored plainly, serialized: the file has to give the same bits.
+            None where nothing is encoded, or it is too large for one file.
+        plain_bytes: Size of the graph with dense float32 weights.
+        plain_nodes: Its nodes.
+        entropy_bytes: The least that the weights can take.
+        tolerance: Largest difference from the model that is allowed, relative to an output; None for any.
+        notices: What was done otherwise than asked for.
+    """
+
+    proto: ModelProto
+    manifest: Manifest
+    plain: ModelProto
+    reference: bytes | None
+    plain_bytes: int
+    plain_nodes: int
+    entropy_bytes: float
+    tolerance: float | None
+    notices: tuple[str, ...]
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return max(entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, clock: Clock) -> Built:
+    """Build the graph of a file.
+
+    Raises:
+        ExportError: A graph that onnx refuses, or that is not folded as it should be.
+    """
+    notices: list[str] = []
+    with clock.stage("strip"):
+        plain = _slimmed(converted.proto) if plan.uses_slim else converted.proto
+        nodes = readers_of(plain)
+        strip(plain)
+        zero_is_positive(plain)
+    with clock.stage("check"):
+        check_graph(plain)
+        notices += check_folded(plain, is_frozen=plan.is_frozen)
+    proto = plain
+    plain_bytes = _size(plain)
+    if plan.weights == "dense" and plan.quantize is None:
+        manifest = Manifest(plan.weights, plan.quantize, ())
+        bound = _entropy_bytes(plain, {})
+        # Writing adds the manifest and may move tensors away.
+        return Built(
+            proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, FLOAT32_TOLERANCE, tuple(notices)
+        )
+    if calibration is not None:
+        from fedmef_fx.export.quantize_int8 import quantize_int8  # noqa: PLC0415 -- slow to import
+
+        with clock.stage("quantize"):
+            proto, more = quantize_int8(plain, calibration)
+            notices += more
+    with clock.stage("encode"):
+        proto = copy.deepcopy(proto)
+        encoding = encode(proto, plan.weights)
+        notices += encoding.notices
+        bound = _entropy_bytes(proto, encoding.tensors)
+        reference = _reference(proto, plan, encoding.tensors)
+        apply_encoding(proto, encoding.tensors)
+        drop_defaults(proto)
+        renamed = shorten_names(proto)
+        manifest = _manifest(plan, encoding.tensors, renamed, nodes)
+    with clock.stage("check encoded"):
+        check_graph(proto, what="encoded")
+    tolerance = None if plan.quantize else _TOLERANCES[plan.weights]
+    return Built(
+        proto, manifest, plain, reference, plain_bytes, len(plain.graph.node), bound, tolerance, tuple(notices)
+    )
+
+
+def _size(proto: ModelProto) -> int:
+    return proto.ByteSize() if stored_bytes(proto) < LARGEST_FILE_BYTES // 2 else stored_bytes(proto)
+
+
+def _slimmed(proto: ModelProto) -> ModelProto:
+    try:
+        import onnxslim  # noqa: PLC0415 -- optional
+    except ImportError as error:
+        raise ConfigError(
+            "export_onnx: optimize='onnxslim' needs the package onnxslim; install it: pip install onnxslim"
+        ) from error
+    slimmed: ModelProto = onnxslim.slim(proto)
+    return slimmed
+
+
+def _reference(proto: ModelProto, plan: Plan, encoded: Mapping[str, EncodedTensor]) -> bytes | None:
+    """The graph with decoded weights in place of encoded ones, serialized."""
+    decoded_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in encoded.values())
+    if not encoded or stored_bytes(proto) + decoded_bytes > LARGEST_FILE_BYTES:
+        return None
+    if plan.weights != "packed":  # which keeps every bit
+        proto = copy.deepcopy(proto)
+        round_weights(proto, encoded)
+    return proto.SerializeToString()
+
+
+def _manifest(
+    plan: Plan, encoded: Mapping[str, EncodedTensor], renamed: Mapping[str, str], nodes: Mapping[str, str]
+) -> Manifest:
+    tensors = []
+    for name, tensor in encoded.items():
+        origin = name.removesuffix("_quantized")
+        tensors.append(
+            StoredTensor(
+                name=origin,
+                value=renamed.get(name, name),
+                shape=tensor.shape,
+                codec=tensor.codec,
+                active=tensor.active,
+                bytes=tensor.nbytes,
+                node=nodes.get(origin, ""),
+            )
+        )
+    return Manifest(plan.weights, plan.quantize, tuple(tensors))
+
+
+def _entropy_bytes(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> float:
+    """Sum over all tensors of n H(d) bits for positions and the bits of the active values."""
+    total = 0.0
+    for tensor in proto.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        found = encoded.get(tensor.name)
+        bits = 8 * (np.dtype(found.values).itemsize if found is not None else array.itemsize)
+        is_weight = tensor.data_type in (TensorProto.FLOAT, TensorProto.INT8) and array.ndim > 1
+        active = int(np.count_nonzero(array)) if is_weight else array.size
+        total += (array.size * _entropy(active / array.size) + active * bits) / 8 if array.size else 0.0
+    return total
+
+
+def _entropy(density: float) -> float:
+    """H(d) = -d log2(d) - (1 - d) log2(1 - d), in bits."""
+    return -sum(p * math.log2(p) for p in (density, 1 - density) if p > 0)

@@ -1,0 +1,33 @@
+"""Models of 16-bit floats become models of float32: onnxruntime's CPU kernels know few operators for other types."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["in_float32", "low_precision", "widened"]
+
+_LOW: Final = (torch.bfloat16, torch.float16)
+
+
+def low_precision(model: nn.Module) -> str:
+    """The 16-bit types of a model's weights, as text; empty where it has none."""
+    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in _LOW}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """A copy of a model with float32 weights."""
+    return copy.deepcopy(model).float()
+
+
+def widened(
+    inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with their 16-bit floats in float32."""
+    return pytree.tree_map_only(  # type: ignore[no-any-return]  # of torch's own untyped function
+        Tensor, lambda t: t.float() if t.dtype in _LOW else t, (tuple(inputs), dict(kwargs or {}))
+    )

@@ -1,0 +1,139 @@
+"""A whole tensor, encoded: positions and values of its chunks, and the scales of its slices."""
+
+import dataclasses
+import math
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmef_fx.export.codecs.positions import (
+    PositionCode,
+    Positions,
+    choose_code,
+    decode_positions,
+    encode_positions,
+)
+from fedmef_fx.export.codecs.values import ValueCode, encode_values, itemsize
+
+__all__ = ["CHUNK_ELEMENTS", "Chunk", "EncodedTensor", "decode_tensor", "encode_tensor"]
+
+# A runtime that folds the decoder keeps its intermediate tensors, some of 4 bytes per element, until it is done with a
+# chunk; and positions within a chunk fit in 32 bits.
+CHUNK_ELEMENTS: Final = 1 << 20
+_WORTH_IT: Final = 0.98  # of the dense bytes: less is not worth a decoder
+_NODE_BYTES: Final = 500  # of a chunk's decoder in the file
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of elements of the flat tensor.
+
+    Attributes:
+        size: Elements.
+        positions: Of the active ones; None where every element is stored.
+        stored: `[active]`, their values, encoded.
+    """
+
+    size: int
+    positions: Positions | None
+    stored: NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodedTensor:
+    """An encoded tensor.
+
+    Attributes:
+        shape: Of the tensor.
+        dtype: Of the decoded tensor: float32 or int8.
+        values: How values are stored.
+        position_code: How positions are; None where every element is stored.
+        chunks: In order.
+        scale: `f32[shape[0]]` for int16 values; None for the others.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    values: ValueCode
+    position_code: PositionCode | None
+    chunks: tuple[Chunk, ...]
+    scale: NDArray[np.float32] | None
+
+    @property
+    def codec(self) -> str:
+        """As in the manifest."""
+        return f"{self.position_code.name if self.position_code else 'dense'}/{self.values}"
+
+    @property
+    def active(self) -> int:
+        """Elements whose value is stored."""
+        return sum(chunk.stored.size for chunk in self.chunks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of positions, values and scales."""
+        streams = sum(chunk.stored.nbytes + (chunk.positions.nbytes if chunk.positions else 0) for chunk in self.chunks)
+        return streams + (0 if self.scale is None else self.scale.nbytes)
+
+
+def encode_tensor(
+    tensor: NDArray[Any], values: ValueCode, *, chunk_elements: int = CHUNK_ELEMENTS
+) -> EncodedTensor | None:
+    """Encode a tensor in the way that takes the fewest bytes.
+
+    Args:
+        tensor: float32 or int8, of at least one dimension.
+        values: How to store values; int8 for int8 tensors, and for no others.
+        chunk_elements: Elements of a chunk, at most 2**31 - 1.
+
+    Returns:
+        The encoded tensor; None where no encoding is worth its decoder, or a value is too large for float16.
+    """
+    flat = tensor.reshape(-1)
+    positions = np.flatnonzero(flat)
+    gaps = np.diff(positions, prepend=-1) - 1
+    code, position_bytes = choose_code(gaps, flat.size)
+    overhead = _NODE_BYTES * math.ceil(flat.size / chunk_elements)
+    scales = 4 * tensor.shape[0] if values == "int16" else 0
+    sparse_bytes = position_bytes + positions.size * itemsize(values) + scales + overhead
+    full_bytes = flat.size * itemsize(values) + scales + (_NODE_BYTES if itemsize(values) < flat.itemsize else 0)
+    if min(sparse_bytes, full_bytes) >= _WORTH_IT * flat.nbytes:
+        return None
+    is_sparse = sparse_bytes < _WORTH_IT * full_bytes
+    if not is_sparse:
+        positions = np.arange(flat.size)
+    encoded = encode_values(flat[positions], positions // (flat.size // tensor.shape[0]), tensor.shape[0], code=values)
+    if encoded is None:
+        return None
+    chunks: tuple[Chunk, ...] = (Chunk(flat.size, None, encoded.stored),)
+    if is_sparse:
+        starts = range(0, flat.size, chunk_elements)
+        bounds = np.searchsorted(positions, [*starts, flat.size])
+        chunks = tuple(
+            Chunk(
+                size := min(chunk_elements, flat.size - start),
+                encode_positions(positions[low:high] - start, size, code),
+                encoded.stored[low:high],
+            )
+            for start, low, high in zip(starts, bounds[:-1], bounds[1:], strict=True)
+        )
+    return EncodedTensor(
+        tensor.shape, tensor.dtype, values, code if is_sparse else None, chunks, encoded.scale
+    )
+
+
+def decode_tensor(encoded: EncodedTensor) -> NDArray[Any]:
+    """The tensor: bit-equal to the encoded one for float32 and int8 values, and to what the ONNX decoder computes."""
+    flat = []
+    for chunk in encoded.chunks:
+        if chunk.positions is None:
+            flat.append(chunk.stored.astype(encoded.dtype))
+            continue
+        decoded = np.zeros(chunk.size, encoded.dtype)
+        decoded[decode_positions(chunk.positions)] = chunk.stored
+        flat.append(decoded)
+    tensor = np.concatenate(flat).reshape(encoded.shape)
+    if encoded.scale is None:
+        return tensor
+    return np.asarray(tensor * encoded.scale.reshape(-1, *[1] * (tensor.ndim - 1)), encoded.dtype)

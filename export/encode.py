@@ -1,0 +1,110 @@
+"""Encode: choose for each weight of an ONNX graph how it is stored, and put its decoder in its place.
+
+Rules
+1. Encoded are float32 initializers of the main graph (int8 ones of a quantized graph), where that makes the file smaller.
+2. Lossless storage keeps every bit. Lossy storage rounds float32 weights of two dimensions or more and `_LOSSY_NUMEL`
+   elements; biases and other vectors stay exact.
+3. A tensor that several nodes read is stored and decoded once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import numpy as np
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from fedmef_fx.export._decode_graph import DecodeGraph
+from fedmef_fx.export._names import names_of
+from fedmef_fx.export.codecs.tensor import EncodedTensor, decode_tensor, encode_tensor
+from fedmef_fx.export.codecs.values import ValueCode
+
+__all__ = ["Encoding", "StoredWeights", "apply_encoding", "encode", "round_weights", "zero_is_positive"]
+
+StoredWeights = Literal["dense", "packed", "packed-int16", "packed-fp16"]
+_VALUES: Final[dict[StoredWeights, ValueCode]] = {
+    "packed": "float32",
+    "packed-int16": "int16",
+    "packed-fp16": "float16",
+}
+_LOSSY_NUMEL: Final = 256
+_SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the weights of a graph are to be stored.
+
+    Attributes:
+        tensors: By name of the initializer; the others stay as they are.
+        notices: What was stored otherwise than asked for, and why.
+    """
+
+    tensors: dict[str, EncodedTensor]
+    notices: tuple[str, ...] = ()
+
+
+def zero_is_positive(proto: ModelProto) -> None:
+    """Make the zeros of float32 weights +0, in place.
+
+    Folding a BatchNorm with a negative scale leaves -0 where a weight is masked. They multiply alike, and only +0 is a
+    bit pattern that need not be stored.
+    """
+    for tensor in _candidates(proto):
+        if tensor.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor)
+            if (np.signbit(array) & (array == 0)).any():
+                tensor.CopyFrom(numpy_helper.from_array(array + np.float32(0.0), tensor.name))
+
+
+def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
+    """Choose how each weight is stored; the graph stays as it is."""
+    tensors: dict[str, EncodedTensor] = {}
+    notices = []
+    for tensor in _candidates(proto) if weights != "dense" else ():
+        array = numpy_helper.to_array(tensor)
+        values: ValueCode = "int8" if array.dtype == np.int8 else _VALUES[weights]
+        if array.ndim < 2 or array.size < _LOSSY_NUMEL:
+            values = "int8" if array.dtype == np.int8 else "float32"
+        if values == "float16" and (largest := float(np.abs(array).max())) > np.finfo(np.float16).max:
+            notices.append(f"{tensor.name} stays float32: it reaches {largest:.3g}, more than float16 holds")
+            values = "float32"
+        encoded = encode_tensor(array, values)
+        if encoded is not None:
+            tensors[tensor.name] = encoded
+    return Encoding(tensors, tuple(notices))
+
+
+def round_weights(proto: ModelProto, encoding: Encoding) -> None:
+    """Give the weights the values that their decoders will give them, in place: the reference for an encoded graph."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in encoding.tensors:
+            tensor.CopyFrom(numpy_helper.from_array(decode_tensor(encoding.tensors[tensor.name]), tensor.name))
+
+
+def apply_encoding(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> None:
+    """Put decoders in the place of weights, in place; the decoded tensors keep the names."""
+    graph = proto.graph
+    decoders = DecodeGraph(names_of(proto))
+    for name, tensor in encoded.items():
+        decoders.add(tensor, name)
+    nodes = list(graph.node)
+    kept = [tensor for tensor in graph.initializer if tensor.name not in encoded]
+    graph.ClearField("node")
+    graph.node.extend([*decoders.nodes, *nodes])
+    graph.ClearField("initializer")
+    graph.initializer.extend([*kept, *decoders.initializers])
+
+
+def _candidates(proto: ModelProto) -> list[TensorProto]:
+    """Initializers that may be encoded: large enough, of a type that has a code, and no input that a caller may set."""
+    inputs = {value.name for value in proto.graph.input}
+    return [
+        tensor
+        for tensor in proto.graph.initializer
+        if tensor.name not in inputs
+        and tensor.data_type in (TensorProto.FLOAT, TensorProto.INT8)
+        and len(tensor.dims) > 0
+        and math.prod(tensor.dims) * (4 if tensor.data_type == TensorProto.FLOAT else 1) >= _SMALLEST_BYTES
+    ]
