@@ -98,7 +98,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
         zero_is_positive(plain)
     with clock.stage("check"):
         check_graph(plain)
-        notices += check_folded(plain, is_frozen=plan.is_frozen)
+        check_folded(plain, is_frozen=plan.is_frozen)
     proto = plain
     plain_bytes = _size(plain)
     if plan.weights == "dense" and plan.quantize is None:

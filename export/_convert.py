@@ -161,11 +161,10 @@ def _translation_failure(error: BaseException, exported: torch.export.ExportedPr
 
 def _source_of(name: str, exported: torch.export.ExportedProgram) -> str:
     """`, model.py:12: return torch.bessel(x)`: the line of the model's code that made a node; empty if unknown."""
-    nodes = list(exported.graph.nodes)
-    if not any(node.name == name for node in nodes):
-        # The exporter splits operators into simpler ones before it translates them.
-        nodes = list(exported.run_decompositions().graph.nodes)
-    trace = next((node.meta.get("stack_trace") for node in nodes if node.name == name), None)
+    # The exporter splits operators into simpler ones, often of a similar name, before it translates them.
+    operator = re.sub(r"_\d+$", "", name)
+    nodes = sorted(exported.graph.nodes, key=lambda node: node.name != name)
+    trace = next((node.meta.get("stack_trace") for node in nodes if operator in node.name), None)
     frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', trace or "")
     own = [frame for frame in frames if f"{os.sep}torch{os.sep}nn{os.sep}" not in frame[0]]
     if not own:

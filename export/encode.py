@@ -76,11 +76,11 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
     return Encoding(tensors, tuple(notices))
 
 
-def round_weights(proto: ModelProto, encoding: Encoding) -> None:
+def round_weights(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> None:
     """Give the weights the values that their decoders will give them, in place: the reference for an encoded graph."""
     for tensor in proto.graph.initializer:
-        if tensor.name in encoding.tensors:
-            tensor.CopyFrom(numpy_helper.from_array(decode_tensor(encoding.tensors[tensor.name]), tensor.name))
+        if tensor.name in encoded:
+            tensor.CopyFrom(numpy_helper.from_array(decode_tensor(encoded[tensor.name]), tensor.name))
 
 
 def apply_encoding(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> None:

@@ -45,6 +45,14 @@ def test_as_dict_survives_json() -> None:
         },
         "seconds": {"freeze": 0.25, "convert": 2.0},
         "notices": ["fixed batch size 4: it says so"],
+        "weights": "dense",
+        "quantize": None,
+        "plain_bytes": 0,
+        "entropy_bytes": 0.0,
+        "over_entropy": None,
+        "plain_nodes": 0,
+        "tensors": [],
+        "runtime": None,
     }
 
 
