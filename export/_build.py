@@ -17,6 +17,7 @@ from fedmef_fx.export._examples import Call
 from fedmef_fx.export._names import drop_defaults, shorten_names
 from fedmef_fx.export._origins import readers_of
 from fedmef_fx.export._parity import FLOAT32_TOLERANCE
+from fedmef_fx.export._shrink import share_equal, shrink_quantizers
 from fedmef_fx.export._strip import strip
 from fedmef_fx.export._write import LARGEST_FILE_BYTES, stored_bytes
 from fedmef_fx.export.codecs.tensor import EncodedTensor
@@ -114,13 +115,20 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
         with clock.stage("quantize"):
             proto, more = quantize_int8(plain, calibration)
             notices += more
+    if plan.weights == "dense":
+        manifest, bound = Manifest(plan.weights, plan.quantize, ()), _entropy_bytes(proto, {})
+        return Built(
+            proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, None, tuple(notices)
+        )
     with clock.stage("encode"):
         proto = copy.deepcopy(proto)
         encoding = encode(proto, plan.weights)
         notices += encoding.notices
         bound = _entropy_bytes(proto, encoding.tensors)
         reference = _reference(proto, plan, encoding.tensors)
+        shrink_quantizers(proto)
         apply_encoding(proto, encoding.tensors)
+        share_equal(proto)
         drop_defaults(proto)
         renamed = shorten_names(proto)
         manifest = _manifest(plan, encoding.tensors, renamed, nodes)
