@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fedmef_fx.export._build import Built
 from fedmef_fx.export._convert import Converted
 from fedmef_fx.export._examples import Call, run
-from fedmef_fx.export._parity import FLOAT32_TOLERANCE, OutputMismatch
+from fedmef_fx.export._parity import FLOAT32_TOLERANCE, OutputMismatchError
 from fedmef_fx.export._sessions import Array, array_of, open_session
 
 __all__ = ["explain", "first_difference"]
@@ -23,7 +23,7 @@ __all__ = ["explain", "first_difference"]
 _RANDOM = "A model that draws random numbers in eval mode cannot be compared: verify=False"
 
 
-def explain(mismatch: OutputMismatch, model: nn.Module, converted: Converted, built: Built) -> str:
+def explain(mismatch: OutputMismatchError, model: nn.Module, converted: Converted, built: Built) -> str:
     """Say in a sentence where a difference begins.
 
     Args:

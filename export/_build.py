@@ -44,12 +44,14 @@ class Plan:
         quantize: Likewise.
         uses_slim: Whether onnxslim simplifies the graph.
         is_frozen: Whether the model is a frozen graph, in which no BatchNorm may be left that could be folded.
+        sizes: Names of sizes that vary besides the batch, by input and dimension.
     """
 
     weights: StoredWeights
     quantize: str | None
     uses_slim: bool
     is_frozen: bool
+    sizes: Mapping[str, Mapping[int, str]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Built:
     @property
     def opset(self) -> int:
         """Version of the standard operators."""
-        return max(entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
+        return max(int(entry.version) for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, clock: Clock) -> Built:
@@ -95,7 +97,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
     with clock.stage("strip"):
         plain = _slimmed(converted.proto) if plan.uses_slim else converted.proto
         nodes = readers_of(plain)
-        strip(plain)
+        strip(plain, plan.sizes)
         zero_is_positive(plain)
     with clock.stage("check"):
         check_graph(plain)
@@ -117,9 +119,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
             notices += more
     if plan.weights == "dense":
         manifest, bound = Manifest(plan.weights, plan.quantize, ()), _entropy_bytes(proto, {})
-        return Built(
-            proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, None, tuple(notices)
-        )
+        return Built(proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, None, tuple(notices))
     with clock.stage("encode"):
         proto = copy.deepcopy(proto)
         encoding = encode(proto, plan.weights)
@@ -141,7 +141,8 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
 
 
 def _size(proto: ModelProto) -> int:
-    return proto.ByteSize() if stored_bytes(proto) < LARGEST_FILE_BYTES // 2 else stored_bytes(proto)
+    size = stored_bytes(proto)
+    return int(proto.ByteSize()) if size < LARGEST_FILE_BYTES // 2 else size
 
 
 def _slimmed(proto: ModelProto) -> ModelProto:
@@ -163,7 +164,8 @@ def _reference(proto: ModelProto, plan: Plan, encoded: Mapping[str, EncodedTenso
     if plan.weights != "packed":  # which keeps every bit
         proto = copy.deepcopy(proto)
         round_weights(proto, encoded)
-    return proto.SerializeToString()
+    serialized: bytes = proto.SerializeToString()
+    return serialized
 
 
 def _manifest(

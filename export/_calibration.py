@@ -62,7 +62,9 @@ def _call(index: int, row: Any, examples: Examples) -> Call:
     where = f"export_onnx: calibration_data[{index}]"
     arguments = (row,) if isinstance(row, Tensor) else tuple(row) if isinstance(row, tuple | list) else None
     if arguments is None:
-        raise ConfigError(f"{where} is a {type(row).__name__}; expected a tensor, or a tuple of the arguments of a call")
+        raise ConfigError(
+            f"{where} is a {type(row).__name__}; expected a tensor, or a tuple of the arguments of a call"
+        )
     call = Call(arguments, examples.call.kwargs)
     got, expected = call.tensors(), examples.call.tensors()
     if len(arguments) != len(examples.call.args) or len(got) != len(expected):

@@ -115,5 +115,3 @@ def check_graph(proto: "onnx.ModelProto", *, what: str = "exported") -> None:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the checker's and shape inference's errors have no other common base
         raise ExportError(f"export_onnx: onnx refuses the {what} graph: {error}") from error
-
-

@@ -30,12 +30,14 @@ class Converted:
     Attributes:
         proto: The ONNX model.
         program: What it was translated from, operator by operator: values of both have the same names.
-        is_dynamic: Whether its batch size varies.
+        examples: Its example inputs, of which only sizes vary that may vary in the graph.
+        is_dynamic: Whether any size varies.
         notices: What was done otherwise than asked for.
     """
 
     proto: onnx.ModelProto
     program: torch.export.ExportedProgram
+    examples: Examples
     is_dynamic: bool
     notices: tuple[str, ...] = ()
 
@@ -55,22 +57,30 @@ def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool, optimi
     Raises:
         ExportError: Tracing or translating failed; the message names the operator or the reason.
     """
-    if not dynamic_batch:
-        return _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
-    if examples.batch_size is None:
-        notice = "fixed sizes: the first example input has no dimensions, so there is no batch dimension"
-        fixed = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
-        return dataclasses.replace(fixed, notices=(notice,))
-    # torch.export takes sizes 0 and 1 for constants.
-    generator = torch.Generator().manual_seed(_SEED)
-    call = examples.random(max(examples.batch_size, 2), generator=generator)
-    try:
-        return _convert(model, examples, call, dynamic=True, optimize=optimize)
-    except ExportError as error:
-        fixed = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
-        reason = str(error).removeprefix("export_onnx: ")
-        notice = f"fixed batch size {examples.batch_size}, as a varying one fails: {reason}"
-        return dataclasses.replace(fixed, notices=(notice,))
+    wants = [examples, dataclasses.replace(examples, sizes={})] if examples.sizes else [examples]
+    if not dynamic_batch or examples.batch_size is None:
+        wants = [dataclasses.replace(want, batch_size=None) for want in wants if want.sizes]
+    notices: list[str] = []
+    if dynamic_batch and examples.batch_size is None:
+        notices.append("fixed sizes: the first example input has no dimensions, so there is no batch dimension")
+    for want in wants:
+        # torch.export takes sizes 0 and 1 for constants.
+        batch_size = None if want.batch_size is None else max(want.batch_size, 2)
+        call = want.random(batch_size, generator=torch.Generator().manual_seed(_SEED))
+        try:
+            converted = _convert(model, want, call, dynamic=True, optimize=optimize)
+        except ExportError as error:
+            reason = str(error).removeprefix("export_onnx: ")
+            fixed = [f"batch size {want.batch_size}"] if not want.sizes else sorted(_size_names(want))
+            notices.append(f"fixed {', '.join(fixed)}, as a varying one fails: {reason}")
+        else:
+            return dataclasses.replace(converted, examples=want, notices=tuple(notices))
+    converted = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
+    return dataclasses.replace(converted, notices=tuple(notices))
+
+
+def _size_names(examples: Examples) -> set[str]:
+    return {name for dims in examples.sizes.values() for name in dims.values()}
 
 
 def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool, optimize: bool) -> Converted:
@@ -93,7 +103,7 @@ def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool,
             raise ExportError(f"export_onnx: {type(model).__name__}: {failure}") from error
     if program is None or program.exported_program is None:
         raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx returned no model")
-    return Converted(program.model_proto, program.exported_program, dynamic)
+    return Converted(program.model_proto, program.exported_program, examples, dynamic)
 
 
 @contextlib.contextmanager

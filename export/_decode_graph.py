@@ -12,6 +12,7 @@ dense file. The steps are those of `decode_positions` and `decode_tensor`:
 """
 
 import string
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -27,8 +28,8 @@ __all__ = ["DecodeGraph", "short_names"]
 _LETTERS: Final = string.ascii_letters
 
 
-def short_names(taken: set[str]) -> Any:
-    """A generator of short names that are not taken: a, b, ..., Z, a0, ..."""
+def short_names(taken: set[str]) -> Iterator[str]:
+    """Short names that are not taken: a, b, ..., Z, a0, ..."""
     number = 0
     while True:
         name, rest = _LETTERS[number % len(_LETTERS)], number // len(_LETTERS)
@@ -88,7 +89,7 @@ class DecodeGraph:
 
     def _concatenated(self, encoded: EncodedTensor) -> str:
         parts = [self._chunk(chunk, encoded.dtype) for chunk in encoded.chunks]
-        if len(parts) == 1 and not parts[0] in self._zeros.values():
+        if len(parts) == 1 and parts[0] not in self._zeros.values():
             return parts[0]
         # Zeros may be shared, so they get no other name.
         return self._op("Concat", *parts, axis=0)

@@ -35,42 +35,55 @@ class Examples:
         call: The arguments as given.
         signature: Of the model's forward.
         batch_size: Size of dimension 0 of the first tensor; None where it has no dimensions.
+        sizes: Names of further sizes that vary, by argument and dimension.
     """
 
     call: Call
     signature: inspect.Signature
     batch_size: int | None
+    sizes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
 
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of an example is the batch: it has the size of the first tensor's."""
         return tensor.dim() > 0 and tensor.shape[0] == self.batch_size
 
-    def random(self, batch_size: int | None, *, generator: torch.Generator) -> Call:
+    def random(self, batch_size: int | None, *, generator: torch.Generator, longer: int = 0) -> Call:
         """Random arguments like the examples: same mean and deviation, integers within the same range.
 
         Args:
             batch_size: Size of the batch; None for the examples' own.
             generator: On the CPU.
+            longer: Added to every other size that varies.
 
         Returns:
             Arguments that share no tensor with each other or with the examples.
         """
+        varying = {id(self.arguments()[name]): dims for name, dims in self.sizes.items()}
 
         def one(example: Tensor) -> Tensor:
-            resized = batch_size is not None and self.is_batched(example)
-            shape = (batch_size, *example.shape[1:]) if resized else tuple(example.shape)
-            return _random_like(example, shape, generator)
+            shape = list(example.shape)
+            if batch_size is not None and self.is_batched(example):
+                shape[0] = batch_size
+            for dim in varying.get(id(example), ()):
+                shape[dim] += longer
+            return _random_like(example, tuple(shape), generator)
 
         return Call(*pytree.tree_map_only(Tensor, one, (self.call.args, self.call.kwargs)))
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """What `torch.export` is told about sizes: dimension 0 of batched inputs varies, the rest does not."""
         batch = torch.export.Dim("batch")
-        arguments = self.signature.bind(*self.call.args, **self.call.kwargs).arguments
+        named = {name: torch.export.Dim(name) for dims in self.sizes.values() for name in dims.values()}
         shapes: dict[str, Any] = pytree.tree_map(
-            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and self.is_batched(leaf) else None, dict(arguments)
+            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and self.is_batched(leaf) else None, self.arguments()
         )
+        for argument, dims in self.sizes.items():
+            shapes[argument] = {**(shapes[argument] or {}), **{dim: named[name] for dim, name in dims.items()}}
         return shapes
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(self.signature.bind(*self.call.args, **self.call.kwargs).arguments)
 
 
 def _random_like(example: Tensor, shape: tuple[Any, ...], generator: torch.Generator) -> Tensor:
@@ -90,11 +103,23 @@ def _random_like(example: Tensor, shape: tuple[Any, ...], generator: torch.Gener
     return result.to(example.device, example.dtype)
 
 
-def read_examples(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Examples:
+def read_examples(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    sizes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Examples:
     """Check example arguments against a model's signature.
 
+    Args:
+        model: The model.
+        inputs: Positional arguments of a call.
+        kwargs: Its keyword arguments.
+        sizes: Names of sizes that vary besides the batch, by argument and dimension.
+
     Raises:
-        ConfigError: Not a tuple or list, no tensor in it, or arguments that do not fit the signature.
+        ConfigError: Not a tuple or list, no tensor in it, arguments that do not fit the signature, or sizes that do not
+            fit the arguments.
     """
     if not isinstance(inputs, tuple | list):
         raise ConfigError(
@@ -114,7 +139,33 @@ def read_examples(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, 
     tensors = call.tensors()
     if not tensors:
         raise ConfigError("export_onnx: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
-    return Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None)
+    examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, sizes or {})
+    _check_sizes(examples)
+    return examples
+
+
+def _check_sizes(examples: Examples) -> None:
+    arguments = examples.arguments()
+    for argument, dims in examples.sizes.items():
+        value = arguments.get(argument)
+        if not isinstance(value, Tensor):
+            tensors = [name for name, one in arguments.items() if isinstance(one, Tensor)]
+            raise ConfigError(
+                f"export_onnx: dynamic_sizes names {argument!r}, which is no tensor argument; expected one of "
+                f"{', '.join(map(repr, tensors))}"
+            )
+        for dim, name in dims.items():
+            allowed = range(1 if examples.is_batched(value) else 0, value.dim())
+            if type(dim) is not int or dim not in allowed or not str(name).isidentifier() or name == "batch":
+                raise ConfigError(
+                    f"export_onnx: dynamic_sizes[{argument!r}] holds {dim!r}: {name!r}; expected a dimension in "
+                    f"{list(allowed)} and a name other than 'batch', e.g. {{{argument!r}: {{1: 'length'}}}}"
+                )
+            if value.shape[dim] < 2:
+                raise ConfigError(
+                    f"export_onnx: dimension {dim} of {argument!r} has size {value.shape[dim]} in the example; "
+                    "expected at least 2 of a size that varies, as 0 and 1 are taken for constants"
+                )
 
 
 @contextlib.contextmanager

@@ -13,17 +13,19 @@ from fedmef_fx.export._examples import Call, Examples, run
 from fedmef_fx.export._sessions import Array, Session, array_of
 from fedmef_fx.export.report import Parity
 
-__all__ = ["FLOAT32_TOLERANCE", "OutputMismatch", "check_parity"]
+__all__ = ["FLOAT32_TOLERANCE", "OutputMismatchError", "check_parity"]
 
-# Of float32 weights. Relative to the largest magnitude of the output, and absolute below 1: two runtimes add up in different orders, which
-# a deep network in float32 amplifies to some 1e-6; an error in the graph is larger by orders of magnitude.
+# Of float32 weights, relative to the largest magnitude of the output, and absolute below 1: two runtimes add up in
+# different orders, which a deep network in float32 amplifies to some 1e-6; an error in the graph is larger by orders of
+# magnitude.
 FLOAT32_TOLERANCE: Final = 1e-4
 _HALF_TOLERANCE: Final = 2e-2
 _BATCH_SIZES: Final = (1, 2, 3)
 _SEED: Final = 1
+_LONGER: Final = 3  # a size that is no multiple of the example's
 
 
-class OutputMismatch(ExportError):
+class OutputMismatchError(ExportError):
     """An output of the file differs from the model's by more than rounding explains.
 
     Attributes:
@@ -49,7 +51,7 @@ class _Tally:
 
         Raises:
             ExportError: Another shape or type.
-            OutputMismatch: They are larger than allowed.
+            OutputMismatchError: They are larger than allowed.
         """
         where = f"export_onnx: output {name!r} with batch size {batch_size}"
         if expected.shape != got.shape or expected.dtype != got.dtype:
@@ -61,7 +63,9 @@ class _Tally:
             return
         if not np.issubdtype(expected.dtype, np.inexact):
             if not np.array_equal(expected, got) and self.tolerance is not None:
-                raise OutputMismatch(f"{where}: {int((expected != got).sum())} of {got.size} elements differ from torch")
+                raise OutputMismatchError(
+                    f"{where}: {int((expected != got).sum())} of {got.size} elements differ from torch"
+                )
             return
         wide = np.complex128 if np.iscomplexobj(expected) else np.float64
         left, right = expected.astype(wide), got.astype(wide)
@@ -71,7 +75,7 @@ class _Tally:
         scale = float(np.abs(left[np.isfinite(left)]).max(initial=0.0))
         tolerance = self._allowed(expected) * max(scale, 1.0)
         if not difference <= tolerance:
-            raise OutputMismatch(
+            raise OutputMismatchError(
                 f"{where}: onnxruntime differs from torch by up to {difference:.3g} (max abs error); expected at most "
                 f"{tolerance:.3g}. A model that draws random numbers in eval mode cannot be compared: verify=False"
             )
@@ -111,17 +115,21 @@ def check_parity(
         tolerance: Largest difference allowed, relative to an output's largest magnitude; None for any that is finite.
         more: Further calls to compare with.
 
+    Sizes that vary besides the batch are compared at the examples' own and at a larger one.
+
     Returns:
         The differences, and notices about batch sizes that the model itself refuses.
 
     Raises:
-        OutputMismatch: An output differs by more than is allowed.
+        OutputMismatchError: An output differs by more than is allowed.
         ExportError: onnxruntime cannot run the file, or gives other shapes or types.
     """
     generator = torch.Generator().manual_seed(_SEED)
     sizes = tuple(dict.fromkeys((*_BATCH_SIZES, examples.batch_size))) if dynamic else (None, None)
     tally, notices = _Tally(tolerance), []
-    for call in (examples.call, *(examples.random(size, generator=generator) for size in sizes), *more):
+    longer = [_LONGER * (index % 2) if dynamic else 0 for index in range(len(sizes))]
+    drawn = [examples.random(n, generator=generator, longer=m) for n, m in zip(sizes, longer, strict=True)]
+    for call in (examples.call, *drawn, *more):
         first = call.tensors()[0]
         batch_size = first.shape[0] if first.dim() else 1
         try:
@@ -137,7 +145,7 @@ def check_parity(
         for name, left, right in zip(names, expected, got, strict=True):
             try:
                 tally.compare(name, left, right, batch_size=batch_size)
-            except OutputMismatch as mismatch:
+            except OutputMismatchError as mismatch:
                 mismatch.call = call
                 raise
         tally.count_top1(expected, got)

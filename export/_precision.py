@@ -24,9 +24,7 @@ def in_float32(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float()
 
 
-def widened(
-    inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def widened(inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with their 16-bit floats in float32."""
     return pytree.tree_map_only(  # type: ignore[no-any-return]  # of torch's own untyped function
         Tensor, lambda t: t.float() if t.dtype in _LOW else t, (tuple(inputs), dict(kwargs or {}))

@@ -4,6 +4,7 @@ Names of nodes and tensors stay: profilers and quantization tools refer to them.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -11,14 +12,19 @@ import onnx
 __all__ = ["strip"]
 
 
-def strip(model: onnx.ModelProto) -> None:
-    """Strip a model in place, and name its varying batch size `batch`."""
+def strip(model: onnx.ModelProto, sizes: Mapping[str, Mapping[int, str]] | None = None) -> None:
+    """Strip a model in place, and name the sizes that vary.
+
+    Args:
+        model: The model.
+        sizes: Names of sizes by input and dimension; any other that varies is the batch.
+    """
     _clear(model)
     for function in model.functions:
         _clear(function)
         _strip_nodes(function.node)
     _strip_graph(model.graph)
-    _name_batch(model.graph)
+    _name_sizes(model.graph, sizes or {})
 
 
 def _clear(message: Any) -> None:
@@ -45,10 +51,15 @@ def _strip_nodes(nodes: Any) -> None:
                 _strip_graph(graph)
 
 
-def _name_batch(graph: onnx.GraphProto) -> None:
-    """The exporter calls the batch size `s31` or the like; it is the only size that varies."""
-    dims = [d for value in (*graph.input, *graph.output) for d in value.type.tensor_type.shape.dim if d.dim_param]
-    symbols = [value.type.tensor_type.shape.dim[:1] for value in graph.input]
-    symbol = next((first[0].dim_param for first in symbols if first and first[0].dim_param), None)
-    for dim in dims if symbol else ():
-        dim.dim_param = re.sub(rf"\b{re.escape(str(symbol))}\b", "batch", dim.dim_param)
+def _name_sizes(graph: onnx.GraphProto, sizes: Mapping[str, Mapping[int, str]]) -> None:
+    """The exporter calls sizes `s31` or the like; results may have products of them."""
+    names: dict[str, str] = {}
+    for value in graph.input:
+        for index, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                names.setdefault(dim.dim_param, sizes.get(value.name, {}).get(index, "batch"))
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.dim_param:
+                continue  # setting it would erase the number
+            dim.dim_param = re.sub(r"\b[A-Za-z_]\w*\b", lambda found: names.get(found[0], found[0]), dim.dim_param)

@@ -10,8 +10,8 @@ from fedmef_fx.errors import ExportError
 from fedmef_fx.export._bisect import explain
 from fedmef_fx.export._build import Built
 from fedmef_fx.export._convert import Converted
-from fedmef_fx.export._examples import Call, Examples
-from fedmef_fx.export._parity import OutputMismatch, check_parity
+from fedmef_fx.export._examples import Call
+from fedmef_fx.export._parity import OutputMismatchError, check_parity
 from fedmef_fx.export._sessions import Session, latency_ratio, open_session
 from fedmef_fx.export.report import Parity, Runtime
 
@@ -19,7 +19,7 @@ __all__ = ["verify_file"]
 
 
 def verify_file(
-    file: Path, model: nn.Module, converted: Converted, built: Built, examples: Examples, more: Sequence[Call]
+    file: Path, model: nn.Module, converted: Converted, built: Built, more: Sequence[Call]
 ) -> tuple[Parity, Runtime | None, list[str]]:
     """Compare a file with the model in torch, and with its plain weights in onnxruntime.
 
@@ -28,7 +28,6 @@ def verify_file(
         model: The model that was to be exported, in float32.
         converted: What it became first.
         built: What was written.
-        examples: Its example inputs.
         more: Further calls to compare with.
 
     Returns:
@@ -38,6 +37,7 @@ def verify_file(
         ExportError: They differ; the message says where the difference begins.
     """
     notices: list[str] = []
+    examples = converted.examples
     session = open_session(file, counts_nodes=built.reference is not None)
     runtime = None
     if built.reference is not None:
@@ -52,13 +52,15 @@ def verify_file(
         )
         if runtime.nodes != runtime.plain_nodes:
             left = runtime.nodes - runtime.plain_nodes
-            notices.append(f"onnxruntime keeps {left} decoder nodes that it should have computed when it loads the file")
+            notices.append(
+                f"onnxruntime keeps {left} decoder nodes that it should have computed when it loads the file"
+            )
         del plain
     try:
         parity, more_notices = check_parity(
             model, session, examples, dynamic=converted.is_dynamic, tolerance=built.tolerance, more=more
         )
-    except OutputMismatch as mismatch:
+    except OutputMismatchError as mismatch:
         raise ExportError(f"{mismatch}. {explain(mismatch, model, converted, built)}") from mismatch
     return parity, runtime, notices + more_notices
 
@@ -68,6 +70,6 @@ def _check_bits(session: Session, plain: Session, call: Call) -> None:
         if left.dtype != right.dtype or left.tobytes() != right.tobytes():
             raise ExportError(
                 f"export_onnx: output {name!r} of the encoded file differs in {int((left != right).sum())} of "
-                f"{np.size(right)} elements from that of the same weights stored plainly; this is a bug of the decoder, "
-                "please report it. weights='dense' exports without it"
+                f"{np.size(right)} elements from that of the same weights stored plainly; this is a bug of the "
+                "decoder, please report it. weights='dense' exports without it"
             )

@@ -81,8 +81,8 @@ def check_digest(data: bytes, *, where: str) -> None:
     prefix, digest = data[-DIGEST_BYTES:-_HEX], data[-_HEX:]
     if prefix != _PREFIX:
         raise ExportError(
-            f"{where}: got no digest at the end of the file ({len(data):,} bytes); it is truncated, was written anew by "
-            "another tool, or was not exported by fedmef_fx: export the model again, or copy the file again"
+            f"{where}: got no digest at the end of the file ({len(data):,} bytes); it is truncated, was written anew "
+            "by another tool, or was not exported by fedmef_fx: export the model again, or copy the file again"
         )
     found = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()
     if found.encode() != digest:

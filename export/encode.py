@@ -1,7 +1,7 @@
 """Encode: choose for each weight of an ONNX graph how it is stored, and put its decoder in its place.
 
 Rules
-1. Encoded are float32 initializers of the main graph (int8 ones of a quantized graph), where that makes the file smaller.
+1. Encoded are float32 initializers of the main graph, and int8 ones of a quantized graph, where the file gets smaller.
 2. Lossless storage keeps every bit. Lossy storage rounds float32 weights of two dimensions or more and `_LOSSY_NUMEL`
    elements; biases and other vectors stay exact.
 3. A tensor that several nodes read is stored and decoded once.

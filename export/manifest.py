@@ -6,7 +6,7 @@ It stands in the model's `metadata_props` under the key `fedmef_fx.tensors`, as 
      "columns": ["name", "value", "shape", "codec", "active", "bytes", "node"],
      "rows": [["layer1.0.conv1.weight", "w3", [64, 64, 3, 3], "rice3/float32", 3686, 17012, "conv2d_1"], ...]}
 
-One row per tensor that is stored encoded, in the order of the file; a tensor that has no row is an ordinary initializer.
+One row per tensor that is stored encoded, in the order of the file; one that has no row is an ordinary initializer.
 A dense file has no rows. `docs/onnx.md` describes the fields for readers without fedmef_fx.
 """
 

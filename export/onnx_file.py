@@ -30,7 +30,7 @@ Optimize = Literal["none", "onnxscript", "onnxslim"]
 _QUANTIZATIONS: Final = (None, "int8")
 
 
-def export_onnx(
+def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
@@ -40,6 +40,7 @@ def export_onnx(
     quantize: Quantize = None,
     calibration_data: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
+    dynamic_sizes: Mapping[str, Mapping[int, str]] | None = None,
     verify: bool = True,
     optimize: Optimize = "onnxscript",
 ) -> ExportReport:
@@ -59,6 +60,8 @@ def export_onnx(
         calibration_data: For "int8": inputs like those the model will see, from which the ranges of its activations
             are taken. Each is a tensor, or a tuple of the arguments of a call.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
+        dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
+            name are equal.
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
         optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
             to be installed), "none".
@@ -83,7 +86,7 @@ def export_onnx(
     _check_option("quantize", quantize, _QUANTIZATIONS)
     _check_option("optimize", optimize, get_args(Optimize))
     target = check_target(path, error=_named_export_error)
-    examples = read_examples(model, example_inputs, example_kwargs)
+    examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes)
     check_runs(model, examples)
     calls = calibration_calls(model, quantize, calibration_data, examples)
 
@@ -94,7 +97,7 @@ def export_onnx(
         check_masked(model, plain)
         reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
-        examples = read_examples(plain, *given)
+        examples = read_examples(plain, *given, dynamic_sizes)
         calibration = None if calls is None else [Call(*widened(call.args, call.kwargs)) for call in calls]
     with clock.stage("convert"):
         from fedmef_fx.export._convert import convert  # noqa: PLC0415 -- imports onnx
@@ -104,7 +107,13 @@ def export_onnx(
     from fedmef_fx.export._build import Plan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
     from fedmef_fx.export._write import total_bytes, written  # noqa: PLC0415
 
-    plan = Plan(weights, quantize, uses_slim=optimize == "onnxslim", is_frozen=isinstance(plain, fx.GraphModule))
+    plan = Plan(
+        weights,
+        quantize,
+        uses_slim=optimize == "onnxslim",
+        is_frozen=isinstance(plain, fx.GraphModule),
+        sizes=examples.sizes,
+    )
     built = build(converted, plan, calibration, clock)
     nodes = len(built.proto.graph.node)
     parity, runtime = None, None
@@ -115,7 +124,7 @@ def export_onnx(
             from fedmef_fx.export._verify_file import verify_file  # noqa: PLC0415 -- imports onnxruntime
 
             with clock.stage("verify"):
-                parity, runtime, more = verify_file(temporary, reference, converted, built, examples, calibration or ())
+                parity, runtime, more = verify_file(temporary, reference, converted, built, calibration or ())
             notices += more
     return ExportReport(
         path=target,

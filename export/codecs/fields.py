@@ -1,6 +1,6 @@
 """Fields of k bits, 0 <= k <= 8, packed so that ONNX can unpack them with one shift and one mask per plane.
 
-A byte holds 8 / w fields of w bits, w = 1, 2, 4 or 8, the first in its highest bits: `byte >> (8 - w, ..., w, 0) & mask`.
+A byte holds 8 / w fields of w bits, w = 1, 2, 4 or 8, the first in its highest bits: `byte >> (8 - w, ..., w, 0)`.
 A field of another width is split into planes of these widths, highest bits first: 3 = 2 + 1, 7 = 4 + 2 + 1. All planes
 are padded to a multiple of 8 fields, so that they have equally many.
 """

@@ -118,9 +118,7 @@ def encode_tensor(
             )
             for start, low, high in zip(starts, bounds[:-1], bounds[1:], strict=True)
         )
-    return EncodedTensor(
-        tensor.shape, tensor.dtype, values, code if is_sparse else None, chunks, encoded.scale
-    )
+    return EncodedTensor(tensor.shape, tensor.dtype, values, code if is_sparse else None, chunks, encoded.scale)
 
 
 def decode_tensor(encoded: EncodedTensor) -> NDArray[Any]:
