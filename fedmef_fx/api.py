@@ -33,7 +33,16 @@ from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform", "verify_onnx"]
+__all__ = [
+    "ExportReport",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "memory_passes",
+    "passes_of",
+    "transform",
+    "verify_onnx",
+]
 
 
 def transform(

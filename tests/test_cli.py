@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from fedmef_fx.cli import app
 
-COMMANDS = ["demo", "train", "export", "inspect", "memory", "bench", "doctor"]
+COMMANDS = ["demo", "train", "export", "verify", "inspect", "memory", "bench", "doctor"]
 PROGRAM = [sys.executable, "-c", "from fedmef_fx.cli import main; main()"]
 
 MODELS = """
@@ -277,6 +278,53 @@ def test_export(tmp_path: Path) -> None:
     report = _data("export", "digits_cnn", "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size == report["bytes"]
     assert report["parity"]["max_abs"] < 1e-4
+
+
+@pytest.mark.slow
+def test_export_verify_and_bench_of_a_packed_file(tmp_path: Path) -> None:
+    np.save("samples.npy", np.random.default_rng(0).standard_normal((20, 1, 8, 8)))
+    options = ["--weights", "packed", "--quantize", "int8", "--calibration", "samples.npy"]
+    report = _data("export", "digits_cnn", "model.onnx", *options)
+    assert (report["weights"], report["quantize"]) == ("packed", "int8")
+    assert report["bytes"] * 10 < report["plain_bytes"]
+
+    intact = _data("verify", "model.onnx")
+    assert intact["is_intact"]
+    assert [t["codec"].split("/")[1] for t in intact["tensors"]] == ["int8"] * len(intact["tensors"])
+
+    data = _data("bench", "onnx", "model.onnx", "--against", "model.onnx", "--repeats", "3", "--batch", "2")
+    assert data["inputs"] == {"input": [2, 1, 8, 8]}
+    first, second = data["files"]
+    assert first["bytes"] == second["bytes"] == report["bytes"]
+    assert 0 < first["milliseconds"]["min"] <= first["milliseconds"]["p50"] <= first["milliseconds"]["p99"]
+    assert "min" in _invoke("bench", "onnx", "model.onnx", "--repeats", "1").stdout
+
+    (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:-9])
+    damaged = _invoke("verify", "model.onnx")
+    assert damaged.exit_code == 1
+    assert "it is truncated" in damaged.stderr
+    damaged = _invoke("bench", "onnx", "model.onnx")
+    assert damaged.exit_code == 1
+    assert "onnxruntime cannot load it" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no array", "cannot be read"), (b"", "cannot be read"), (None, "cannot be read")],
+)
+def test_bad_calibration_files(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "samples.npy").write_bytes(content)
+    failed = _invoke("export", "digits_cnn", "m.onnx", "--quantize", "int8", "--calibration", "samples.npy")
+    assert failed.exit_code == 1
+    assert message in failed.stderr
+
+
+def test_calibration_samples_of_a_wrong_shape() -> None:
+    np.save("samples.npy", np.zeros(7, np.float32))
+    failed = _invoke("export", "digits_cnn", "m.onnx", "--quantize", "int8", "--calibration", "samples.npy")
+    assert failed.exit_code == 1
+    assert "holds 1 arrays ([7]); expected one, [samples, ...]" in failed.stderr
 
 
 @pytest.mark.slow

@@ -1,27 +1,69 @@
 """`fedmef-fx export`: a model as one ONNX file."""
 
+import zipfile
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
+from torch import Tensor
 
 import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, required_input, transformed
 from fedmef_fx.config import Config
+from fedmef_fx.errors import DataError
 
 __all__ = ["export"]
+
+_CALIBRATION_BATCH = 16
+
+
+class Weights(StrEnum):
+    """How weights are stored."""
+
+    DENSE = "dense"
+    PACKED = "packed"
+    PACKED_INT16 = "packed-int16"
+    PACKED_FP16 = "packed-fp16"
+
+
+class Quantize(StrEnum):
+    """Kinds of quantization."""
+
+    INT8 = "int8"
+
+
+class Optimize(StrEnum):
+    """What simplifies the graph."""
+
+    NONE = "none"
+    ONNXSCRIPT = "onnxscript"
+    ONNXSLIM = "onnxslim"
 
 
 @command
 @takes_config()
-def export(
+def export(  # noqa: PLR0913 -- one parameter per option
     *,
     model: ModelName,
     output: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file to write.")],
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
+    weights: Annotated[
+        Weights, typer.Option(help="How weights are stored: packed files decode themselves when they are loaded.")
+    ] = Weights.DENSE,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="int8: static quantization; needs --calibration.", show_default="none")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Inputs like those to come: an array [samples, ...] as .npy, or .npz."),
+    ] = None,
+    optimize: Annotated[Optimize, typer.Option(help="What simplifies the graph.")] = Optimize.ONNXSCRIPT,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--fixed-batch", help="Whether the batch size of the file may vary.")
     ] = True,
@@ -33,6 +75,36 @@ def export(
 ) -> Result:
     """Write a model as ONNX, with masks and normalisation folded, and prove that it computes the same."""
     x = required_input(model, input_shape, batch=2)  # torch.export takes a batch of one for a constant
+    samples = None if calibration is None else _read_samples(calibration)
     sparse = transformed(build_model(model, seed=config.seed), config, checkpoint=checkpoint)
-    report = fedmef_fx.export_onnx(sparse, output, example_inputs=(x,), dynamic_batch=dynamic_batch, verify=verify)
+    options: dict[str, Any] = {} if quantize is None else {"quantize": quantize.value}
+    report = fedmef_fx.export_onnx(
+        sparse,
+        output,
+        example_inputs=(x,),
+        weights=weights.value,
+        calibration_data=samples,
+        dynamic_batch=dynamic_batch,
+        verify=verify,
+        optimize=optimize.value,
+        **options,
+    )
+    if verify:
+        fedmef_fx.verify_onnx(report.path)  # what is on the disk now
     return Result(report.as_dict(), lambda console: console.print(str(report)))
+
+
+def _read_samples(path: Path) -> list[Tensor]:
+    """Batches of the samples in a file of numpy's."""
+    where = f"--calibration {path}"
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = [loaded[name] for name in loaded.files] if isinstance(loaded, np.lib.npyio.NpzFile) else [loaded]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{where}: cannot be read: {error}; expected an array as numpy.save writes it") from error
+    if len(arrays) != 1 or arrays[0].ndim < 2 or not len(arrays[0]):
+        shapes = ", ".join(str(list(array.shape)) for array in arrays)
+        raise DataError(f"{where}: holds {len(arrays)} arrays ({shapes}); expected one, [samples, ...]")
+    (array,) = arrays
+    samples = torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    return list(torch.split(samples, _CALIBRATION_BATCH))

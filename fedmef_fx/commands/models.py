@@ -17,7 +17,16 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.models import REFERENCE_MODELS
 
-__all__ = ["Checkpoint", "InputShape", "ModelName", "build_model", "example_input", "required_input", "transformed"]
+__all__ = [
+    "Checkpoint",
+    "InputShape",
+    "ModelName",
+    "build_model",
+    "example_input",
+    "required_input",
+    "sizes_of",
+    "transformed",
+]
 
 ModelName = Annotated[
     str,
@@ -124,7 +133,7 @@ def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | N
     Returns:
         `f32[*shape]`; None for a model of the user's without a shape.
     """
-    sizes = _sizes(shape) if shape is not None else (batch, *_IMAGES[name]) if name in _IMAGES else None
+    sizes = sizes_of(shape) if shape is not None else (batch, *_IMAGES[name]) if name in _IMAGES else None
     return None if sizes is None else torch.randn(sizes, generator=torch.Generator().manual_seed(0))
 
 
@@ -136,7 +145,8 @@ def required_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor:
     return x
 
 
-def _sizes(shape: str) -> tuple[int, ...]:
+def sizes_of(shape: str) -> tuple[int, ...]:
+    """The sizes that a text such as 1x3x32x32 gives."""
     if not _SHAPE.fullmatch(shape):
         raise typer.BadParameter(
             f"got {shape!r}; expected sizes joined by x, batch first, e.g. 1x3x32x32", param_hint="--input"
