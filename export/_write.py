@@ -20,11 +20,16 @@ from fedmef_fx.errors import ExportError
 from fedmef_fx.export.digest import DATA_KEY, DIGEST_BYTES, data_of, seal
 from fedmef_fx.export.manifest import Manifest, write_manifest
 
-__all__ = ["LARGEST_FILE_BYTES", "stored_bytes", "total_bytes", "written"]
+__all__ = ["LARGEST_FILE_BYTES", "needs_second_file", "stored_bytes", "total_bytes", "written"]
 
 LARGEST_FILE_BYTES: Final = 2**31 - 1  # of a protobuf message
-_GRAPH_BYTES: Final = 2**20  # set aside for everything but tensors
+_GRAPH_BYTES: Final = 2**24  # set aside for everything but large tensors
 _LARGE_TENSOR_BYTES: Final = 1024
+
+
+def needs_second_file(tensor_bytes: int) -> bool:
+    """Whether tensors of so many bytes leave too little room for the graph in one file."""
+    return tensor_bytes > LARGEST_FILE_BYTES - _GRAPH_BYTES
 
 
 def stored_bytes(proto: ModelProto) -> int:
@@ -54,10 +59,8 @@ def written(proto: ModelProto, manifest: Manifest, target: Path) -> Iterator[Pat
         ExportError: Writing failed; files that were there are as they were.
     """
     write_manifest(proto, manifest)
-    reserved = _GRAPH_BYTES if LARGEST_FILE_BYTES > _GRAPH_BYTES else 0
-    is_split = stored_bytes(proto) + reserved > LARGEST_FILE_BYTES
     before = _data_file(target)
-    data = _write_data(proto, target) if is_split else None
+    data = _write_data(proto, target) if needs_second_file(stored_bytes(proto)) else None
     try:
         with replacing(target, error=_error) as temporary:
             temporary.write_bytes(seal(proto.SerializeToString(deterministic=True)))

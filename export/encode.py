@@ -29,6 +29,7 @@ _VALUES: Final[dict[StoredWeights, ValueCode]] = {
     "packed-fp16": "float16",
 }
 _LOSSY_NUMEL: Final = 256
+_LARGEST_FLOAT16: Final = float(np.finfo(np.float16).max)
 _SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
 
 
@@ -67,7 +68,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
         values: ValueCode = "int8" if array.dtype == np.int8 else _VALUES[weights]
         if array.ndim < 2 or array.size < _LOSSY_NUMEL:
             values = "int8" if array.dtype == np.int8 else "float32"
-        if values == "float16" and (largest := float(np.abs(array).max())) > np.finfo(np.float16).max:
+        if values == "float16" and (largest := float(np.abs(array).max())) > _LARGEST_FLOAT16:
             notices.append(f"{tensor.name} stays float32: it reaches {largest:.3g}, more than float16 holds")
             values = "float32"
         encoded = encode_tensor(array, values)

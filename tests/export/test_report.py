@@ -1,9 +1,13 @@
 """The export report: plain values, JSON and a readable table."""
 
+import dataclasses
 import json
 from pathlib import Path
 
-from fedmef_fx.export.report import ExportReport, Parity
+import pytest
+
+from fedmef_fx.export.manifest import StoredTensor
+from fedmef_fx.export.report import ExportReport, Parity, Runtime
 
 
 def _report(parity: Parity | None) -> ExportReport:
@@ -71,3 +75,55 @@ def test_text_says_what_was_not_verified() -> None:
     assert "parity  not verified" in str(_report(None))
     without_rows = Parity(0.0, 0.0, None, 1, (2,))
     assert "top-1" not in str(_report(without_rows))
+
+
+ENCODED = dataclasses.replace(
+    _report(PARITY),
+    weights="packed",
+    plain_bytes=10_000,
+    entropy_bytes=1_900.0,
+    plain_nodes=7,
+    tensors=(StoredTensor("conv.<weight>", "a", (4, 3, 3, 3), "rice3/float32", 27, 120, "conv2d"),),
+    runtime=Runtime(5, 5, 0.04, 0.02, 1.01),
+)
+
+
+def test_encoded_weights_have_a_table() -> None:
+    lines = str(ENCODED).splitlines()
+
+    assert lines[2] == "weights packed; 10,000 bytes as dense float32, 5.00 times the file, 5.3% over the entropy bound"
+    assert lines[3] == "graph   12 nodes, opset 20; 7 without decoders and quantizers"
+    assert lines[5] == (
+        "runtime 5 nodes run, 0 of them decoders; session 0.04 s, plain 0.02 s; latency 1.01 times plain"
+    )
+    assert lines[-2:] == [
+        "tensor         shape    codec          density  bytes",
+        "conv.<weight>  4x3x3x3  rice3/float32    0.250    120",
+    ]
+
+
+def test_an_encoded_report_survives_json() -> None:
+    values = json.loads(json.dumps(ENCODED.as_dict()))
+
+    assert values["over_entropy"] == pytest.approx(2_000 / 1_900 - 1)
+    assert values["tensors"] == [
+        {
+            "name": "conv.<weight>",
+            "value": "a",
+            "shape": [4, 3, 3, 3],
+            "codec": "rice3/float32",
+            "active": 27,
+            "bytes": 120,
+            "node": "conv2d",
+            "density": 0.25,
+        }
+    ]
+    assert values["runtime"]["latency_ratio"] == 1.01
+
+
+def test_notebooks_show_tables_with_escaped_names() -> None:
+    html = ENCODED._repr_html_()
+
+    assert html.count("<table>") == 2
+    assert "<td>conv.&lt;weight&gt;</td><td>4x3x3x3</td>" in html
+    assert _report(None)._repr_html_().count("<table>") == 1
