@@ -95,8 +95,8 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
     """
     notices: list[str] = []
     with clock.stage("strip"):
+        nodes = readers_of(converted.proto)
         plain = _slimmed(converted.proto) if plan.uses_slim else converted.proto
-        nodes = readers_of(plain)
         strip(plain, plan.sizes)
         zero_is_positive(plain)
     with clock.stage("check"):
@@ -124,6 +124,8 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
         proto = copy.deepcopy(proto)
         encoding = encode(proto, plan.weights)
         notices += encoding.notices
+        if not encoding.tensors:
+            notices.append("no weight takes fewer bytes encoded: all are stored plainly")
         bound = _entropy_bytes(proto, encoding.tensors)
         reference = _reference(proto, plan, encoding.tensors)
         shrink_quantizers(proto)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export._examples import Call, Examples
 
-__all__ = ["calibration_calls"]
+__all__ = ["calibration_calls", "check_batch_sizes"]
 
 _REMEDY: Final = "e.g. calibration_data=[x for x, label in loader][:50]"
 
@@ -48,6 +48,24 @@ def calibration_calls(
     if isinstance(data, tuple) and len(rows) == len(examples.call.args) > 1 and _fits(rows, examples):
         rows = [data]  # the arguments of one call, as example_inputs has them
     return [_call(index, row, examples) for index, row in enumerate(rows)]
+
+
+def check_batch_sizes(calls: Sequence[Call], examples: Examples, *, is_dynamic: bool) -> None:
+    """Find out whether calls have the batch size of a file that fixes it.
+
+    Raises:
+        ConfigError: They have not.
+    """
+    if is_dynamic and examples.batch_size is not None:
+        return
+    expected = [tuple(tensor.shape) for tensor in examples.call.tensors()]
+    for index, call in enumerate(calls):
+        got = [tuple(tensor.shape) for tensor in call.tensors()]
+        if got != expected:
+            raise ConfigError(
+                f"export_onnx: calibration_data[{index}] has sizes {got}; the file has fixed sizes {expected}, so "
+                "expected these: split the data into such batches, or export with dynamic_batch=True"
+            )
 
 
 def _fits(arguments: Sequence[Any], examples: Examples) -> bool:

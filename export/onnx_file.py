@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fedmef_fx.atomic import check_target
 from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.export._calibration import calibration_calls
+from fedmef_fx.export._calibration import calibration_calls, check_batch_sizes
 from fedmef_fx.export._checks import check_finite, check_masked, check_runs
 from fedmef_fx.export._clock import Clock
 from fedmef_fx.export._examples import Call, read_examples
@@ -103,6 +103,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         from fedmef_fx.export._convert import convert  # noqa: PLC0415 -- imports onnx
 
         converted = convert(plain, examples, dynamic_batch=dynamic_batch, optimize=optimize != "none")
+        if calibration is not None:
+            check_batch_sizes(calibration, converted.examples, is_dynamic=converted.is_dynamic)
 
     from fedmef_fx.export._build import Plan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
     from fedmef_fx.export._write import total_bytes, written  # noqa: PLC0415

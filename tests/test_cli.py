@@ -308,6 +308,17 @@ def test_export_verify_and_bench_of_a_packed_file(tmp_path: Path) -> None:
     assert "onnxruntime cannot load it" in damaged.stderr
 
 
+def test_sizes_are_a_dimension_and_a_name() -> None:
+    failed = _invoke("export", "digits_cnn", "m.onnx", "--dynamic-size", "length")
+    assert failed.exit_code == 2
+    assert "expected a dimension and a name" in failed.stderr
+    failed = _invoke("export", "digits_cnn", "m.onnx", "--dynamic-size", "7=length")
+    assert failed.exit_code == 1
+    assert "holds 7: 'length'; expected a dimension in [1, 2, 3]" in failed.stderr
+    failed = _invoke("bench", "onnx", "m.onnx", "--size", "length")
+    assert failed.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"no array", "cannot be read"), (b"", "cannot be read"), (None, "cannot be read")],

@@ -1,5 +1,6 @@
 """`fedmef-fx export`: a model as one ONNX file."""
 
+import inspect as python_inspect
 import zipfile
 from enum import StrEnum
 from pathlib import Path
@@ -64,6 +65,12 @@ def export(  # noqa: PLR0913 -- one parameter per option
         typer.Option(metavar="FILE", help="Inputs like those to come: an array [samples, ...] as .npy, or .npz."),
     ] = None,
     optimize: Annotated[Optimize, typer.Option(help="What simplifies the graph.")] = Optimize.ONNXSCRIPT,
+    dynamic_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIM=NAME", help="A further size of the input that varies, e.g. 1=length; may be repeated."
+        ),
+    ] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--fixed-batch", help="Whether the batch size of the file may vary.")
     ] = True,
@@ -78,6 +85,8 @@ def export(  # noqa: PLR0913 -- one parameter per option
     samples = None if calibration is None else _read_samples(calibration)
     sparse = transformed(build_model(model, seed=config.seed), config, checkpoint=checkpoint)
     options: dict[str, Any] = {} if quantize is None else {"quantize": quantize.value}
+    argument = next(iter(python_inspect.signature(sparse.forward).parameters))
+    sizes = dict(map(_named_dimension, dynamic_size or []))
     report = fedmef_fx.export_onnx(
         sparse,
         output,
@@ -85,6 +94,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
         weights=weights.value,
         calibration_data=samples,
         dynamic_batch=dynamic_batch,
+        dynamic_sizes={argument: sizes} if sizes else None,
         verify=verify,
         optimize=optimize.value,
         **options,
@@ -92,6 +102,15 @@ def export(  # noqa: PLR0913 -- one parameter per option
     if verify:
         fedmef_fx.verify_onnx(report.path)  # what is on the disk now
     return Result(report.as_dict(), lambda console: console.print(str(report)))
+
+
+def _named_dimension(text: str) -> tuple[int, str]:
+    dim, _, name = text.partition("=")
+    if not dim.isdecimal() or not name:
+        raise typer.BadParameter(
+            f"got {text!r}; expected a dimension and a name, e.g. 1=length", param_hint="--dynamic-size"
+        )
+    return int(dim), name
 
 
 def _read_samples(path: Path) -> list[Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmef_fx import Config, export_onnx, freeze, transform, verify_onnx
+from fedmef_fx import Config, export_onnx, freeze, masks, transform, verify_onnx
+from fedmef_fx.models import resnet18
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +156,26 @@ def test_models_of_16_bits_are_converted(tmp_path: Path, dtype: torch.dtype) -> 
     assert report.notices == (f"converted from {name} to float32: inputs and outputs of the file are float32",)
     assert report.parity.max_abs < 5e-5
     assert next(model.parameters()).dtype == dtype
+
+
+def test_onnxslim_comes_before_the_encoding(tmp_path: Path) -> None:
+    pytest.importorskip("onnxslim")
+    net = transform(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8)), KEEP)
+
+    report = _export(net, tmp_path / "m.onnx", torch.randn(3, 40), optimize="onnxslim")
+
+    assert _names(report) == {"0.weight", "2.weight"}
+    assert report.parity.max_abs < 5e-5
+
+
+def test_a_residual_network_reaches_its_sizes(tmp_path: Path) -> None:
+    sparse = transform(resnet18(), Config(density=0.1))
+    report = _export(sparse, tmp_path / "m.onnx", torch.randn(2, 3, 16, 16))
+
+    assert report.plain_bytes / report.bytes > 8.7
+    assert report.over_entropy < 0.03
+    assert report.seconds["encode"] < 10  # a tenth of that on an idle machine
+    assert {tensor.name for tensor in report.tensors} < set(masks(sparse))
 
 
 def test_a_model_that_is_not_transformed_is_packed_as_well(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.export._calibration import calibration_calls
+from fedmef_fx.export._calibration import calibration_calls, check_batch_sizes
 from fedmef_fx.export._examples import read_examples
 
 SHAPE = (3, 8, 8)
@@ -134,6 +134,16 @@ def test_several_inputs_are_tuples() -> None:
         (call,) = calibration_calls(TwoInputs(), "int8", data, examples) or []
         assert len(call.tensors()) == 2
         assert call.kwargs == {"scale": 2.0}
+
+
+def test_a_fixed_batch_size_holds_for_the_data_too() -> None:
+    examples = read_examples(nn.Identity(), (X,), None)
+    calls = calibration_calls(nn.Identity(), "int8", [X, torch.randn(5, 6)], examples) or []
+
+    check_batch_sizes(calls, examples, is_dynamic=True)
+    check_batch_sizes(calls[:1], examples, is_dynamic=False)
+    with pytest.raises(ConfigError, match=r"calibration_data\[1\] has sizes \[\(5, 6\)\]; the file has fixed sizes"):
+        check_batch_sizes(calls, examples, is_dynamic=False)
 
 
 @pytest.mark.parametrize(
