@@ -93,7 +93,6 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
     Raises:
         ExportError: A graph that onnx refuses, or that is not folded as it should be.
     """
-    notices: list[str] = []
     with clock.stage("strip"):
         nodes = readers_of(converted.proto)
         plain = _slimmed(converted.proto) if plan.uses_slim else converted.proto
@@ -102,43 +101,54 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
     with clock.stage("check"):
         check_graph(plain)
         check_folded(plain, is_frozen=plan.is_frozen)
-    proto = plain
-    plain_bytes = _size(plain)
-    if plan.weights == "dense" and plan.quantize is None:
-        manifest = Manifest(plan.weights, plan.quantize, ())
-        bound = _entropy_bytes(plain, {})
-        # Writing adds the manifest and may move tensors away.
-        return Built(
-            proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, FLOAT32_TOLERANCE, tuple(notices)
-        )
+    built = Built(
+        proto=plain,
+        manifest=Manifest(plan.weights, plan.quantize, ()),
+        plain=plain,
+        reference=None,
+        plain_bytes=_size(plain),
+        plain_nodes=len(plain.graph.node),
+        entropy_bytes=_entropy_bytes(plain, {}),
+        tolerance=None if plan.quantize else _TOLERANCES[plan.weights],
+        notices=(),
+    )
     if calibration is not None:
         from fedmef_fx.export.quantize_int8 import quantize_int8  # noqa: PLC0415 -- slow to import
 
         with clock.stage("quantize"):
-            proto, more = quantize_int8(plain, calibration)
-            notices += more
-    if plan.weights == "dense":
-        manifest, bound = Manifest(plan.weights, plan.quantize, ()), _entropy_bytes(proto, {})
-        return Built(proto, manifest, plain, None, plain_bytes, len(plain.graph.node), bound, None, tuple(notices))
-    with clock.stage("encode"):
-        proto = copy.deepcopy(proto)
-        encoding = encode(proto, plan.weights)
-        notices += encoding.notices
-        if not encoding.tensors:
-            notices.append("no weight takes fewer bytes encoded: all are stored plainly")
-        bound = _entropy_bytes(proto, encoding.tensors)
-        reference = _reference(proto, plan, encoding.tensors)
-        shrink_quantizers(proto)
-        apply_encoding(proto, encoding.tensors)
-        share_equal(proto)
-        drop_defaults(proto)
-        renamed = shorten_names(proto)
-        manifest = _manifest(plan, encoding.tensors, renamed, nodes)
-    with clock.stage("check encoded"):
-        check_graph(proto, what="encoded")
-    tolerance = None if plan.quantize else _TOLERANCES[plan.weights]
-    return Built(
-        proto, manifest, plain, reference, plain_bytes, len(plain.graph.node), bound, tolerance, tuple(notices)
+            proto, notices = quantize_int8(plain, calibration)
+            built = dataclasses.replace(
+                built, proto=proto, entropy_bytes=_entropy_bytes(proto, {}), notices=tuple(notices)
+            )
+    if plan.weights != "dense":
+        with clock.stage("encode"):
+            built = _encoded(built, plan, nodes)
+        with clock.stage("check encoded"):
+            check_graph(built.proto, what="encoded")
+    return built
+
+
+def _encoded(built: Built, plan: Plan, nodes: Mapping[str, str]) -> Built:
+    """Encode the weights of a graph; the given one stays as it is."""
+    proto = copy.deepcopy(built.proto)
+    encoding = encode(proto, plan.weights)
+    tensors = encoding.tensors
+    notices = [*built.notices, *encoding.notices]
+    if not tensors:
+        notices.append("no weight takes fewer bytes encoded: all are stored plainly")
+    bound, reference = _entropy_bytes(proto, tensors), _reference(proto, plan, tensors)
+    shrink_quantizers(proto)
+    apply_encoding(proto, tensors)
+    share_equal(proto)
+    drop_defaults(proto)
+    renamed = shorten_names(proto)
+    return dataclasses.replace(
+        built,
+        proto=proto,
+        manifest=_manifest(plan, tensors, renamed, nodes),
+        reference=reference,
+        entropy_bytes=bound,
+        notices=tuple(notices),
     )
 
 
