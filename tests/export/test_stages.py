@@ -89,6 +89,18 @@ def test_what_is_left_plain() -> None:
     assert encode(proto, "dense").tensors == {}
 
 
+def test_small_weights_of_large_models_stay_exact() -> None:
+    small, large = _sparse((40, 40)), _sparse((1000, 1000))
+    alone = _model([helper.make_node("Identity", ["x"], ["y"])], {"small": small})
+    beside = _model([helper.make_node("Identity", ["x"], ["y"])], {"small": small, "large": large})
+
+    assert encode(alone, "packed-int16").tensors["small"].values == "int16"
+    assert {name: t.values for name, t in encode(beside, "packed-int16").tensors.items()} == {
+        "small": "float32",
+        "large": "int16",
+    }
+
+
 def test_values_beyond_float16_stay_float32_with_a_notice() -> None:
     weight = _sparse((64, 64))
     weight[0, 0] = 1e5
