@@ -18,9 +18,9 @@ from fedmef_fx.export.codecs.values import ValueCode, encode_values, itemsize
 
 __all__ = ["CHUNK_ELEMENTS", "Chunk", "EncodedTensor", "decode_tensor", "encode_tensor"]
 
-# A runtime that folds the decoder keeps its intermediate tensors, some of 4 bytes per element, until it is done with a
-# chunk; and positions within a chunk fit in 32 bits.
-CHUNK_ELEMENTS: Final = 1 << 20
+# Chunks share one tensor of zeros to write to, stay in the processor's caches, and have positions of 32 bits. Joining
+# them is one more copy of the tensor, so the layers of common networks are one chunk each.
+CHUNK_ELEMENTS: Final = 1 << 22
 _WORTH_IT: Final = 0.98  # of the dense bytes: less is not worth a decoder
 _NODE_BYTES: Final = 500  # of a chunk's decoder in the file
 
