@@ -82,7 +82,10 @@ def _data_file(target: Path) -> Path | None:
     try:
         if not target.is_file() or target.stat().st_size < DIGEST_BYTES:
             return None
-        data = data_of(ModelProto.FromString(target.read_bytes()))
+        content = target.read_bytes()
+        if DATA_KEY.encode() not in content:
+            return None
+        data = data_of(ModelProto.FromString(content))
     except Exception:  # whatever else is there is no exported model, and gets replaced
         return None
     return None if data is None else target.parent / data.location
