@@ -27,6 +27,9 @@ __all__ = ["Bitmap", "Gaps", "PositionCode", "Positions", "Rice", "choose_code",
 _Bytes = NDArray[np.uint8]
 _GAP_BITS: Final = range(2, 9)
 _RICE_BITS: Final = range(1, 8)  # with 0 bits it is a bitmap
+# Of the bytes of positions and values: what Rice has to save. Decoding it takes half as long and half as much memory
+# again as decoding fields, and beside float32 values it saves little.
+_RICE_PAYS: Final = 0.01
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,12 +97,13 @@ class Positions:
         return sum(plane.nbytes for plane in self.planes) + self.stream.nbytes
 
 
-def choose_code(gaps: NDArray[np.int64], size: int) -> tuple[PositionCode, int]:
-    """The code that takes the fewest bytes.
+def choose_code(gaps: NDArray[np.int64], size: int, *, value_bytes: int) -> tuple[PositionCode, int]:
+    """The code that takes the fewest bytes; Rice only where that is at least `_RICE_PAYS` of all bytes.
 
     Args:
         gaps: `[active]`, each the number of inactive elements before an active one.
         size: Elements of the flat tensor.
+        value_bytes: Of one value.
 
     Returns:
         The code, and about how many bytes it takes.
@@ -111,10 +115,12 @@ def choose_code(gaps: NDArray[np.int64], size: int) -> tuple[PositionCode, int]:
     for bits in _GAP_BITS:
         symbols = active + int(((lengths // ((1 << bits) - 1)) * counts).sum())
         best = min(best, (Gaps(bits), plane_bytes(symbols, bits)), key=lambda found: found[1])
+    simple, saved = best[1], _RICE_PAYS * (best[1] + active * value_bytes)
     for bits in _RICE_BITS:
         stream = active + int(((lengths >> bits) * counts).sum())
         found = plane_bytes(active + 1, bits) + -(-stream // 8)
-        best = min(best, (Rice(bits), found), key=lambda found: found[1])
+        if found <= simple - saved:
+            best = min(best, (Rice(bits), found), key=lambda found: found[1])
     return best
 
 

@@ -93,7 +93,7 @@ def encode_tensor(
     flat = tensor.reshape(-1)
     positions = np.flatnonzero(flat)
     gaps = np.diff(positions, prepend=-1) - 1
-    code, position_bytes = choose_code(gaps, flat.size)
+    code, position_bytes = choose_code(gaps, flat.size, value_bytes=itemsize(values))
     overhead = _NODE_BYTES * math.ceil(flat.size / chunk_elements)
     scales = 4 * tensor.shape[0] if values == "int16" else 0
     sparse_bytes = position_bytes + positions.size * itemsize(values) + scales + overhead

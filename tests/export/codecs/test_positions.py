@@ -65,14 +65,17 @@ def test_extremes_come_back(code: PositionCode, positions: range | list[int]) ->
 
 
 @given(st.floats(0.0, 1.0), st.integers(1, 3000), st.integers(0, 99))
-def test_the_choice_takes_what_it_said_and_no_code_takes_less(density: float, size: int, seed: int) -> None:
+def test_the_choice_takes_what_it_said_and_no_code_much_less(density: float, size: int, seed: int) -> None:
     positions = np.flatnonzero(np.random.default_rng(seed).random(size) < density)
     gaps = np.diff(positions, prepend=-1) - 1
 
-    chosen, promised = choose_code(gaps, size)
+    chosen, promised = choose_code(gaps, size, value_bytes=0)
 
     taken = {code.name: encode_positions(positions, size, code).nbytes for code in CODES}
-    assert taken[chosen.name] == promised == min(taken.values())
+    assert taken[chosen.name] == promised
+    simple = min(nbytes for name, nbytes in taken.items() if "rice" not in name)
+    assert promised <= simple
+    assert promised == min(taken.values()) or promised == simple <= min(taken.values()) / 0.99
 
 
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.2])
@@ -82,7 +85,7 @@ def test_rice_is_close_to_the_entropy(density: float) -> None:
     density = positions.size / size
     entropy = -density * math.log2(density) - (1 - density) * math.log2(1 - density)
 
-    code, taken = choose_code(np.diff(positions, prepend=-1) - 1, size)
+    code, taken = choose_code(np.diff(positions, prepend=-1) - 1, size, value_bytes=0)
 
     assert isinstance(code, Rice)
     # Rice codes of geometric gaps are within 4 % of the entropy where 2**k is near the mean gap times ln 2.
