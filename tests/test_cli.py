@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from fedmef_fx.cli import app
 
-COMMANDS = ["demo", "train", "export", "inspect", "memory", "bench", "doctor"]
+COMMANDS = ["demo", "train", "export", "inspect", "compare", "memory", "bench", "doctor"]
 PROGRAM = [sys.executable, "-c", "from fedmef_fx.cli import main; main()"]
 
 MODELS = """
@@ -116,6 +116,8 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         (["train", "--device", "abacus"], "--device: got 'abacus'"),
         (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
         (["export", "digits_cnn", "absent/model.onnx"], "absent"),
+        (["compare", "absent.safetensors", "absent.safetensors"], "absent.safetensors: cannot be read"),
+        (["compare", "zoo_of_tests.py", "zoo_of_tests.py"], "zoo_of_tests.py"),
     ],
 )
 def test_what_fails_says_why_in_one_line_and_is_exit_code_1(arguments: list[str], message: str) -> None:
@@ -262,6 +264,10 @@ def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
     assert len(history["rounds"]) == 2
     again = _data(*arguments, "--rounds", "2")
     assert again == data, "a finished run is not run again"
+
+    comparison = _data("compare", "run", "run/model.safetensors")
+    assert comparison["total"]["overlap"] == 1
+    assert "conv1.weight" in _invoke("compare", "run", "run/model.safetensors").stdout
 
     other = _invoke(*arguments, "--rounds", "3")
     assert other.exit_code == 1

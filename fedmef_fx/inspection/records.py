@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.model import MaskedParameter, is_transformed, masked_parameters
+from fedmef_fx.printable import visible
 from fedmef_fx.program import GraphMode, Program, Region, join, provenance
 
 __all__ = ["GraphRecord", "NodeRecord", "Operation", "TensorRecord", "record_graphs", "visible"]
@@ -229,8 +230,3 @@ def _value(value: object) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """`f32` for torch.float32; torch's own name for types without a short one."""
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def visible(text: str) -> str:
-    """Text in one line and without control characters: what cannot be printed is written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
