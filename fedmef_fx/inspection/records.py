@@ -5,17 +5,20 @@ Each view (text, diff, networkx, DOT, JSON) reads these records, so that they ag
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from fedmef_fx.model import MaskedParameter, is_transformed, masked_parameters
+from fedmef_fx.model import MaskedParameter, is_transformed, mask_name, masked_parameters
 from fedmef_fx.printable import visible
 from fedmef_fx.program import GraphMode, Program, Region, join, provenance
 
-__all__ = ["GraphRecord", "NodeRecord", "Operation", "TensorRecord", "record_graphs", "visible"]
+if TYPE_CHECKING:
+    from fedmef_fx.inspection.shapes import Observation
+
+__all__ = ["GraphRecord", "NodeRecord", "Operation", "SavedRecord", "TensorRecord", "record_graphs", "visible"]
 
 Operation = Literal["placeholder", "get_attr", "call_function", "call_method", "call_module", "output"]
 
@@ -62,6 +65,24 @@ class TensorRecord:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SavedRecord:
+    """Memory that a node keeps between forward and backward.
+
+    Attributes:
+        codec: How it is stored: "dense", "packed values", "bitmap", or what else its operation announced.
+        nbytes: Its size.
+        counted_at: The earlier node that keeps the same memory and where it counts; empty where it counts here.
+    """
+
+    codec: str
+    nbytes: int
+    counted_at: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.codec} of %{self.counted_at}" if self.counted_at else f"{self.nbytes} B {self.codec}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class NodeRecord:
     """One node of a graph.
 
@@ -77,6 +98,7 @@ class NodeRecord:
         made_by: The pass that made it; None for nodes of the original graph.
         origin: The node, module or parameter it was made from; None for nodes of the original graph.
         module: Path of the module it belongs to, as far as that is known; "" is the whole model.
+        saved: What it keeps for backward; None where that was not measured.
     """
 
     name: str
@@ -89,6 +111,12 @@ class NodeRecord:
     made_by: str | None = None
     origin: str | None = None
     module: str = ""
+    saved: tuple[SavedRecord, ...] | None = None
+
+    @property
+    def saved_bytes(self) -> int | None:
+        """Bytes that count at this node; None where they were not measured."""
+        return None if self.saved is None else sum(saved.nbytes for saved in self.saved if not saved.counted_at)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,34 +140,53 @@ class GraphRecord:
         return ", ".join(part for part in (self.region, mode) if part)
 
 
-def record_graphs(
-    program: Program, tensors: Mapping[fx.Node, tuple[TensorRecord, ...]] | None = None
-) -> tuple[GraphRecord, ...]:
+def record_graphs(program: Program, observation: "Observation | None" = None) -> tuple[GraphRecord, ...]:
     """The records of every graph of a program.
 
     Args:
-        program: The program; it is only read.
-        tensors: What example inputs showed about the values of nodes, see `shapes.observe_tensors`.
+        program: The program; it is only read. It may be on its way through the passes.
+        observation: What example inputs showed.
     """
-    densities = _densities(program.model)
+    densities = _densities(program)
     return tuple(
-        GraphRecord(
-            region.path,
-            mode,
-            tuple(_record_node(region, node, (tensors or {}).get(node, ()), densities) for node in graph.nodes),
-        )
+        GraphRecord(region.path, mode, tuple(_record_nodes(region, graph, densities, observation)))
         for region, mode, graph in program.graphs()
     )
 
 
-def _densities(model: nn.Module) -> dict[int, float]:
+def _densities(program: Program) -> dict[int, float]:
     """Active share by identity of the masked parameter."""
-    entries: Mapping[str, MaskedParameter] = masked_parameters(model) if is_transformed(model) else {}
-    return {id(parameter): int(mask.sum()) / max(mask.numel(), 1) for parameter, mask in entries.values()}
+    model = program.model
+    if is_transformed(model):
+        entries = list(masked_parameters(model).values())
+    else:
+        names = [name for name, fact in program.facts.prunable.items() if fact.masked]
+        entries = [MaskedParameter(model.get_parameter(n), model.get_buffer(mask_name(n))) for n in names]
+    return {id(parameter): int(mask.count_nonzero()) / max(mask.numel(), 1) for parameter, mask in entries}
+
+
+def _record_nodes(
+    region: Region, graph: fx.Graph, densities: Mapping[int, float], observation: "Observation | None"
+) -> Iterator[NodeRecord]:
+    is_measured = observation is not None and graph in observation.measured
+    counted: dict[int, str] = {}  # number of a storage -> the first node that keeps it
+    for node in graph.nodes:
+        tensors = observation.tensors.get(node, ()) if observation is not None else ()
+        kept = observation.kept.get(node, ()) if observation is not None else ()
+        firsts = [counted.setdefault(storage.number, node.name) for storage in kept]
+        saved = tuple(
+            SavedRecord(storage.codec, storage.nbytes, "" if first == node.name else first)
+            for storage, first in zip(kept, firsts, strict=True)
+        )
+        yield _record_node(region, node, tensors, densities, saved if is_measured else None)
 
 
 def _record_node(
-    region: Region, node: fx.Node, tensors: tuple[TensorRecord, ...], densities: Mapping[int, float]
+    region: Region,
+    node: fx.Node,
+    tensors: tuple[TensorRecord, ...],
+    densities: Mapping[int, float],
+    saved: tuple[SavedRecord, ...] | None,
 ) -> NodeRecord:
     tensor = region.tensor(node)
     made_by, origin = provenance(node) or (None, None)
@@ -154,6 +201,7 @@ def _record_node(
         made_by=made_by,
         origin=origin,
         module=_module_path(region, node),
+        saved=saved,
     )
 
 
@@ -178,14 +226,20 @@ def _module_path(region: Region, node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if stack:
         return join(region.path, next(reversed(stack)))
-    for argument in node.all_input_nodes:
-        if isinstance(region.tensor(argument), nn.Parameter):
-            return region.full_name(str(argument.target).rpartition(".")[0])
     origin = (provenance(node) or ("", ""))[1]
-    return origin if _is_module(region, origin) else region.path
+    read = [argument for argument in node.all_input_nodes if isinstance(region.tensor(argument), nn.Parameter)]
+    # A layer that took over a bias of another one belongs to its weight, or to what it was made from.
+    weights = [argument for argument in read if (tensor := region.tensor(argument)) is not None and tensor.dim() > 1]
+    if not weights and _is_module(region, origin):
+        return origin
+    for argument in (*weights, *read):
+        return region.full_name(str(argument.target).rpartition(".")[0])
+    return region.path
 
 
 def _is_module(region: Region, origin: str) -> bool:
+    if not origin:
+        return False
     try:
         return isinstance(region.attribute(origin.removeprefix(f"{region.path}.")), nn.Module)
     except AttributeError:

@@ -1,5 +1,6 @@
 """Graph texts of hand-made models, written out; `UPDATE_GOLDEN=1 pytest tests/inspection` writes them anew."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,9 @@ def test_text_and_counts(name: str) -> None:
     model = case.build()
     if case.config is not None:
         model = fedmef_fx.transform(model, case.config)
-    inspection = inspect(model, (torch.ones(case.shape),))
+    # Values that differ, so that a threshold divides them.
+    x = torch.linspace(-2, 3, math.prod(case.shape)).reshape(case.shape)
+    inspection = inspect(model, (x,))
     text = f"{inspection}\n"
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
