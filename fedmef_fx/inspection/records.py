@@ -5,7 +5,7 @@ Each view (text, diff, networkx, DOT, JSON) reads these records, so that they ag
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -71,7 +71,8 @@ class SavedRecord:
     Attributes:
         codec: How it is stored: "dense", "packed values", "bitmap", or what else its operation announced.
         nbytes: Its size.
-        counted_at: The earlier node that keeps the same memory and where it counts; empty where it counts here.
+        counted_at: The earlier node that keeps the same memory and where it counts, with its graph where that is
+            another one, `region/name`; empty where it counts here.
     """
 
     codec: str
@@ -148,8 +149,14 @@ def record_graphs(program: Program, observation: "Observation | None" = None) ->
         observation: What example inputs showed.
     """
     densities = _densities(program)
+    saved = _saved_records(program, observation) if observation is not None else {}
+    tensors = observation.tensors if observation is not None else {}
     return tuple(
-        GraphRecord(region.path, mode, tuple(_record_nodes(region, graph, densities, observation)))
+        GraphRecord(
+            region.path,
+            mode,
+            tuple(_record_node(region, n, tensors.get(n, ()), densities, saved.get(n)) for n in graph.nodes),
+        )
         for region, mode, graph in program.graphs()
     )
 
@@ -165,20 +172,21 @@ def _densities(program: Program) -> dict[int, float]:
     return {id(parameter): int(mask.count_nonzero()) / max(mask.numel(), 1) for parameter, mask in entries}
 
 
-def _record_nodes(
-    region: Region, graph: fx.Graph, densities: Mapping[int, float], observation: "Observation | None"
-) -> Iterator[NodeRecord]:
-    is_measured = observation is not None and graph in observation.measured
-    counted: dict[int, str] = {}  # number of a storage -> the first node that keeps it
-    for node in graph.nodes:
-        tensors = observation.tensors.get(node, ()) if observation is not None else ()
-        kept = observation.kept.get(node, ()) if observation is not None else ()
-        firsts = [counted.setdefault(storage.number, node.name) for storage in kept]
-        saved = tuple(
-            SavedRecord(storage.codec, storage.nbytes, "" if first == node.name else first)
-            for storage, first in zip(kept, firsts, strict=True)
-        )
-        yield _record_node(region, node, tensors, densities, saved if is_measured else None)
+def _saved_records(program: Program, observation: "Observation") -> dict[fx.Node, tuple[SavedRecord, ...]]:
+    """What each node of the measured graphs keeps."""
+    counted: dict[int, tuple[fx.Graph, str, str]] = {}  # number of a storage -> graph, label, node that keeps it first
+    found = {}
+    for region, mode, graph in program.graphs():
+        label = GraphRecord(region.path, mode, ()).label
+        for node in graph.nodes if graph in observation.measured else ():
+            records = []
+            for storage in observation.kept.get(node, ()):
+                first, where, name = counted.setdefault(storage.number, (graph, label, node.name))
+                elsewhere = name if first is graph else f"{where}/{name}"
+                is_here = first is graph and name == node.name
+                records.append(SavedRecord(storage.codec, storage.nbytes, "" if is_here else elsewhere))
+            found[node] = tuple(records)
+    return found
 
 
 def _record_node(

@@ -25,7 +25,7 @@ class KeptStorage:
     """A piece of memory that a node keeps for backward.
 
     Attributes:
-        number: The same for the same memory, within one graph.
+        number: The same for the same memory, within one call of the model.
         codec: "dense", or what the maker of a buffer announced: "packed values", "bitmap", ...
         nbytes: All its bytes, also where only a view of it was saved.
     """
@@ -55,19 +55,21 @@ class NodeMeter:
     def __init__(self, *exclude: nn.Module | Tensor) -> None:
         self._exclude = exclude
         self._saved: list[weakref.ref[_Saved]] = []
+        self._start = 0
         self._starts: list[int] = []
-        self._nodes: list[fx.Node] = []
+        self._nodes: list[fx.Node | None] = []
         self._hooks = saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> "NodeMeter":
+        self._start = next_serial()
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
-    def at(self, node: fx.Node) -> None:
-        """From now on, what is saved belongs to this node."""
+    def at(self, node: fx.Node | None) -> None:
+        """From now on, what is saved belongs to this node; None for what no graph does."""
         self._nodes.append(node)
         self._starts.append(next_serial())
 
@@ -77,22 +79,23 @@ class NodeMeter:
         self._saved.append(weakref.ref(saved))
         return saved
 
-    def kept(self) -> dict[fx.Node, tuple[KeptStorage, ...]]:
+    def kept(self) -> dict[fx.Node | None, tuple[KeptStorage, ...]]:
         """What is held now, by node; a node that keeps what an earlier one keeps already shows it as well."""
         excluded = {tensor.untyped_storage()._cdata for tensor in _tensors(self._exclude)}
-        found: dict[fx.Node, dict[int, tuple[str, int]]] = defaultdict(dict)
+        found: dict[fx.Node | None, dict[int, tuple[str, int]]] = defaultdict(dict)
         packed = held_buffers()
         for key, buffer in packed.items():
             index = bisect.bisect(self._starts, buffer.serial) - 1
             storage = buffer.storage()
-            if index >= 0 and storage is not None and key not in excluded:
-                found[self._nodes[index]][key] = (str(buffer.kind), storage.nbytes())
+            if buffer.serial >= self._start and storage is not None and key not in excluded:
+                node = self._nodes[index] if index >= 0 else None
+                found[node][key] = (str(buffer.kind), storage.nbytes())
         for saved in filter(None, (ref() for ref in self._saved)):
             storage = saved.tensor.untyped_storage()
             key = storage._cdata
-            if saved.node is not None and key not in excluded and key not in packed:
+            if key not in excluded and key not in packed:
                 found[saved.node][key] = ("dense", storage.nbytes())
-        order = {node: index for index, node in enumerate(self._nodes)}
+        order = {node: index for index, node in enumerate((None, *self._nodes))}
         numbers: dict[int, int] = {}
         return {
             node: tuple(

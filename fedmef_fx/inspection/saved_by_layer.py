@@ -4,7 +4,7 @@
 2. A packed activation, which is no tensor of the graph, counts for the first layer that reads it.
 3. What is computed from a weight alone (masked or normalised kernels) counts for that weight.
 4. Of opaque modules (nn.LSTM, ...) everything counts for their first prunable weight.
-5. Everything else (activation functions, normalisation, pooling) is the rest.
+5. Everything else (activation functions, normalisation, pooling, Python between the graphs) is the rest.
 """
 
 from collections import defaultdict
@@ -46,33 +46,37 @@ def saved_by_layer(program: Program, observation: Observation, prunable: Collect
     if not observation.measured or observation.notices:
         return None
     total = SavedByLayer()
+    total.rest = sum(storage.nbytes for storage in observation.kept_outside)
+    payers: dict[int, int] = {}
+    nbytes: dict[int, int] = {}
     for region, _, graph in program.graphs():
-        if graph in observation.measured:
-            _add(total, region, graph, observation, prunable)
+        for node in graph.nodes if graph in observation.measured else ():
+            kept = observation.kept.get(node, ())
+            weight = _payer(region, node, observation, prunable) if kept else None
+            for storage in kept:
+                nbytes[storage.number] = storage.nbytes
+                if weight is not None:
+                    payers.setdefault(storage.number, weight)
+    outside = {storage.number for storage in observation.kept_outside}
+    for number, size in nbytes.items():
+        if number in payers:
+            total.of[payers[number]] += size
+            total.rest -= size if number in outside else 0
+        elif number not in outside:
+            total.rest += size
     return total
 
 
-def _add(
-    total: SavedByLayer, region: Region, graph: fx.Graph, observation: Observation, prunable: Collection[int]
-) -> None:
-    keepers: dict[int, list[fx.Node]] = defaultdict(list)
-    nbytes = {}
-    for node in graph.nodes:
-        for storage in observation.kept.get(node, ()):
-            keepers[storage.number].append(node)
-            nbytes[storage.number] = storage.nbytes
-    weights = {node: _weight(region, node, observation, prunable) for node in graph.nodes}
-    for number, nodes in keepers.items():
-        readers = [user for node in nodes if not observation.tensors.get(node) for user in node.users]
-        charged = next((weights[node] for node in (*nodes, *readers) if weights[node] is not None), None)
-        if charged is None:
-            total.rest += nbytes[number]
-        else:
-            total.of[charged] += nbytes[number]
+def _payer(region: Region, node: fx.Node, observation: Observation, prunable: Collection[int]) -> int | None:
+    """Identity of the weight that pays for what a node keeps."""
+    # What a node without a tensor for a value keeps, it keeps for its readers.
+    readers = () if observation.tensors.get(node) else tuple(node.users)
+    found = (_weight(region, candidate, observation, prunable) for candidate in (node, *readers))
+    return next((weight for weight in found if weight is not None), None)
 
 
 def _weight(region: Region, node: fx.Node, observation: Observation, prunable: Collection[int]) -> int | None:
-    """Identity of the weight that pays for what a node keeps."""
+    """Identity of the weight that a node works with."""
     if node.op in ("placeholder", "output", "get_attr"):
         return None
     candidates = weights_of(region, node, observation.tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fedmef_fx.emit import tables_in
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection.records import TensorRecord
 from fedmef_fx.inspection.saved import KeptStorage, NodeMeter
@@ -27,19 +28,21 @@ _STATE: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Observation:
     """What running the graphs on example inputs showed; empty without.
 
     Attributes:
         tensors: Per node the tensors of its value, in order; an empty tuple for a value without tensors.
         kept: Per node what it keeps for backward; nodes that keep nothing are left out.
+        kept_outside: What Python between the graphs keeps.
         measured: The graphs for which `kept` was measured.
-        notices: Why it was not measured for a graph that runs in train mode.
+        notices: What could not be measured, and why.
     """
 
     tensors: dict[fx.Node, tuple[TensorRecord, ...]] = dataclasses.field(default_factory=dict)
     kept: dict[fx.Node, tuple[KeptStorage, ...]] = dataclasses.field(default_factory=dict)
+    kept_outside: tuple[KeptStorage, ...] = ()
     measured: set[fx.Graph] = dataclasses.field(default_factory=set)
     notices: list[str] = dataclasses.field(default_factory=list)
 
@@ -47,7 +50,7 @@ class Observation:
 def observe(
     program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], *, may_change: bool = False
 ) -> Observation:
-    """Run every graph on a copy of the model: in train mode where it serves that, in eval mode otherwise.
+    """Call a copy of the model that runs its graphs node by node: in train mode, and in eval mode for what is left.
 
     Args:
         program: The program; neither it nor its model changes.
@@ -62,26 +65,45 @@ def observe(
         ConfigError: The model does not accept the arguments, or fails on them.
     """
     duplicate = program.model if may_change else _duplicate(program.model)
-    duplicate.eval()
-    call = pytree.tree_map_only(
-        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (tuple(args), dict(kwargs))
-    )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     observation = Observation()
     with torch.random.fork_rng(devices=devices):
-        calls = _region_calls(program, duplicate, *call)
-        for region, mode, graph in program.graphs():
-            owner = duplicate.get_submodule(region.path)
-            values = _values_for(region, owner, graph, calls.get(region.path))
-            if values is not None:
-                _Run(region, owner, graph, observation).observe(values, trains=mode != "eval")
+        failure = _train(program, duplicate, (tuple(args), dict(kwargs)), observation)
+        if failure is not None or any(graph not in observation.measured for *_, graph in program.graphs()):
+            with torch.no_grad():
+                copies = pytree.tree_map_only(Tensor, _copy, (tuple(args), dict(kwargs)))
+                _Calls(program, duplicate.eval(), observation.tensors).make(*copies)
+        if failure is not None:
+            observation.notices.append(f"what is saved for backward is not known, as train mode fails: {failure}")
     return observation
+
+
+def _train(program: Program, duplicate: nn.Module, given: _Arguments, observation: Observation) -> str | None:
+    """Measure what one call in train mode keeps; the reason where it fails."""
+    args, kwargs = pytree.tree_map_only(Tensor, _copy, given)
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    meter = NodeMeter(duplicate, *inputs)
+    calls = _Calls(program, duplicate.train(), observation.tensors, meter)
+    try:
+        with torch.enable_grad(), meter:
+            out = calls.make(args, kwargs)
+    except ConfigError as error:
+        return str(error.__cause__ or error)
+    kept = meter.kept()
+    observation.kept_outside = kept.pop(None, ())
+    observation.kept.update({node: storages for node, storages in kept.items() if node is not None})
+    observation.measured.update(calls.seen)
+    del out  # only now may autograd release what it saved
+    return None
 
 
 def _duplicate(model: nn.Module) -> nn.Module:
     """A copy of a model; of a GraphModule only what its graph refers to: copying a graph takes as long as a run."""
     if not isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model)
+        duplicate = copy.deepcopy(model)
+        for _, table in tables_in(duplicate):
+            table.extend = None  # only graphs that the model has now are looked at
+        return duplicate
     tree = nn.Module()
     # Its hooks do not run with the graph, and refer to the whole of it.
     kept = {name: value for name, value in vars(model).items() if name in _STATE or not name.startswith("_")}
@@ -90,58 +112,77 @@ def _duplicate(model: nn.Module) -> nn.Module:
     return tree
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """Runs of one graph.
+class _Calls:
+    """Calls of a model whose regions run their graphs node by node, each when it is first called.
+
+    Args:
+        program: The program.
+        duplicate: A copy of its model, in the mode of the call.
+        observed: Gains the tensors of each node.
+        meter: Is told which node runs; None where nothing is measured.
 
     Attributes:
-        region: Its region in the program.
-        owner: The copy of the region's owner.
-        graph: The graph.
-        observation: Where to note what is seen.
+        seen: The graphs that ran.
     """
 
-    region: Region
-    owner: nn.Module
-    graph: fx.Graph
-    observation: Observation
+    def __init__(
+        self,
+        program: Program,
+        duplicate: nn.Module,
+        observed: dict[fx.Node, tuple[TensorRecord, ...]],
+        meter: NodeMeter | None = None,
+    ) -> None:
+        self._program, self._duplicate, self._observed, self._meter = program, duplicate, observed, meter
+        self.seen: set[fx.Graph] = set()
 
-    def observe(self, values: list[Any], *, trains: bool) -> None:
-        """Note shapes, and what is kept where the graph serves train mode and can run in it."""
-        failure = self._train(values) if trains else None
-        if self.graph in self.observation.measured:
-            return
-        with torch.no_grad():
-            self._run(self._fresh(values), lambda _: None, training=False)  # raises if the inputs do not fit at all
-        if failure is not None:
-            where = self.region.path or type(self.owner).__name__
-            self.observation.notices.append(f"{where}: saved bytes are not known, as train mode fails: {failure}")
+    def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model.
 
-    def _train(self, values: list[Any]) -> str | None:
-        """Measure what is kept; the reason where the graph does not run in train mode."""
-        with torch.enable_grad():
-            values = self._fresh(values)
-        # A model's own inputs exist anyway; what goes into an inner region is an activation.
-        inputs = [] if self.region.path else [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-        meter = NodeMeter(self.owner, *inputs)
-        try:
-            with torch.enable_grad(), meter:
-                out = self._run(values, meter.at, training=True)
-        except ConfigError as error:
-            return str(error.__cause__ or error)
-        self.observation.kept.update(meter.kept())
-        self.observation.measured.add(self.graph)
-        del out  # only now may autograd release what it saved
-        return None
-
-    def _run(self, values: list[Any], at: Callable[[fx.Node], None], *, training: bool) -> Any:
-        self.owner.train(training)
+        Raises:
+            ConfigError: It fails.
+        """
         torch.manual_seed(_SEED)
-        return _Observer(self.owner, self.graph, self.observation.tensors, at).run(*values)
+        paths = dict.fromkeys(region.path for region in self._program.regions)
+        owners = {path: self._duplicate.get_submodule(path) for path in paths}
+        own = {path: owner.__dict__.get("forward") for path, owner in owners.items()}
+        for path, owner in owners.items():
+            owner.__dict__["forward"] = self._forward(path, owner, owner.forward)
+        try:
+            return self._duplicate(*args, **kwargs)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"inspect: {type(self._program.model).__name__} fails on the example inputs: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for path, owner in owners.items():
+                del owner.__dict__["forward"]
+                if own[path] is not None:
+                    owner.__dict__["forward"] = own[path]
 
-    def _fresh(self, values: list[Any]) -> list[Any]:
-        """Copies for one run, which may write into them; those of an inner region are no leaves of autograd."""
-        return pytree.tree_map_only(Tensor, torch.clone if self.region.path else _copy, values)  # type: ignore[no-any-return]  # of the same structure
+    def _forward(self, path: str, owner: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What a region's owner runs instead of its forward."""
+        training = self._duplicate.training
+        regions = [r for r in self._program.regions if r.path == path and r.has_mode(training=training)]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for region in regions:
+                graph = region.graph_for(training=training)
+                values = None if graph in self.seen else _values_for(region, owner, graph, original, (args, kwargs))
+                if values is not None:
+                    self.seen.add(graph)
+                    return self._run(owner, graph, values)
+            return original(*args, **kwargs)
+
+        return run
+
+    def _run(self, owner: nn.Module, graph: fx.Graph, values: list[Any]) -> Any:
+        at = (lambda _: None) if self._meter is None else self._meter.at
+        out = _Observer(owner, graph, self._observed, at).run(*values)
+        at(None)
+        return out
 
 
 class _Observer(fx.Interpreter):
@@ -152,7 +193,7 @@ class _Observer(fx.Interpreter):
         owner: nn.Module,
         graph: fx.Graph,
         observed: dict[fx.Node, tuple[TensorRecord, ...]],
-        at: Callable[[fx.Node], None],
+        at: Callable[[fx.Node | None], None],
     ) -> None:
         super().__init__(owner, graph=graph)
         self.extra_traceback = False  # our own message names the node
@@ -174,48 +215,19 @@ class _Observer(fx.Interpreter):
         return value
 
 
-def _region_calls(
-    program: Program, duplicate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, _Arguments]:
-    """The arguments with which one call of the model first calls each region."""
-    if all(not region.path for region in program.regions):
-        return {"": (args, kwargs)}
-    calls: dict[str, _Arguments] = {}
-
-    def listen(region: Region) -> None:
-        def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if region.path not in calls:
-                calls[region.path] = pytree.tree_map_only(Tensor, _copy, (given, named))
-
-        handles.append(duplicate.get_submodule(region.path).register_forward_pre_hook(note, with_kwargs=True))
-
-    handles: list[Any] = []
-    for region in program.regions:
-        listen(region)
-    try:
-        with torch.enable_grad():  # which of a region's inputs need gradients decides what it saves
-            duplicate(*args, **kwargs)
-    except Exception as error:
-        raise ConfigError(
-            f"inspect: {type(program.model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _values_for(region: Region, owner: nn.Module, graph: fx.Graph, given: _Arguments | None) -> list[Any] | None:
-    """Values for the placeholders of a graph; None where the example call is not one that the graph serves."""
-    if given is None:
-        return None
+def _values_for(
+    region: Region, owner: nn.Module, graph: fx.Graph, original: Callable[..., Any], given: _Arguments
+) -> list[Any] | None:
+    """Values for the placeholders of a graph; None where the call is not one that the graph serves."""
     if region.signature is None and region.by_name:
         return _bind(graph, *given)
+    replaced, owner.__dict__["forward"] = owner.__dict__["forward"], original
     call = Call.of(owner, *given)
+    owner.__dict__["forward"] = replaced
     if call is None or (region.signature is not None and not region.signature.accepts(call)):
         return None
     return _bind(graph, (), call.arguments) if region.by_name else list(call.tensors)

@@ -147,6 +147,11 @@ def test_every_model_of_the_zoo(name: str) -> None:
     assert before.table().total.flops_dense == after.table().total.flops_dense == counter.get_total_flops()
     assert after.table().total.density == fedmef_fx.density(sparse)
     assert len(after.to_networkx()) == sum(len(graph.nodes) for graph in after.graphs)
+    for network, inspection in ((model, before), (sparse, after)):
+        torch.manual_seed(0)
+        total = memory(network, inputs).saved_total
+        assert inspection.table().total.saved == total
+        assert sum(node.saved_bytes or 0 for graph in inspection.graphs for node in graph.nodes) == total
 
 
 @pytest.mark.parametrize("build", [digits_cnn, pytest.param(mobilenet_v2, marks=pytest.mark.slow)])
@@ -276,18 +281,6 @@ def test_hostile_names_stay_in_their_line_of_text() -> None:
     assert len(lines) == len(HOSTILE_NAMES) + 2
     assert all(line.isprintable() for line in lines)
     assert len(str(inspection.table()).splitlines()) == len(HOSTILE_NAMES) + 2
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_saved_bytes_add_up_to_what_a_step_keeps(name: str) -> None:
-    model, inputs = build_from_zoo(name)
-    for network in (model, fedmef_fx.transform(model, Config(density=0.5))):
-        inspection = inspect(network, inputs)
-        torch.manual_seed(0)
-        total = memory(network, inputs).saved_total
-        assert inspection.table().total.saved == total
-        # Of a model that runs different operations in its two modes only one graph trains.
-        assert sum(node.saved_bytes or 0 for graph in inspection.graphs for node in graph.nodes) == total
 
 
 def test_saved_bytes_before_and_after_by_layer() -> None:
