@@ -159,6 +159,7 @@ def test_ignore_and_gamma_reach_the_configuration() -> None:
     [
         ("text", "%pruned_convolution = call_function[pruned_convolution](%input_1, None,"),
         ("table", "conv4.weight"),
+        ("table", "saved before"),
         ("diff", "-%conv1 = call_module[conv1](%input_1)"),
         ("passes", "stays dense: an input of the model"),
         ("coverage", "graph fraction 1.000"),
@@ -169,6 +170,23 @@ def test_views_of_inspect(view: str, expected: str) -> None:
     result = _invoke("inspect", "digits_cnn", "--view", view)
     assert result.exit_code == 0, result.stderr
     assert expected in result.stdout
+
+
+def test_inspect_prints_between_the_passes_on_stderr() -> None:
+    arguments = ["inspect", "zoo_of_tests:build", "--print-after", "insert-masks", "--print-after", "capture"]
+    result = _invoke(*arguments, "--stop-after", "insert-masks", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("# after")] == [
+        "# after capture",
+        "# after insert-masks",
+    ]
+    passes = json.loads(result.stdout)["passes"]
+    assert [entry["name"].partition("{")[0] for entry in passes][-1] == "insert-masks"
+    everything = _invoke("inspect", "zoo_of_tests:build", "--print-after-all").stderr
+    assert everything.count("# after ") > 4
+    wrong = _invoke("inspect", "zoo_of_tests:build", "--print-after", "x-ray")
+    assert wrong.exit_code == 1
+    assert "expected a pass of this configuration: capture, functionalize-weights" in wrong.stderr
 
 
 def test_inspect_the_original() -> None:

@@ -16,6 +16,7 @@ from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.printable import visible
 
 __all__ = ["inspect"]
 
@@ -44,6 +45,14 @@ def inspect(
             "rewritten. dot: for Graphviz."
         ),
     ] = View.TEXT,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS", help="Print the graphs after this pass on stderr; may be repeated."),
+    ] = None,
+    print_after_all: Annotated[
+        bool, typer.Option("--print-after-all", help="Print the graphs after every pass on stderr.")
+    ] = False,
+    stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no pass after this one.")] = None,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
@@ -53,9 +62,18 @@ def inspect(
     """Show the graph of a model after the transformation: text, table, difference, DOT, JSON."""
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
-    after = before if original else transformed(before, config, checkpoint=checkpoint)
+    after = before
+    if not original:
+        wanted = "all" if print_after_all else tuple(print_after or ())
+        after = transformed(
+            before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
+        )
     inspection = inspect_model(after, None if x is None else (x,))
     return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
+
+
+def _print_text(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Module, before: nn.Module) -> None:
@@ -67,10 +85,11 @@ def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Mod
         case View.DOT:
             typer.echo(inspection.to_dot())
         case View.TABLE:
-            headings, rows = inspection.table().cells()
-            words = {"parameter", "shape", "tier", "reason"}
-            numbers = frozenset(i for i, heading in enumerate(headings) if heading not in words)
-            show_table(console, headings, rows, numbers=numbers)
+            table = inspection.table(None if after is before else before)
+            headings, rows = table.cells()
+            show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - table.words())
+            for notice in inspection.notices:
+                console.print(visible(notice))
         case View.PASSES:
             show_passes(console, inspection.passes)
         case View.COVERAGE:
