@@ -15,7 +15,9 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
+from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
@@ -33,7 +35,17 @@ from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
+__all__ = [
+    "ExportReport",
+    "FileInspection",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "inspect_onnx",
+    "memory_passes",
+    "passes_of",
+    "transform",
+]
 
 
 def transform(

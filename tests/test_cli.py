@@ -116,6 +116,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         (["train", "--device", "abacus"], "--device: got 'abacus'"),
         (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
         (["export", "digits_cnn", "absent/model.onnx"], "absent"),
+        (["inspect", "absent.onnx"], "absent.onnx: cannot be read"),
         (["compare", "absent.safetensors", "absent.safetensors"], "absent.safetensors: cannot be read"),
         (["compare", "zoo_of_tests.py", "zoo_of_tests.py"], "zoo_of_tests.py"),
     ],
@@ -301,6 +302,11 @@ def test_export(tmp_path: Path) -> None:
     report = _data("export", "digits_cnn", "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size == report["bytes"]
     assert report["parity"]["max_abs"] < 1e-4
+    document = _data("inspect", "model.onnx")
+    assert document["nbytes"] == report["bytes"]
+    assert "conv4.weight" in _invoke("inspect", "model.onnx", "--view", "table").stdout
+    assert "= Conv(input, conv1.weight)" in _invoke("inspect", "model.onnx").stdout
+    assert _invoke("inspect", "model.onnx", "--view", "diff").exit_code == 2
 
 
 @pytest.mark.slow

@@ -1,24 +1,37 @@
 """`fedmef-fx inspect`: what a transformation does to a model."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from torch import nn
 
 import fedmef_fx
+from fedmef_fx.api import FileInspection
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, example_input, transformed
+from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.models import REFERENCE_MODELS
 from fedmef_fx.printable import visible
 
 __all__ = ["inspect"]
+
+_FILE_SUFFIX: Final = ".onnx"
+
+ModelNameOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{', '.join(REFERENCE_MODELS)}, package.module:callable, which is imported from the current directory or "
+        f"as installed and called without arguments; or a file, *{_FILE_SUFFIX}.",
+    ),
+]
 
 
 class View(StrEnum):
@@ -36,7 +49,7 @@ class View(StrEnum):
 @takes_config()
 def inspect(
     *,
-    model: ModelName,
+    model: ModelNameOrFile,
     view: Annotated[
         View,
         typer.Option(
@@ -59,7 +72,9 @@ def inspect(
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON."""
+    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON; or an ONNX file."""
+    if model.endswith(_FILE_SUFFIX):
+        return _inspect_file(model, view)
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
     after = before
@@ -70,6 +85,25 @@ def inspect(
         )
     inspection = inspect_model(after, None if x is None else (x,))
     return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
+
+
+def _inspect_file(path: str, view: View) -> Result:
+    if view not in (View.TEXT, View.TABLE):
+        raise typer.BadParameter(f"got {view.value}; expected text or table for an ONNX file", param_hint="--view")
+    inspection = fedmef_fx.inspect_onnx(path)
+    return Result(inspection.to_json(), lambda console: _show_file(console, view, inspection))
+
+
+def _show_file(console: Console, view: View, inspection: FileInspection) -> None:
+    if view is View.TEXT:
+        typer.echo(str(inspection))
+        return
+    show_table(console, ("", ""), inspection.summary())
+    console.print()
+    headings, rows = inspection.cells()
+    show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - inspection.words())
+    console.print()
+    show_table(console, *inspection.node_cells())
 
 
 def _print_text(text: str) -> None:
