@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect as python_inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fedmef_fx.inspection.document import document, to_json
 from fedmef_fx.inspection.dot import to_dot
 from fedmef_fx.inspection.graph_text import graph_text
 from fedmef_fx.inspection.networkx_graph import to_networkx
+from fedmef_fx.inspection.plots import plot_sparsity
 from fedmef_fx.inspection.records import GraphRecord, record_graphs
 from fedmef_fx.inspection.shapes import Observation, observe
 from fedmef_fx.inspection.table import Table, layer_table
@@ -117,6 +119,18 @@ class Inspection:
     def to_dot(self) -> str:
         """The graphs in Graphviz's DOT language; nodes that a pass made are filled with its colour."""
         return to_dot(self.graphs)
+
+    def plot(self, path: str | Path, *, original: "nn.Module | Inspection | None" = None) -> None:
+        """Draw the density of every layer and, with example inputs, what it keeps for backward.
+
+        Args:
+            path: The file to write; its suffix says the format: .png, .svg or .pdf.
+            original: The model before, or its inspection, to compare with.
+
+        Raises:
+            ConfigError: matplotlib is not installed, another format, or a path that cannot be written.
+        """
+        plot_sparsity(self.table(original), path, call="Inspection.plot")
 
     def to_json(self) -> str:
         """Everything as JSON, the same text for the same model.
