@@ -26,6 +26,7 @@ LINES: Final = ("-", "--", "-.", ":")
 _FORMATS: Final = (".png", ".svg", ".pdf")
 _LONGEST_LABEL: Final = 40
 _RC: Final[dict[Any, Any]] = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -35,7 +36,7 @@ _RC: Final[dict[Any, Any]] = {
     "font.size": 10,
     "grid.alpha": 0.3,
     "legend.fontsize": "small",
-    "legend.frameon": False,
+    "legend.framealpha": 0.9,
     "lines.linewidth": 1.5,
     "lines.markersize": 4,
     "savefig.dpi": 150,

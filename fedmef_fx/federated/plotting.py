@@ -58,6 +58,7 @@ def _draw(
             axes.axvline(record.round_index, color=MUTED, linestyle=LINES[3], zorder=0)
     axes.set_title(title)
     axes.set_xlabel("round")
+    axes.locator_params(axis="x", integer=True)
     if len(series) > 1:
         axes.legend()
 
@@ -85,9 +86,11 @@ def _draw_churn(axes: "Axes", rounds: Sequence[RoundRecord]) -> None:
         stacks[f"{len(others)} others"] = [sum(r.churn.get(name, 0) for name in others) for r in adjusted]
     bottom = [0] * len(adjusted)
     for index, (name, counts) in enumerate(stacks.items()):
-        axes.bar([r.round_index for r in adjusted], counts, bottom=bottom, color=COLORS[index], label=name)
+        color = COLORS[index] if index < _LAYERS else MUTED
+        axes.bar([r.round_index for r in adjusted], counts, bottom=bottom, color=color, label=name)
         bottom = [low + count for low, count in zip(bottom, counts, strict=True)]
     axes.set_title("weights that changed places, by layer")
     axes.set_xlabel("round")
+    axes.locator_params(axis="x", integer=True)
     if stacks:
         axes.legend(fontsize="x-small")

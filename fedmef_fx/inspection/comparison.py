@@ -234,8 +234,8 @@ def _change(name: str, before: StoredTensor, after: StoredTensor) -> ParameterCh
         before.values.numel(),
         after.values.numel(),
         _kept(before, after),
-        float(torch.linalg.vector_norm(new - old)),
-        float(torch.linalg.vector_norm(old)),
+        float(torch.linalg.vector_norm(new - old, dtype=torch.float64)),
+        float(torch.linalg.vector_norm(old, dtype=torch.float64)),
     )
 
 
@@ -246,8 +246,8 @@ def _kept(before: StoredTensor, after: StoredTensor) -> int:
 
 
 def _dense(stored: StoredTensor) -> Tensor:
-    """The values as `f64[weights]`, zero where there is no active weight."""
-    values = stored.values.double()
+    """The values as `f32[weights]`, `f64` where they are that, zero where there is no active weight."""
+    values = stored.values if stored.values.dtype == torch.float64 else stored.values.float()
     if stored.mask is None:
         return values
     return values.new_zeros(stored.mask.numel()).masked_scatter_(stored.mask.reshape(-1), values)

@@ -38,15 +38,14 @@ def plot_sparsity(table: Table, path: str | Path, *, call: str = "plot_sparsity"
     with drawing(path, (11 if has_saved else 7, 1.2 + _ROW_INCHES * len(rows)), call=call) as figure:
         axes = figure.subplots(1, 2 if has_saved else 1, sharey=True, squeeze=False)[0]
         places = range(len(rows))
-        axes[0].barh(places, [1.0] * len(rows), color=MUTED, alpha=0.25, label="pruned")
-        axes[0].barh(places, [row.density for row in rows], color=COLORS[0], label="active")
+        axes[0].barh(places, [1.0] * len(rows), color=MUTED, alpha=0.25)
+        axes[0].barh(places, [row.density for row in rows], color=COLORS[0])
         for place, row in zip(places, rows, strict=True):
             axes[0].annotate(f" {row.density:.2f}", (row.density, place), va="center", fontsize="x-small")
         axes[0].set_yticks(places, [label(row.parameter) for row in rows])
         axes[0].invert_yaxis()
         axes[0].set_xlim(0, 1)
-        axes[0].set_title(f"density of each layer; {table.total.density:.3f} in all")
-        axes[0].legend(loc="lower right")
+        axes[0].set_title(f"active share of each layer's weights; {table.total.density:.3f} in all")
         if has_saved:
             _saved_bars(axes[1], table)
 

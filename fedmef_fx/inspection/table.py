@@ -147,7 +147,7 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
         "x".join(map(str, row.shape)),
         str(row.weights),
         str(row.active),
-        f"{row.density:.4f}",
+        f"{row.density:.4f}" if row.weights else "-",
         row.tier or "",
         *flops,
         *saved,

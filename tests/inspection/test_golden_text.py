@@ -84,3 +84,12 @@ def test_text_and_counts(name: str) -> None:
     counts = {r.name.partition("{")[0]: (len(r.rewrites), len(r.refusals)) for r in inspection.passes}
     assert counts.pop("capture", (1, 0)) == (1, 0)
     assert counts == case.counts
+
+
+def test_table_before_and_after() -> None:
+    model, x = two_convolutions(), torch.linspace(-2, 3, 128).reshape(2, 1, 8, 8)
+    text = f"{inspect(fedmef_fx.transform(model, Config(density=0.5)), (x,)).table(model)}\n"
+    path = GOLDEN / "table.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
