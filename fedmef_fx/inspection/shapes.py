@@ -69,7 +69,7 @@ def observe(
     observation = Observation()
     with torch.random.fork_rng(devices=devices):
         failure = _train(program, duplicate, (tuple(args), dict(kwargs)), observation)
-        if failure is not None or any(graph not in observation.measured for *_, graph in program.graphs()):
+        if failure is not None or any(mode == "eval" for _, mode, _ in program.graphs()):
             with torch.no_grad():
                 copies = pytree.tree_map_only(Tensor, _copy, (tuple(args), dict(kwargs)))
                 _Calls(program, duplicate.eval(), observation.tensors).make(*copies)

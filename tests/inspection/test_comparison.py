@@ -1,12 +1,14 @@
 """Two states of a model side by side: counts by hand, laws, every kind of source, and damaged files."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -20,9 +22,14 @@ from fedmef_fx.inspection import Comparison, ParameterChange, compare
 from tests.inspection.models import HOSTILE_NAMES, linear
 
 
+@functools.cache
+def _base() -> nn.Module:
+    return fedmef_fx.transform(linear(), Config(density=0.5))
+
+
 def _sparse(active: list[int], value: float = 1.0) -> nn.Module:
     """`linear()` with given places of its 8 weights, all of one value, and biases 0."""
-    model = fedmef_fx.transform(linear(), Config(density=0.5))
+    model = copy.deepcopy(_base())
     mask = torch.zeros(8, dtype=torch.bool)
     mask[active] = True
     fedmef_fx.set_masks(model, {"fc.weight": mask.reshape(2, 4)})
@@ -44,6 +51,7 @@ def test_counts_and_distance_by_hand() -> None:
 
 
 @given(st.lists(st.integers(0, 7), unique=True), st.lists(st.integers(0, 7), unique=True))
+@settings(max_examples=40)
 def test_laws(before: list[int], after: list[int]) -> None:
     left, right = _sparse(before), _sparse(after)
     (there,), (back,) = compare(left, right).masked_rows, compare(right, left).masked_rows
