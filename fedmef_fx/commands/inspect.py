@@ -84,7 +84,10 @@ def inspect(
             before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
         )
     inspection = inspect_model(after, None if x is None else (x,))
-    return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
+    compared = before if as_json and x is not None and not original else None
+    return Result(
+        inspection.to_json(compared), lambda console: _show(console, view, inspection, after=after, before=before)
+    )
 
 
 def _inspect_file(path: str, view: View) -> Result:
@@ -119,7 +122,7 @@ def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Mod
         case View.DOT:
             typer.echo(inspection.to_dot())
         case View.TABLE:
-            table = inspection.table(None if after is before else before)
+            table = inspection.table(None if after is before or not inspection.has_example else before)
             headings, rows = table.cells()
             show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - table.words())
             for notice in inspection.notices:

@@ -28,6 +28,7 @@ def document(graphs: Iterable[GraphRecord], table: Table, passes: PassReport, no
         ],
         "parameters": table.as_dicts(),
         "rest_saved": table.rest_saved,
+        "rest_saved_before": table.rest_saved_before,
         "passes": [
             {
                 "name": result.name,

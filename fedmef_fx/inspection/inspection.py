@@ -132,7 +132,12 @@ class Inspection:
         """
         plot_sparsity(self.table(original), path, call="Inspection.plot")
 
-    def to_json(self) -> str:
+    @property
+    def has_example(self) -> bool:
+        """Whether the model was inspected with example inputs."""
+        return any(given is not None for given in self._example)
+
+    def to_json(self, original: "nn.Module | Inspection | None" = None) -> str:
         """Everything as JSON, the same text for the same model.
 
         The JSON Schema is `fedmef_fx.inspection.json_schema()`. An object with these fields, version 1 of the schema:
@@ -140,11 +145,15 @@ class Inspection:
         - `schema`: `"fedmef-fx/inspection"`; `version`: 1
         - `graphs`: objects with `region`, `mode` and `nodes`; a node has the fields of `NodeRecord`, its `tensors` are
           objects with `shape` and `dtype`, its `saved` are objects with the fields of `SavedRecord`, or null
-        - `parameters`: objects with the fields of `LayerRow`, and `density`; `rest_saved`: bytes that count for none
+        - `parameters`: objects with the fields of `LayerRow`, and `density`; `rest_saved`, `rest_saved_before`: bytes
+          that count for none
         - `passes`: objects with `name`, `rewrites` (names) and `refusals` (objects with `where` and `reason`)
         - `notices`: what could not be found out, and why
+
+        Args:
+            original: The model before, or its inspection: adds what its layers keep for backward.
         """
-        return to_json(document(self.graphs, self.layers, self.passes, self.notices))
+        return to_json(document(self.graphs, self.table(original), self.passes, self.notices))
 
 
 def inspect(

@@ -158,7 +158,7 @@ class _Calls:
             ) from error
         finally:
             for path, owner in owners.items():
-                del owner.__dict__["forward"]
+                owner.__dict__.pop("forward", None)  # one module may stand at two paths
                 if own[path] is not None:
                     owner.__dict__["forward"] = own[path]
 

@@ -50,9 +50,11 @@ def test_the_schema_is_one() -> None:
 def test_json_follows_its_schema(build: type[nn.Module], transformed: bool) -> None:
     model = build()
     inputs = (torch.ones(2, 1, 8, 8),) if build is two_convolutions else (torch.ones(3, 4),)
+    original = model if transformed else None
     if transformed:
         model = fedmef_fx.transform(model, Config(density=0.5))
-    document = json.loads(inspect(model, inputs).to_json())
+    document = json.loads(inspect(model, inputs).to_json(original))
+    assert all((row["saved_before"] is not None) == transformed for row in document["parameters"])
     jsonschema.validate(document, CLOSED)
     assert (document["schema"], document["version"]) == ("fedmef-fx/inspection", 1)
     assert bool(document["passes"]) == transformed
