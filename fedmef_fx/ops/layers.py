@@ -134,7 +134,9 @@ class _PrunedLayer(Function):
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with torch.autocast(x.device.type, enabled=False):
             effective = effective_weight(stored).to(dtype)
-            return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+            out = layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+        # Linear layers give a view for inputs of three or more dimensions, which nothing could change in place.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @once_differentiable
