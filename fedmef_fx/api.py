@@ -18,11 +18,12 @@ from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
-from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
+from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
@@ -30,6 +31,7 @@ from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
 from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
+from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
 __all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
@@ -135,7 +137,8 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
         if config.residual == "rescale":
             steps.append(RescaleResiduals())
-    return (*steps, *memory_passes(config))
+    steps += memory_passes(config)
+    return (*steps, PackWeights()) if config.weight_storage == "packed" else tuple(steps)
 
 
 def memory_passes(config: Config) -> tuple[Pass, ...]:

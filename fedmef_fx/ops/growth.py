@@ -1,8 +1,8 @@
 """How dense gradients of single layers reach whoever looks for weights to grow, without being kept.
 
 The backward of a masked weight returns 0 where the mask is off, but growth needs the gradient there. An op that has
-the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it. Normally nobody collects
-and the call returns at once. Inside `collecting(...)` the collector keeps, of each registered mask,
+the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; of a packed weight, the
+bitmap is its mask. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector keeps, of each registered mask,
 
 1. while a parameter's backward is under way: the inactive part of the gradient, added up over its uses (a tied weight
    offers once per use), until `Collector.complete` says that all uses have offered, which for a weight used once is
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError, PassError
+from fedmef_fx.memory.bitmap import unpack_bits
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
@@ -37,15 +38,22 @@ class _Layer:
     """What is kept of one parameter; positions count its inactive coordinates only."""
 
     name: str
-    mask: Tensor  # bool; held, so that no other mask can come to lie at its address meanwhile
+    buffer: Tensor  # bool mask or bitmap; held, so that no other can come to lie at its address meanwhile
+    shape: torch.Size  # of the dense weight
     k: int
     capacity: int
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     kept: Tensor | None = None  # int64 [<= capacity], ascending
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
 
+    def inactive(self) -> Tensor:
+        """Booleans `[numel]`; made anew of a bitmap."""
+        is_mask = self.buffer.dtype == torch.bool
+        mask = self.buffer.flatten() if is_mask else unpack_bits(self.buffer, self.shape.numel())
+        return ~mask
+
     def add(self, gradient: Tensor) -> None:
-        inactive = gradient.detach().flatten()[~self.mask.flatten()]
+        inactive = gradient.detach().flatten()[self.inactive()]
         inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
         self.pending = inactive if self.pending is None else self.pending.add_(inactive)
 
@@ -62,11 +70,11 @@ class _Layer:
 
     def candidates(self, total_weight: float) -> SparseGradient:
         if self.kept is None or self.sums is None:
-            nothing = torch.empty(0, device=self.mask.device)
-            return SparseGradient(nothing.long(), nothing, self.mask.numel())
+            nothing = torch.empty(0, device=self.buffer.device)
+            return SparseGradient(nothing.long(), nothing, self.shape.numel())
         chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
-        inactive = (~self.mask).flatten().nonzero().squeeze(1)
-        return SparseGradient(inactive[self.kept[chosen]], self.sums[chosen] / total_weight, self.mask.numel())
+        inactive = self.inactive().nonzero().squeeze(1)
+        return SparseGradient(inactive[self.kept[chosen]], self.sums[chosen] / total_weight, self.shape.numel())
 
 
 class Collector:
@@ -122,14 +130,20 @@ def _key(mask: Tensor) -> _Key:
 
 
 @contextlib.contextmanager
-def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int = 4) -> Iterator[Collector]:
+def collecting(
+    requests: Mapping[str, tuple[Tensor, int]],
+    *,
+    packed_shapes: Mapping[str, torch.Size] | None = None,
+    oversampling: int = 4,
+) -> Iterator[Collector]:
     """A block in which the gradients that ops offer for some masks are collected.
 
     Blocks for different models may overlap, also in different threads.
 
     Args:
-        requests: Parameter name -> its mask (the buffer itself, boolean, True = active) and k, the number of
-            coordinates asked for.
+        requests: Parameter name -> its mask (the buffer itself, boolean, True = active; or its bitmap) and k, the
+            number of coordinates asked for.
+        packed_shapes: Shapes of the dense weights of which `requests` has the bitmap.
         oversampling: Coordinates kept between batches per coordinate asked for, >= 1; see the module's docstring.
 
     Yields:
@@ -147,7 +161,7 @@ def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int 
     """
     if oversampling < 1:
         raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
-    layers = {}
+    layers, shapes = {}, packed_shapes or {}
     for name, (mask, k) in requests.items():
         if k < 0:
             raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
@@ -155,10 +169,10 @@ def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int 
             raise ConfigError(
                 f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
             )
-        layers[name] = _Layer(name, mask, k, oversampling * k)
+        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k)
     collector = Collector(layers)
     # Empty tensors all share the address 0, and have nothing to offer.
-    registered = {_key(layer.mask): layer for layer in layers.values() if layer.mask.numel()}
+    registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}
     _COLLECTED.update(registered)
     try:
         yield collector
@@ -179,8 +193,8 @@ def offer(mask: Tensor, gradient: Tensor) -> None:
     in place afterwards.
 
     Args:
-        mask: The mask buffer of the weight, boolean.
-        gradient: Gradient of the loss with respect to the effective weight, of the mask's shape, not yet masked.
+        mask: The mask buffer of the weight, boolean, or its bitmap.
+        gradient: Gradient of the loss with respect to the effective weight, of its dense shape, not yet masked.
 
     Raises:
         PassError: A gradient of another shape: a bug of the op.
@@ -190,9 +204,9 @@ def offer(mask: Tensor, gradient: Tensor) -> None:
     layer = _COLLECTED.get(_key(mask))
     if layer is None:
         return
-    if gradient.shape != mask.shape:
+    if gradient.shape != layer.shape:
         raise PassError(
-            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(mask.shape)}, "
+            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(layer.shape)}, "
             "the shape of its mask"
         )
     layer.add(gradient)

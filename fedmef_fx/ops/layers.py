@@ -128,20 +128,20 @@ class _PrunedLayer(Function):
         computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
         if x.requires_grad or weight.requires_grad:
             ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
-            ctx.mask, ctx.form = stored.mask, stored.form
+            ctx.mask, ctx.form, ctx.packed_shape = stored.mask, stored.form, stored.packed_shape
             ctx.packed = packed if ctx.needs_input_grad[1] else None
             keep_input = packed is None and ctx.needs_input_grad[1]
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(stored).to(dtype)
+            effective = effective_weight(stored, dtype)
             return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
-        stored = StoredWeight(weight, gain, ctx.mask, ctx.form)
-        effective = effective_weight(stored).to(grad.dtype)
+        stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
+        effective = effective_weight(stored, grad.dtype)
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.needs_input_grad[1]:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
@@ -160,7 +160,7 @@ class _PrunedLayer(Function):
 def _apply(layer: _Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
     if not x.is_floating_point():
         raise FedmefError(
-            f"a layer with weight {tuple(stored.weight.shape)} got an input of {x.dtype}; expected a floating point "
+            f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "
             f"tensor: convert it first, e.g. x.to({stored.weight.dtype})"
         )
     result: Tensor = _PrunedLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -186,16 +186,17 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     output_padding: tuple[int, ...] = (0,),
     g: float = 1.0,
     statistics: Statistics = "active",
+    packed_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """A convolution of 1 to 3 dimensions that keeps `packed` instead of x for its backward.
 
     Args:
         x: [N, in, *size] or [in, *size].
         packed: x as it is kept; None keeps x itself.
-        weight: [out, in/groups, *kernel], or [in, out/groups, *kernel] when transposed.
+        weight: [out, in/groups, *kernel], or [in, out/groups, *kernel] when transposed; [active] when packed.
         bias: [out].
         gain: gain_i of an NSConv, [out]; None for an ordinary weight.
-        mask: Boolean, of the weight's shape.
+        mask: Boolean, of the weight's shape; the bitmap of the active weights when packed.
         stride: Per spatial dimension, as the following ones.
         padding: Zeros on both sides.
         dilation: Spacing of the kernel.
@@ -204,6 +205,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
         output_padding: Of a transposed convolution.
         g: Gain of the nonlinearity that follows an NSConv.
         statistics: Of an NSConv.
+        packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
 
     Returns:
         [N, out, *size]; the gradient of weight is exactly 0 where masked.
@@ -211,8 +213,9 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     Raises:
         FedmefError: x is not floating point.
     """
-    stored = StoredWeight(weight, gain, mask, KernelForm(g, groups, transposed, statistics))
-    dims = weight.dim() - 2
+    shape = None if packed_shape is None else torch.Size(packed_shape)
+    stored = StoredWeight(weight, gain, mask, KernelForm(g, groups, transposed, statistics), shape)
+    dims = len(stored.shape) - 2
     output_padding = output_padding if len(output_padding) == dims else output_padding * dims
     geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == dims + 1:  # without a batch dimension; the packed elements are the same
@@ -231,18 +234,20 @@ def pruned_linear(
     *,
     g: float = 1.0,
     statistics: Statistics = "active",
+    packed_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """A linear layer that keeps `packed` instead of x for its backward.
 
     Args:
         x: [..., in].
         packed: x as it is kept; None keeps x itself.
-        weight: [out, in].
+        weight: [out, in]; [active] when packed.
         bias: [out].
         gain: gain_i of a standardised weight, [out]; None for an ordinary weight.
-        mask: Boolean, of the weight's shape.
+        mask: Boolean, of the weight's shape; the bitmap of the active weights when packed.
         g: Gain of the nonlinearity that follows a standardised weight.
         statistics: Of a standardised weight.
+        packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
 
     Returns:
         [..., out]; the gradient of weight is exactly 0 where masked.
@@ -250,4 +255,6 @@ def pruned_linear(
     Raises:
         FedmefError: x is not floating point.
     """
-    return _apply(_Linear(), x, packed, bias, StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics)))
+    shape = None if packed_shape is None else torch.Size(packed_shape)
+    stored = StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics), shape)
+    return _apply(_Linear(), x, packed, bias, stored)

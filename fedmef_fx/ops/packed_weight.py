@@ -1,0 +1,90 @@
+"""A packed weight: the active values `[active]` and a bitmap of where they stand, made dense for one layer at a time.
+
+    forward:   values --standardise, if an NSConv--> values --unpack by the bitmap--> dense weight
+    backward:  dense gradient --gather by the bitmap--> gradient of the values --backward of standardising-->
+
+All that is as large as the dense weight are the result of `unpacked` and the gradient given to `unpacked_backward`.
+The equations of the NSConv are those of `ops/nsconv.py`, on packed rows.
+"""
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.memory import backend_for
+from fedmef_fx.ops import growth
+from fedmef_fx.ops.nsconv import KernelForm, standardize_backward
+
+__all__ = ["gather", "unpack", "unpacked", "unpacked_backward"]
+
+
+def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
+    """Values at the set positions of a dense tensor, 0 elsewhere.
+
+    Args:
+        values: [active].
+        bitmap: uint8, one bit per element of the dense tensor in row-major order.
+        shape: Of the dense tensor.
+    """
+    dense = values.new_empty(shape)
+    backend_for(dense).unpack(bitmap, values.detach().contiguous(), out=dense.view(-1))
+    return dense
+
+
+def gather(dense: Tensor, bitmap: Tensor, count: int) -> Tensor:
+    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[count]`."""
+    if dense.device.type == "meta":  # nothing to look the positions up in
+        return dense.new_empty(count)
+    return backend_for(dense).gather(bitmap, dense.detach().reshape(-1))
+
+
+def unpacked(
+    weight: Tensor, gain: Tensor | None, bitmap: Tensor, form: KernelForm, *, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight to compute with.
+
+    Args:
+        weight: The active values, [active].
+        gain: gain_i of an NSConv, [out]; None for a weight that is not standardised.
+        bitmap: Where they stand.
+        form: How an NSConv standardises.
+        shape: Of the dense weight.
+        dtype: Of the result.
+    """
+    values = weight.detach()
+    if gain is not None:
+        rows = form.packed_rows(bitmap, shape)
+        kernel = form.standardize(values, rows, gain.detach())
+        values = kernel.base.mul_(rows.spread(kernel.scale))
+    return unpack(values.to(dtype), bitmap, shape)
+
+
+def unpacked_backward(
+    weight: Tensor, gain: Tensor | None, bitmap: Tensor, form: KernelForm, *, grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the active values and of gain.
+
+    While growth candidates are collected, the gradient at inactive positions is offered before it is dropped, as by
+    the dense form.
+
+    Args:
+        weight: As in `unpacked`, as the next three.
+        gain: gain_i, or None.
+        bitmap: Where the values stand.
+        form: How an NSConv standardises.
+        grad: Of the dense weight's shape; may be of lower precision.
+    """
+    shape = grad.shape
+    active = gather(grad, bitmap, weight.numel()).to(weight.dtype)
+    if gain is None:
+        growth.offer(bitmap, grad)
+        return active, None
+    rows = form.packed_rows(bitmap, shape)
+    kernel = form.standardize(weight.detach(), rows, gain.detach())
+    if growth.is_collecting():
+        growth.offer(bitmap, _scaled(grad, kernel.scale, form))
+    return standardize_backward(kernel, rows, active, g=form.g)
+
+
+def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:
+    """A dense gradient with each row multiplied by its scale."""
+    return form.kernel(form.rows(grad).to(scale.dtype) * scale.unsqueeze(1), grad.shape)
