@@ -13,7 +13,7 @@ from torch import nn
 
 from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_seed, leaf_regions
 from fedmef_fx.config import Config
-from fedmef_fx.emit import RegionTable, emit
+from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
@@ -34,7 +34,16 @@ from fedmef_fx.signature import Call
 from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
+__all__ = [
+    "ExportReport",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "memory_passes",
+    "pack_weights",
+    "passes_of",
+    "transform",
+]
 
 
 def transform(
@@ -125,6 +134,28 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
         return
     for region in regions:
         table.add(region)
+
+
+def pack_weights(model: nn.Module) -> PassResult:
+    """Store the masked weights of a transformed model packed, in place: `Config.weight_storage` for a finished model.
+
+    Masked parameters become other objects, so optimizers have to be made afterwards.
+
+    Args:
+        model: A transformed model. One that is packed already stays as it is.
+
+    Returns:
+        Which weights were packed, and which were not and why; `fedmef_fx.report(model)` has it, too.
+
+    Raises:
+        ConfigError: `model` was not made by `transform`.
+    """
+    program = program_of(model)
+    (result,) = Pipeline([PackWeights()]).run(program)
+    recompile(model)
+    program.facts.config = program.facts.config.replace(weight_storage="packed")
+    program.facts.reports = PassReport((*program.facts.reports, result))
+    return result
 
 
 def passes_of(config: Config) -> tuple[Pass, ...]:

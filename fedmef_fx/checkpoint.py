@@ -151,9 +151,9 @@ def _named_error(call: str) -> Any:
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A model's live tensors without masks and bitmaps, each under its first name, and its other names: alias -> first name.
+    """A model's live tensors, each under its first name, and its other names: alias -> first name.
 
-    Non-persistent buffers are not part of it.
+    Masks, bitmaps and non-persistent buffers are not part of it.
     """
     entries = masked_parameters(model) if is_transformed(model) else {}
     masks = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in entries.items()}

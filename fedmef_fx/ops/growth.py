@@ -1,8 +1,9 @@
 """How dense gradients of single layers reach whoever looks for weights to grow, without being kept.
 
 The backward of a masked weight returns 0 where the mask is off, but growth needs the gradient there. An op that has
-the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; of a packed weight, the
-bitmap is its mask. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector keeps, of each registered mask,
+the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; the mask of a packed
+weight is its bitmap. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector
+keeps, of each registered mask,
 
 1. while a parameter's backward is under way: the inactive part of the gradient, added up over its uses (a tied weight
    offers once per use), until `Collector.complete` says that all uses have offered, which for a weight used once is
