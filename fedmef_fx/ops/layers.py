@@ -5,6 +5,8 @@ is approximate (exact when nothing was dropped) while the gradients of the input
 weight is made again in backward instead of being kept.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,7 +28,7 @@ class _Layer(Protocol):
     """How a layer maps its input, and the gradients of that map."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor: ...
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor: ...
     def bias_gradient(self, grad: Tensor) -> Tensor: ...
 
@@ -56,9 +58,9 @@ class ConvolutionGeometry(NamedTuple):
         )
         return result
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of the weight; exact in x."""
-        result: Tensor = self._backward(grad, x, weight, (False, True, False))[1]
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        """Gradient of the weight; exact in x. torch asks for the weight, for its shape."""
+        result: Tensor = self._backward(grad, x, weight(), (False, True, False))[1]
         return result
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class _Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ class _PrunedLayer(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
-        effective = effective_weight(stored, grad.dtype)
+        # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
+        effective = functools.cache(lambda: effective_weight(stored, grad.dtype))
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.needs_input_grad[1]:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
@@ -151,7 +154,7 @@ class _PrunedLayer(Function):
             grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient)
             del dense_gradient
         if ctx.needs_input_grad[0]:
-            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective).to(ctx.x_dtype)
+            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective()).to(ctx.x_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = ctx.layer.bias_gradient(grad)
         return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
