@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedmef_fx.ops import growth, packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
+from fedmef_fx.ops.packed_weight import Recipe
 
-__all__ = ["StoredWeight", "effective_weight", "effective_weight_backward"]
+__all__ = ["Recipe", "StoredWeight", "effective_weight", "effective_weight_backward", "recipe_of"]
 
 
 class StoredWeight(NamedTuple):
@@ -37,37 +38,51 @@ class StoredWeight(NamedTuple):
         return self.weight.shape if self.packed_shape is None else self.packed_shape
 
 
-def effective_weight(stored: StoredWeight, dtype: torch.dtype | None = None) -> Tensor:
+def recipe_of(stored: StoredWeight) -> Recipe | None:
+    """What it takes to make an NSConv kernel again, a few kilobytes; None for other weights."""
+    weight, gain, mask, form, shape = stored
+    if gain is None:
+        return None
+    if shape is not None and mask is not None:
+        return packed_weight.recipe_of(weight, gain, mask, form, shape=shape)
+    return Recipe(form.standardize(*form.dense_rows(weight, mask), gain), None)
+
+
+def effective_weight(stored: StoredWeight, dtype: torch.dtype | None = None, *, recipe: Recipe | None = None) -> Tensor:
     """The dense weight to compute with; the parameter itself where nothing changes it.
 
     Args:
         stored: The weight.
         dtype: To compute in; None for the parameter's.
+        recipe: From `recipe_of` on the same weight; None to make it here.
     """
     weight, gain, mask, form, shape = stored
     dtype = dtype or weight.dtype
     if shape is not None and mask is not None:
-        return packed_weight.unpacked(weight, gain, mask, form, shape=shape, dtype=dtype)
+        return packed_weight.unpacked(weight, gain, mask, form, shape=shape, dtype=dtype, recipe=recipe)
     if gain is not None:
-        return nsconv_kernel(weight, gain, mask, form).to(dtype)
+        return nsconv_kernel(weight, gain, mask, form, recipe and recipe.columns).to(dtype)
     return (weight if mask is None else torch.where(mask, weight, 0.0)).to(dtype)
 
 
-def effective_weight_backward(stored: StoredWeight, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def effective_weight_backward(
+    stored: StoredWeight, grad: Tensor, *, recipe: Recipe | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of the stored weight and gain from the gradient of the effective weight.
 
     Args:
         stored: The same as in forward.
         grad: Of the dense weight's shape; may be of lower precision, as under autocast.
+        recipe: As in `effective_weight`.
 
     Returns:
         The gradient of the parameter, exactly 0 where masked, and that of gain.
     """
     weight, gain, mask, form, shape = stored
     if shape is not None and mask is not None:
-        return packed_weight.unpacked_backward(weight, gain, mask, form, grad=grad)
+        return packed_weight.unpacked_backward(weight, gain, mask, form, grad=grad, recipe=recipe)
     if gain is not None:
-        return nsconv_kernel_backward(weight, gain, mask, form, grad)
+        return nsconv_kernel_backward(weight, gain, mask, form, grad, recipe and recipe.columns)
     grad = grad.to(weight.dtype)
     if mask is None:
         return grad, None

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import PackedTensor
-from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward, recipe_of
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 
@@ -28,7 +28,9 @@ class _Layer(Protocol):
     """How a layer maps its input, and the gradients of that map."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor: ...
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor: ...
     def bias_gradient(self, grad: Tensor) -> Tensor: ...
 
@@ -58,14 +60,42 @@ class ConvolutionGeometry(NamedTuple):
         )
         return result
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        """Gradient of the weight; exact in x. torch asks for the weight, for its shape."""
-        result: Tensor = self._backward(grad, x, weight(), (False, True, False))[1]
-        return result
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight and the bias; exact in x. torch asks for the weight, for its shape."""
+        gradients = self._backward(grad, x, weight(), (False, True, has_bias))
+        return gradients[1], gradients[2] if has_bias else None
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         """Gradient of the input; x itself is not needed, only its shape."""
-        result: Tensor = self._backward(grad, grad.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
+        if grad.is_contiguous() and grad.numel() >= x_shape.numel():
+            # torch wants an x and never looks at its values. One without memory of its own would be copied to some.
+            stand_in = grad.view(-1)[: x_shape.numel()].view(x_shape)
+            result: Tensor = self._backward(grad, stand_in, weight, (True, False, False))[0]
+            return result
+        return self._convolve_back(grad, x_shape, weight)
+
+    def _convolve_back(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """The same as a convolution: transposed for an ordinary one, ordinary for a transposed one."""
+        rest = tuple(
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, stride, padding, dilation, kernel in zip(
+                x_shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
+            )
+        )
+        output_padding = (0,) * len(rest) if self.transposed else rest
+        result: Tensor = torch.convolution(
+            grad,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            not self.transposed,
+            output_padding,
+            self.groups,
+        )
         return result
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
@@ -77,7 +107,7 @@ class ConvolutionGeometry(NamedTuple):
             grad,
             x,
             weight,
-            None,
+            [grad.shape[1]],
             self.stride,
             self.padding,
             self.dilation,
@@ -94,8 +124,11 @@ class _Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_weight, self.bias_gradient(grad) if has_bias else None
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         return grad @ weight
@@ -135,7 +168,8 @@ class _PrunedLayer(Function):
             keep_input = packed is None and ctx.needs_input_grad[1]
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(stored, dtype)
+            ctx.recipe = recipe_of(stored)
+            effective = effective_weight(stored, dtype, recipe=ctx.recipe)
             return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -144,18 +178,20 @@ class _PrunedLayer(Function):
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
         # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
-        effective = functools.cache(lambda: effective_weight(stored, grad.dtype))
+        effective = functools.cache(lambda: effective_weight(stored, grad.dtype, recipe=ctx.recipe))
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.needs_input_grad[1]:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
             ctx.packed = None
-            dense_gradient = ctx.layer.weight_gradient(grad, dense.to(grad.dtype), effective)
+            dense_gradient, grad_bias = ctx.layer.parameter_gradients(
+                grad, dense.to(grad.dtype), effective, has_bias=ctx.needs_input_grad[3]
+            )
             del dense, x
-            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient)
+            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient, recipe=ctx.recipe)
             del dense_gradient
         if ctx.needs_input_grad[0]:
             grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective()).to(ctx.x_dtype)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and grad_bias is None:
             grad_bias = ctx.layer.bias_gradient(grad)
         return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
 

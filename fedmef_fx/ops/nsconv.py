@@ -17,7 +17,6 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,9 +31,10 @@ from fedmef_fx.ops.rows import DenseRows, Rows, packed_rows
 __all__ = [
     "DEGENERATE",
     "EPS",
+    "Columns",
     "KernelForm",
-    "Standardized",
     "Statistics",
+    "centred",
     "channel_affine",
     "nsconv_kernel",
     "nsconv_kernel_backward",
@@ -48,19 +48,20 @@ DEGENERATE = 1e-3
 Statistics = Literal["active", "all"]
 
 
-@dataclasses.dataclass(slots=True)
-class Standardized:
-    """A standardised kernel in rows, and what its backward needs. Rows are output channels; see `ops.rows`.
+class Columns(NamedTuple):
+    """What standardising a kernel comes down to: one number per row (output channel), as columns of `ops.rows`.
+
+    A few kilobytes, from which backward makes the kernel again without taking statistics again.
 
     Attributes:
-        base: b of the module docstring, one value per weight.
-        scale: Column of c_i / sqrt(max(s_i, EPS)).
-        normalizer: Column of 1 / sqrt(max(s_i, EPS)).
-        inverse_square: Column of 1 / s_i, 0 where the guard EPS acts.
-        centring: Column of 1 / N_i where the mean is subtracted, 0 in degenerate rows.
+        mean: mean_i, 0 in degenerate rows.
+        scale: c_i / sqrt(max(s_i, EPS)).
+        normalizer: 1 / sqrt(max(s_i, EPS)).
+        inverse_square: 1 / s_i, 0 where the guard EPS acts.
+        centring: 1 / N_i where the mean is subtracted, 0 in degenerate rows.
     """
 
-    base: Tensor
+    mean: Tensor
     scale: Tensor
     normalizer: Tensor
     inverse_square: Tensor
@@ -83,8 +84,8 @@ def from_rows(rows: Tensor, shape: torch.Size, *, groups: int, transposed: bool)
     return grouped.transpose(1, 2).reshape(shape)
 
 
-def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistics: Statistics) -> Standardized:
-    """Standardise a kernel in rows.
+def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistics: Statistics) -> Columns:
+    """Take the statistics of a kernel.
 
     Args:
         values: The weights in the form of `rows`.
@@ -94,7 +95,7 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
         statistics: Over the active weights or over all of them.
 
     Returns:
-        The kernel in factors: w_hat = base * scale.
+        The columns: w_hat = centred(values, rows, columns) * scale.
     """
     base = rows.active(values)
     number = rows.counts(values)
@@ -110,8 +111,8 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     if statistics == "all":
         square.add_((rows.fan_in - number) * mean.square())
     normalizer = square.clamp_min(EPS).rsqrt_()
-    return Standardized(
-        base=base,
+    return Columns(
+        mean=mean,
         scale=g * rows.column(gain) * normalizer,
         normalizer=normalizer,
         inverse_square=torch.where(square > EPS, normalizer.square(), 0.0),
@@ -119,7 +120,16 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     )
 
 
-def standardize_backward(kernel: Standardized, rows: Rows, grad: Tensor, *, g: float) -> tuple[Tensor, Tensor]:
+def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
+    """The weights without their mean, b of the module docstring; a new tensor in the form of `rows`."""
+    base = rows.active(values).sub_(rows.spread(columns.mean))
+    rows.clear_(base)
+    return base
+
+
+def standardize_backward(
+    base: Tensor, columns: Columns, rows: Rows, grad: Tensor, *, g: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain from the gradient of w_hat.
 
     Since ds/dw = 2 b for both kinds of statistics (the terms of the mean cancel), with h = m * grad
@@ -129,7 +139,8 @@ def standardize_backward(kernel: Standardized, rows: Rows, grad: Tensor, *, g: f
     without the second term in degenerate rows and without the third where EPS acts.
 
     Args:
-        kernel: From `standardize` on the same weight.
+        base: From `centred` on the same weight.
+        columns: From `standardize` on the same weight.
         rows: As there.
         grad: Gradient of w_hat, in the form of `rows`; not changed.
         g: As there.
@@ -137,13 +148,13 @@ def standardize_backward(kernel: Standardized, rows: Rows, grad: Tensor, *, g: f
     Returns:
         The gradients of weight, in the form of `rows`, and gain, [out].
     """
-    inner = rows.inner(grad, kernel.base)  # b is 0 where masked: no mask on grad needed
+    inner = rows.inner(grad, base)  # b is 0 where masked: no mask on grad needed
     result = rows.active(grad)
-    result.sub_(rows.spread(rows.sum(result) * kernel.centring))
-    result.addcmul_(kernel.base, rows.spread(inner * kernel.inverse_square), value=-1.0)
-    result.mul_(rows.spread(kernel.scale))
+    result.sub_(rows.spread(rows.sum(result) * columns.centring))
+    result.addcmul_(base, rows.spread(inner * columns.inverse_square), value=-1.0)
+    result.mul_(rows.spread(columns.scale))
     rows.clear_(result)
-    return result, (inner * kernel.normalizer).flatten() * g
+    return result, (inner * columns.normalizer).flatten() * g
 
 
 class KernelForm(NamedTuple):
@@ -178,36 +189,40 @@ class KernelForm(NamedTuple):
         """The rows of a packed kernel of a dense shape."""
         return packed_rows(bitmap, shape, axis=1 if self.transposed else 0, groups=self.groups)
 
-    def standardize(self, values: Tensor, rows: Rows, gain: Tensor) -> Standardized:
+    def standardize(self, values: Tensor, rows: Rows, gain: Tensor) -> Columns:
         """`standardize` in this form."""
         return standardize(values, rows, gain, g=self.g, statistics=self.statistics)
 
 
 class _NSConvWeight(Function):
-    """`nsconv_weight`; backward standardises again instead of keeping a second kernel."""
+    """`nsconv_weight`; backward makes the kernel again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm) -> Tensor:
         ctx.save_for_backward(weight, gain)
         ctx.mask, ctx.form = mask, form
-        return nsconv_kernel(weight, gain, mask, form)
+        ctx.columns = form.standardize(*form.dense_rows(weight, mask), gain)
+        return nsconv_kernel(weight, gain, mask, form, ctx.columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weight, gain = ctx.saved_tensors
-        grad_weight, grad_gain = nsconv_kernel_backward(weight, gain, ctx.mask, ctx.form, grad)
+        grad_weight, grad_gain = nsconv_kernel_backward(weight, gain, ctx.mask, ctx.form, grad, ctx.columns)
         return grad_weight, grad_gain, None, None
 
 
-def nsconv_kernel(weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm) -> Tensor:
-    """`nsconv_weight` without autograd."""
-    kernel = form.standardize(*form.dense_rows(weight, mask), gain)
-    return form.kernel(kernel.base.mul_(kernel.scale), weight.shape)
+def nsconv_kernel(
+    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, columns: Columns | None = None
+) -> Tensor:
+    """`nsconv_weight` without autograd; `columns` are those of this weight, None to take them here."""
+    values, rows = form.dense_rows(weight, mask)
+    columns = columns or form.standardize(values, rows, gain)
+    return form.kernel(centred(values, rows, columns).mul_(columns.scale), weight.shape)
 
 
 def nsconv_kernel_backward(
-    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, grad: Tensor
+    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, grad: Tensor, columns: Columns | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `nsconv_weight` with respect to weight and gain.
 
@@ -216,10 +231,11 @@ def nsconv_kernel_backward(
     """
     values, rows = form.dense_rows(weight, mask)
     grad_rows = form.rows(grad).to(weight.dtype)
-    kernel = form.standardize(values, rows, gain)
+    columns = columns or form.standardize(values, rows, gain)
     if mask is not None and growth.is_collecting():
-        growth.offer(mask, form.kernel(grad_rows * kernel.scale, weight.shape))
-    grad_weight, grad_gain = standardize_backward(kernel, rows, grad_rows, g=form.g)
+        growth.offer(mask, form.kernel(grad_rows * columns.scale, weight.shape))
+    base = centred(values, rows, columns)
+    grad_weight, grad_gain = standardize_backward(base, columns, rows, grad_rows, g=form.g)
     return form.kernel(grad_weight, weight.shape), grad_gain
 
 

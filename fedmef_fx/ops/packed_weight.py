@@ -7,14 +7,40 @@ All that is as large as the dense weight are the result of `unpacked` and the gr
 The equations of the NSConv are those of `ops/nsconv.py`, on packed rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fedmef_fx.memory import backend_for
 from fedmef_fx.ops import growth
-from fedmef_fx.ops.nsconv import KernelForm, standardize_backward
+from fedmef_fx.ops.nsconv import Columns, KernelForm, centred, standardize_backward
+from fedmef_fx.ops.rows import Rows, SegmentRows
 
-__all__ = ["gather", "unpack", "unpacked", "unpacked_backward"]
+__all__ = ["Recipe", "gather", "recipe_of", "unpack", "unpacked", "unpacked_backward"]
+
+
+class Recipe(NamedTuple):
+    """How to standardise a packed weight, small enough to keep between forward and backward.
+
+    Attributes:
+        columns: Its statistics.
+        rows: Its rows; None where they are as large as the weight, and made again.
+    """
+
+    columns: Columns
+    rows: SegmentRows | None
+
+
+def recipe_of(weight: Tensor, gain: Tensor, bitmap: Tensor, form: KernelForm, *, shape: torch.Size) -> Recipe:
+    """The recipe of a packed weight; arguments as in `unpacked`."""
+    rows = form.packed_rows(bitmap, shape)
+    columns = form.standardize(weight.detach(), rows, gain.detach())
+    return Recipe(columns, rows if isinstance(rows, SegmentRows) else None)
+
+
+def _opened(recipe: Recipe, bitmap: Tensor, form: KernelForm, shape: torch.Size) -> tuple[Rows, Columns]:
+    return recipe.rows or form.packed_rows(bitmap, shape), recipe.columns
 
 
 def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
@@ -38,7 +64,14 @@ def gather(dense: Tensor, bitmap: Tensor, count: int) -> Tensor:
 
 
 def unpacked(
-    weight: Tensor, gain: Tensor | None, bitmap: Tensor, form: KernelForm, *, shape: torch.Size, dtype: torch.dtype
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """The dense weight to compute with.
 
@@ -49,17 +82,23 @@ def unpacked(
         form: How an NSConv standardises.
         shape: Of the dense weight.
         dtype: Of the result.
+        recipe: From `recipe_of` on the same weight; None to make it here.
     """
     values = weight.detach()
     if gain is not None:
-        rows = form.packed_rows(bitmap, shape)
-        kernel = form.standardize(values, rows, gain.detach())
-        values = kernel.base.mul_(rows.spread(kernel.scale))
+        rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+        values = centred(values, rows, columns).mul_(rows.spread(columns.scale))
     return unpack(values.to(dtype), bitmap, shape)
 
 
 def unpacked_backward(
-    weight: Tensor, gain: Tensor | None, bitmap: Tensor, form: KernelForm, *, grad: Tensor
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    grad: Tensor,
+    recipe: Recipe | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the active values and of gain.
 
@@ -72,17 +111,17 @@ def unpacked_backward(
         bitmap: Where the values stand.
         form: How an NSConv standardises.
         grad: Of the dense weight's shape; may be of lower precision.
+        recipe: As in `unpacked`.
     """
     shape = grad.shape
     active = gather(grad, bitmap, weight.numel()).to(weight.dtype)
     if gain is None:
         growth.offer(bitmap, grad)
         return active, None
-    rows = form.packed_rows(bitmap, shape)
-    kernel = form.standardize(weight.detach(), rows, gain.detach())
+    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     if growth.is_collecting():
-        growth.offer(bitmap, _scaled(grad, kernel.scale, form))
-    return standardize_backward(kernel, rows, active, g=form.g)
+        growth.offer(bitmap, _scaled(grad, columns.scale, form))
+    return standardize_backward(centred(weight.detach(), rows, columns), columns, rows, active, g=form.g)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:
