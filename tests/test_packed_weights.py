@@ -20,6 +20,8 @@ from tests.packed_models import MODELS, build
 
 # Sums over a row run in another order, which costs a few units in the last place of double precision per step.
 TIGHT = 1e-12
+# Adam divides a gradient by its own size: where one is almost 0, as of weights just grown, it magnifies such noise.
+OVER_STEPS = {"sgd": TIGHT, "adamw": 1e-10}
 
 OPTIMIZERS = {
     "sgd": lambda model: SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3),
@@ -53,6 +55,9 @@ def assert_same_weights(dense: nn.Module, packed: nn.Module, *, tolerance: float
 
 
 def relative(left: Tensor, right: Tensor) -> float:
+    assert left.shape == right.shape
+    if not right.numel():
+        return 0.0
     return float((left - right).abs().max() / right.abs().max().clamp_min(1e-30))
 
 
@@ -82,8 +87,8 @@ def test_training_equals_dense_training_step_for_step(name: str, optimizer: str,
         if number in (8, 16):
             change_topology(dense, packed, x, y, uneven=number == 16)
         losses = [step(model, opt, x, y) for model, opt in zip((dense, packed), optimizers, strict=True)]
-        assert float((losses[0] - losses[1]).abs() / losses[0]) < TIGHT
-    assert_same_weights(dense, packed, tolerance=10 * TIGHT)
+        assert float((losses[0] - losses[1]).abs() / losses[0]) < OVER_STEPS[optimizer]
+    assert_same_weights(dense, packed, tolerance=10 * OVER_STEPS[optimizer])
 
 
 @pytest.mark.parametrize("statistics", ["active", "all"])
@@ -375,11 +380,9 @@ def test_exceptions_leave_no_packed_buffers_alive(where: str) -> None:
     before = set(held_buffers())
     model, x, y = build("conv")
     packed = transform(model, CONFIG.replace(activation_sparsity=0.5, weight_storage="packed"))
-    handle = packed.fc.register_forward_hook(lambda *_: None)
-    handle.remove()
     with pytest.raises((RuntimeError, ValueError)):
         if where == "forward":
-            packed(x[:, :, :5])  # too small for the classifier: fails at its end
+            packed(x[:, :, :3])  # too small for the last convolution
         else:
             F.cross_entropy(packed(Broken.apply(x.requires_grad_())), y).backward()
     gc.collect()
@@ -390,14 +393,14 @@ def test_hundreds_of_steps_leak_nothing() -> None:
     _, packed, x, y = twins("grouped", CONFIG.replace(activation_sparsity=0.5))
     optimizer = SGD(packed.parameters(), lr=0.01, momentum=0.9)
     counts = []
-    for number in range(300):
+    for number in range(210):
         step(packed, optimizer, x, y)
-        if number % 50 == 0:
+        if number % 35 == 0:
             change_topology(packed, packed, x, y, uneven=False)
             optimizer.zero_grad()
-        if number % 100 == 99:
+        if number % 70 == 69:
             gc.collect()
-            counts.append((len(held_buffers()), sum(isinstance(o, Tensor) for o in gc.get_objects())))
+            counts.append((len(held_buffers()), sum(issubclass(type(o), Tensor) for o in gc.get_objects())))
     assert counts[1] == counts[2]
 
 
