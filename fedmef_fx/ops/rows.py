@@ -11,10 +11,12 @@ A *column* holds one number per row and broadcasts against values by `spread`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.memory.bitmap import count_rows, unpack_bits
@@ -132,7 +134,7 @@ class _PackedRows:
         return vector
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class SegmentRows(_PackedRows):
     """Rows of which each is one segment of the active values.
 
@@ -144,6 +146,15 @@ class SegmentRows(_PackedRows):
     lengths: Tensor
     fan_in: int
 
+    @functools.cached_property
+    def _segments(self) -> tuple[NDArray[np.intp], NDArray[np.bool_] | None]:
+        """Where the rows that have values begin, and which these are; None for all."""
+        lengths = self.lengths.numpy()
+        full = None if lengths.all() else lengths > 0
+        starts = np.zeros(lengths.size + 1, dtype=np.intp)
+        np.cumsum(lengths, out=starts[1:])
+        return (starts[:-1] if full is None else starts[:-1][full]), full
+
     def counts(self, like: Tensor) -> Tensor:
         """See `Rows.counts`."""
         return self.lengths.to(like.dtype)
@@ -154,11 +165,11 @@ class SegmentRows(_PackedRows):
             result: Tensor = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0)
             return result
         # Seven times as fast as torch's, and more exact: numpy adds pairwise.
+        starts, full = self._segments
+        if full is None and starts.size:
+            return torch.from_numpy(np.add.reduceat(values.detach().numpy(), starts))
         sums = values.new_zeros(self.lengths.numel())
-        full = self.lengths.numpy() > 0
-        if full.any():
-            ends = np.cumsum(self.lengths.numpy())[full]
-            starts = np.concatenate([[0], ends[:-1]])
+        if starts.size:
             sums.numpy()[full] = np.add.reduceat(values.detach().numpy(), starts)
         return sums
 

@@ -1,5 +1,7 @@
 """Packed rows give what dense rows give, and counts of bits are right wherever rows begin."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory import bitmap
 from fedmef_fx.memory.bitmap import count_rows, pack_bits
 from fedmef_fx.ops.nsconv import KernelForm, standardize, standardize_backward
 from fedmef_fx.ops.rows import DenseRows, packed_rows
@@ -16,6 +19,8 @@ from fedmef_fx.ops.rows import DenseRows, packed_rows
 def test_row_counts(rows: int, fan_in: int, density: float, seed: int) -> None:
     mask = torch.rand(rows, fan_in, generator=torch.Generator().manual_seed(seed)) < density
     assert torch.equal(count_rows(pack_bits(mask), rows, fan_in), mask.sum(1))
+    with mock.patch.object(bitmap, "_SMALL", -1):  # the way of large bitmaps
+        assert torch.equal(count_rows(pack_bits(mask), rows, fan_in), mask.sum(1))
 
 
 def test_a_bitmap_of_another_size_is_refused() -> None:
