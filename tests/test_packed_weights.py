@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,6 +320,25 @@ def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in grads[1].values())
     # The kernels agree to single precision; rounded to 16 bits a few of them land on neighbouring numbers.
     assert all(relative(grads[1][key], gradient) < 2e-2 for key, gradient in grads[0].items())
+
+
+def test_distributed_training_between_topology_changes(tmp_path: Path) -> None:
+    dense, packed, x, y = twins("conv")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        optimizers = [OPTIMIZERS["sgd"](model) for model in (dense, packed)]
+        for number in range(2):
+            parallel = [nn.parallel.DistributedDataParallel(model) for model in (dense, packed)]
+            for _ in range(3):
+                losses = [step(model, opt, x, y) for model, opt in zip(parallel, optimizers, strict=True)]
+            assert float((losses[0] - losses[1]).abs()) < TIGHT
+            del parallel
+            for model, opt in zip((dense, packed), optimizers, strict=True):
+                opt.zero_grad()
+                uneven = {name: mask.roll(3) & mask for name, mask in masks(model).items()}
+                set_masks(model, uneven if number else {name: ~mask for name, mask in uneven.items()})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_half_precision_models_run() -> None:

@@ -30,10 +30,8 @@ def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
     return dense
 
 
-def gather(dense: Tensor, bitmap: Tensor, count: int) -> Tensor:
-    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[count]`."""
-    if dense.device.type == "meta":  # nothing to look the positions up in
-        return dense.new_empty(count)
+def gather(dense: Tensor, bitmap: Tensor) -> Tensor:
+    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[active]`."""
     return backend_for(dense).gather(bitmap, dense.detach().reshape(-1))
 
 
@@ -50,6 +48,8 @@ def unpacked(
         shape: Of the dense weight.
         dtype: Of the result.
     """
+    if weight.device.type == "meta":  # there are shapes only, and no bits to look at
+        return weight.new_empty(shape, dtype=dtype)
     values = weight.detach()
     if gain is not None:
         rows = form.packed_rows(bitmap, shape)
@@ -74,7 +74,9 @@ def unpacked_backward(
         grad: Of the dense weight's shape; may be of lower precision.
     """
     shape = grad.shape
-    active = gather(grad, bitmap, weight.numel()).to(weight.dtype)
+    if weight.device.type == "meta":
+        return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+    active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:
         growth.offer(bitmap, grad)
         return active, None

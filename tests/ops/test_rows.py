@@ -11,6 +11,7 @@ from torch import Tensor
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.memory import bitmap
 from fedmef_fx.memory.bitmap import count_rows, pack_bits
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
 from fedmef_fx.ops.nsconv import KernelForm, standardize, standardize_backward
 from fedmef_fx.ops.rows import DenseRows, packed_rows
 
@@ -79,3 +80,15 @@ def test_columns_and_sums_of_rows_without_values() -> None:
     assert DenseRows(mask, 3).counts(torch.zeros(5, 3)).flatten().tolist() == rows.counts(values).tolist()
     assert rows.sum(values.bfloat16()).tolist() == [0.0, 3.0, 0.0, 12.0, 0.0]
     assert rows.spread(torch.arange(5.0).bfloat16()).tolist() == [1.0, 1.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("gain", [None, torch.ones(4)])
+def test_shapes_are_known_without_data(gain: Tensor | None) -> None:
+    weight, bitmap = torch.randn(7, device="meta"), torch.zeros(4, dtype=torch.uint8, device="meta")
+    gain = None if gain is None else gain.to("meta")
+    stored = StoredWeight(weight, gain, bitmap, KernelForm(), torch.Size((4, 2, 3)))
+    dense = effective_weight(stored)
+    assert dense.shape == (4, 2, 3)
+    grad, grad_gain = effective_weight_backward(stored, dense)
+    assert grad.shape == (7,)
+    assert (grad_gain is None) == (gain is None)
