@@ -341,6 +341,37 @@ def test_distributed_training_between_topology_changes(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", ["weight", "gain"])
+def test_frozen_weights_and_gains(kind: str) -> None:
+    dense, packed, x, y = twins("conv", CONFIG.replace(activation_sparsity=0.5))
+    for model in (dense, packed):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(("norm" in name) == (kind == "weight"))
+        F.cross_entropy(model(x), y).backward()
+    for name, parameter in packed.named_parameters():
+        expected = dense.get_parameter(name).grad
+        assert (parameter.grad is None) == (expected is None) == (not parameter.requires_grad)
+        if "norm" in name and expected is not None:
+            assert relative(parameter.grad, expected) < TIGHT
+            assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_cuda_equals_dense_training(name: str) -> None:
+    dense, packed, x, y = twins(name)
+    x, y = x.cuda(), y.cuda()
+    models = [dense.cuda(), packed.cuda()]
+    optimizers = [OPTIMIZERS["sgd"](model) for model in models]
+    for number in range(6):
+        if number == 3:
+            for model in models:
+                set_masks(model, {key: mask.roll(1) for key, mask in masks(model).items()})
+        losses = [step(model, opt, x, y) for model, opt in zip(models, optimizers, strict=True)]
+    assert float((losses[0] - losses[1]).abs()) < 1e-10  # sums on the device have no fixed order
+    assert_same_weights(dense, packed, tolerance=1e-9)
+
+
 def test_half_precision_models_run() -> None:
     _, packed, x, _ = twins("grouped")
     expected = packed.eval()(x)
