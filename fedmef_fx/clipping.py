@@ -94,7 +94,7 @@ def _clip_packed(entry: MaskedParameter, gradient: Tensor, *, ratio: float, eps:
     """`_clip` on active values."""
     values = entry.parameter.detach()
     if _is_vector(entry.shape):
-        rows: Rows = SegmentRows.of(torch.tensor([values.numel()], device=values.device), entry.numel)
+        rows: Rows = SegmentRows(torch.tensor([values.numel()], device=values.device), entry.numel)
     else:
         rows = packed_rows(entry.buffer, entry.shape, axis=unit)
     dtype = torch.promote_types(values.dtype, torch.float32)

@@ -16,7 +16,7 @@ from fedmef_fx.memory.backends import backend_for
 from fedmef_fx.memory.bitmap import pack_bits, unpack_bits
 from fedmef_fx.sparsity.optimizer_state import Move, forget_state, move_state
 
-__all__ = ["MaskedParameter", "bitmap_name", "mask_name"]
+__all__ = ["MaskedParameter", "bitmap_name", "mask_name", "resize"]
 
 
 def mask_name(parameter: str) -> str:

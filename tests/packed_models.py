@@ -4,7 +4,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmef_fx.models import digits_cnn
+
+class Convolutions(nn.Module):
+    """Convolutions with a residual sum and pooling, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.norm3 = nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.relu(self.norm2(self.conv2(x)) + x)
+        return self.fc(F.relu(self.norm3(self.conv3(x))).flatten(1))
 
 
 class Decoder(nn.Module):
@@ -63,7 +77,7 @@ class Block(nn.Module):
 
 
 MODELS = {
-    "conv": (digits_cnn, lambda: torch.randn(6, 1, 8, 8), 10),
+    "conv": (Convolutions, lambda: torch.randn(6, 1, 6, 6), 5),
     "grouped": (Grouped, lambda: torch.randn(6, 3, 6, 6), 5),
     "transposed": (Decoder, lambda: torch.randn(6, 6, 3, 3), 3),
     "transformer": (Block, lambda: torch.randn(6, 4, 12), 5),

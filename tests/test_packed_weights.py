@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from fedmef_fx.clipping import clip_gradients
 from fedmef_fx.memory import LiveBytes
 from fedmef_fx.memory.registry import held_buffers
 from fedmef_fx.model import masked_parameters
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive
 from tests.packed_models import MODELS, build
 
 # Sums over a row run in another order, which costs a few units in the last place of double precision per step.
 TIGHT = 1e-12
+# Adam divides a gradient by its own size: where one is almost 0, as of weights just grown, it magnifies such noise.
+OVER_STEPS = {"sgd": TIGHT, "adamw": 1e-10}
 
 OPTIMIZERS = {
     "sgd": lambda model: SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3),
@@ -53,6 +58,9 @@ def assert_same_weights(dense: nn.Module, packed: nn.Module, *, tolerance: float
 
 
 def relative(left: Tensor, right: Tensor) -> float:
+    assert left.shape == right.shape
+    if not right.numel():
+        return 0.0
     return float((left - right).abs().max() / right.abs().max().clamp_min(1e-30))
 
 
@@ -82,8 +90,8 @@ def test_training_equals_dense_training_step_for_step(name: str, optimizer: str,
         if number in (8, 16):
             change_topology(dense, packed, x, y, uneven=number == 16)
         losses = [step(model, opt, x, y) for model, opt in zip((dense, packed), optimizers, strict=True)]
-        assert float((losses[0] - losses[1]).abs() / losses[0]) < TIGHT
-    assert_same_weights(dense, packed, tolerance=10 * TIGHT)
+        assert float((losses[0] - losses[1]).abs() / losses[0]) < OVER_STEPS[optimizer]
+    assert_same_weights(dense, packed, tolerance=10 * OVER_STEPS[optimizer])
 
 
 @pytest.mark.parametrize("statistics", ["active", "all"])
@@ -107,9 +115,6 @@ def test_gradients_equal_autograd_of_the_equations(name: str, statistics: str) -
 
 def _written_out(model: nn.Module) -> nn.Module:
     """A copy of a dense-storage model whose kernels are plain torch functions that autograd looks into."""
-    from fedmef_fx.ops.masking import masked_weight
-    from fedmef_fx.ops.nsconv import nsconv_weight
-
     eager = copy.deepcopy(model)
     for node in eager.graph.nodes:
         if node.target is nsconv_weight:
@@ -317,6 +322,56 @@ def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
     assert all(relative(grads[1][key], gradient) < 2e-2 for key, gradient in grads[0].items())
 
 
+def test_distributed_training_between_topology_changes(tmp_path: Path) -> None:
+    dense, packed, x, y = twins("conv")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        optimizers = [OPTIMIZERS["sgd"](model) for model in (dense, packed)]
+        for number in range(2):
+            parallel = [nn.parallel.DistributedDataParallel(model) for model in (dense, packed)]
+            for _ in range(3):
+                losses = [step(model, opt, x, y) for model, opt in zip(parallel, optimizers, strict=True)]
+            assert float((losses[0] - losses[1]).abs()) < TIGHT
+            del parallel
+            for model, opt in zip((dense, packed), optimizers, strict=True):
+                opt.zero_grad()
+                uneven = {name: mask.roll(3) & mask for name, mask in masks(model).items()}
+                set_masks(model, uneven if number else {name: ~mask for name, mask in uneven.items()})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["weight", "gain"])
+def test_frozen_weights_and_gains(kind: str) -> None:
+    dense, packed, x, y = twins("conv", CONFIG.replace(activation_sparsity=0.5))
+    for model in (dense, packed):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(("norm" in name) == (kind == "weight"))
+        F.cross_entropy(model(x), y).backward()
+    for name, parameter in packed.named_parameters():
+        expected = dense.get_parameter(name).grad
+        assert (parameter.grad is None) == (expected is None) == (not parameter.requires_grad)
+        if "norm" in name and expected is not None:
+            assert relative(parameter.grad, expected) < TIGHT
+            assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_training_on_cuda_equals_dense_training(name: str) -> None:
+    dense, packed, x, y = twins(name)
+    x, y = x.cuda(), y.cuda()
+    models = [dense.cuda(), packed.cuda()]
+    optimizers = [OPTIMIZERS["sgd"](model) for model in models]
+    for number in range(6):
+        if number == 3:
+            for model in models:
+                set_masks(model, {key: mask.roll(1) for key, mask in masks(model).items()})
+        losses = [step(model, opt, x, y) for model, opt in zip(models, optimizers, strict=True)]
+    assert float((losses[0] - losses[1]).abs()) < 1e-10  # sums on the device have no fixed order
+    assert_same_weights(dense, packed, tolerance=1e-9)
+
+
 def test_half_precision_models_run() -> None:
     _, packed, x, _ = twins("grouped")
     expected = packed.eval()(x)
@@ -369,19 +424,26 @@ class Broken(torch.autograd.Function):
         raise RuntimeError("broken")
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_exceptions_leave_no_packed_buffers_alive(where: str) -> None:
+def _fail_in_forward(model: nn.Module, x: Tensor) -> None:
+    model(x[:, :, :3])  # too small for the last convolution
+
+
+def _fail_before_backward(model: nn.Module, x: Tensor) -> None:
+    Broken.apply(model(x)).sum().backward()
+
+
+def _fail_after_backward(model: nn.Module, x: Tensor) -> None:
+    model(Broken.apply(x.requires_grad_())).sum().backward()
+
+
+@pytest.mark.parametrize("fail", [_fail_in_forward, _fail_before_backward, _fail_after_backward])
+def test_exceptions_leave_no_packed_buffers_alive(fail) -> None:
     gc.collect()
     before = set(held_buffers())
-    model, x, y = build("conv")
+    model, x, _ = build("conv")
     packed = transform(model, CONFIG.replace(activation_sparsity=0.5, weight_storage="packed"))
-    handle = packed.fc.register_forward_hook(lambda *_: None)
-    handle.remove()
-    with pytest.raises((RuntimeError, ValueError)):
-        if where == "forward":
-            packed(x[:, :, :5])  # too small for the classifier: fails at its end
-        else:
-            F.cross_entropy(packed(Broken.apply(x.requires_grad_())), y).backward()
+    with pytest.raises(RuntimeError):
+        fail(packed, x)
     gc.collect()
     assert set(held_buffers()) <= before
 
@@ -390,14 +452,14 @@ def test_hundreds_of_steps_leak_nothing() -> None:
     _, packed, x, y = twins("grouped", CONFIG.replace(activation_sparsity=0.5))
     optimizer = SGD(packed.parameters(), lr=0.01, momentum=0.9)
     counts = []
-    for number in range(300):
+    for number in range(210):
         step(packed, optimizer, x, y)
-        if number % 50 == 0:
+        if number % 35 == 0:
             change_topology(packed, packed, x, y, uneven=False)
             optimizer.zero_grad()
-        if number % 100 == 99:
+        if number % 70 == 69:
             gc.collect()
-            counts.append((len(held_buffers()), sum(isinstance(o, Tensor) for o in gc.get_objects())))
+            counts.append((len(held_buffers()), sum(issubclass(type(o), Tensor) for o in gc.get_objects())))
     assert counts[1] == counts[2]
 
 

@@ -161,11 +161,12 @@ class _PrunedLayer(Function):
     ) -> Tensor:
         dtype = _compute_dtype(x, weight)
         computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
-        if x.requires_grad or weight.requires_grad:
+        if any(ctx.needs_input_grad):
             ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
             ctx.mask, ctx.form, ctx.packed_shape = stored.mask, stored.form, stored.packed_shape
-            ctx.packed = packed if ctx.needs_input_grad[1] else None
-            keep_input = packed is None and ctx.needs_input_grad[1]
+            ctx.reads_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            ctx.packed = packed if ctx.reads_input else None
+            keep_input = packed is None and ctx.reads_input
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with torch.autocast(x.device.type, enabled=False):
             ctx.recipe = recipe_of(stored)
@@ -180,7 +181,7 @@ class _PrunedLayer(Function):
         # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
         effective = functools.cache(lambda: effective_weight(stored, grad.dtype, recipe=ctx.recipe))
         grad_weight = grad_gain = grad_input = grad_bias = None
-        if ctx.needs_input_grad[1]:
+        if ctx.reads_input:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
             ctx.packed = None
             dense_gradient, grad_bias = ctx.layer.parameter_gradients(

@@ -56,10 +56,8 @@ def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
     return dense
 
 
-def gather(dense: Tensor, bitmap: Tensor, count: int) -> Tensor:
-    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[count]`."""
-    if dense.device.type == "meta":  # nothing to look the positions up in
-        return dense.new_empty(count)
+def gather(dense: Tensor, bitmap: Tensor) -> Tensor:
+    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[active]`."""
     return backend_for(dense).gather(bitmap, dense.detach().reshape(-1))
 
 
@@ -84,6 +82,8 @@ def unpacked(
         dtype: Of the result.
         recipe: From `recipe_of` on the same weight; None to make it here.
     """
+    if weight.device.type == "meta":  # there are shapes only, and no bits to look at
+        return weight.new_empty(shape, dtype=dtype)
     values = weight.detach()
     if gain is not None:
         rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
@@ -114,7 +114,9 @@ def unpacked_backward(
         recipe: As in `unpacked`.
     """
     shape = grad.shape
-    active = gather(grad, bitmap, weight.numel()).to(weight.dtype)
+    if weight.device.type == "meta":
+        return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+    active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:
         growth.offer(bitmap, grad)
         return active, None

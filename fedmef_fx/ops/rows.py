@@ -11,10 +11,12 @@ A *column* holds one number per row and broadcasts against values by `spread`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.memory.bitmap import count_rows, unpack_bits
@@ -132,25 +134,26 @@ class _PackedRows:
         return vector
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class SegmentRows(_PackedRows):
     """Rows of which each is one segment of the active values.
 
     Attributes:
         lengths: Active weights per row, int64 `[rows]`.
         fan_in: Weights per row.
-        starts: Where the rows that are not empty begin, int64 `[rows that are not empty]`.
     """
 
     lengths: Tensor
     fan_in: int
-    starts: Tensor
 
-    @classmethod
-    def of(cls, lengths: Tensor, fan_in: int) -> "SegmentRows":
-        """From the lengths of the segments."""
-        starts = lengths.cumsum(0).sub_(lengths)
-        return cls(lengths, fan_in, starts[lengths > 0])
+    @functools.cached_property
+    def _segments(self) -> tuple[NDArray[np.intp], NDArray[np.bool_] | None]:
+        """Where the rows that have values begin, and which these are; None for all."""
+        lengths = self.lengths.numpy()
+        full = None if lengths.all() else lengths > 0
+        starts = np.zeros(lengths.size + 1, dtype=np.intp)
+        np.cumsum(lengths, out=starts[1:])
+        return (starts[:-1] if full is None else starts[:-1][full]), full
 
     def counts(self, like: Tensor) -> Tensor:
         """See `Rows.counts`."""
@@ -162,10 +165,13 @@ class SegmentRows(_PackedRows):
             result: Tensor = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0)
             return result
         # Seven times as fast as torch's, and more exact: numpy adds pairwise.
-        sums = torch.from_numpy(np.add.reduceat(values.detach().numpy(), self.starts.numpy()))
-        if sums.numel() == self.lengths.numel():
-            return sums
-        return values.new_zeros(self.lengths.numel()).masked_scatter_(self.lengths > 0, sums)
+        starts, full = self._segments
+        if full is None and starts.size:
+            return torch.from_numpy(np.add.reduceat(values.detach().numpy(), starts))
+        sums = values.new_zeros(self.lengths.numel())
+        if starts.size:
+            sums.numpy()[full] = np.add.reduceat(values.detach().numpy(), starts)
+        return sums
 
     def spread(self, column: Tensor) -> Tensor:
         """See `Rows.spread`; a new tensor `[active]`."""
@@ -214,7 +220,7 @@ def packed_rows(bitmap: Tensor, shape: torch.Size, *, axis: int = 0, groups: int
     numel = shape.numel()
     if axis == 0:
         rows = shape[0]
-        return SegmentRows.of(count_rows(bitmap, rows, numel // max(rows, 1)), numel // max(rows, 1))
+        return SegmentRows(count_rows(bitmap, rows, numel // max(rows, 1)), numel // max(rows, 1))
     rows, inner = groups * shape[1], torch.Size(shape[2:]).numel()
     positions = unpack_bits(bitmap, numel).nonzero().squeeze(1)
     per_group = max(numel // max(groups, 1), 1)
