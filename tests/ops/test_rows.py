@@ -12,7 +12,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.memory import bitmap
 from fedmef_fx.memory.bitmap import count_rows, pack_bits
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
-from fedmef_fx.ops.nsconv import KernelForm, standardize, standardize_backward
+from fedmef_fx.ops.nsconv import KernelForm, centred, standardize, standardize_backward
 from fedmef_fx.ops.rows import DenseRows, packed_rows
 
 
@@ -60,12 +60,13 @@ def test_standardising_equals_that_of_dense_rows(shape, transposed, groups, dens
     assert packed.fan_in == dense.fan_in == values.shape[1]
     theirs = standardize(values, dense, gain, g=1.7, statistics=statistics)
     ours = standardize(weight[mask], packed, gain, g=1.7, statistics=statistics)
-    expected = standardize_backward(theirs, dense, form.rows(grad), g=1.7)
-    got = standardize_backward(ours, packed, grad[mask], g=1.7)
-    kernel = form.kernel(theirs.base * theirs.scale, torch.Size(shape))[mask]
+    dense_base, base = centred(values, dense, theirs), centred(weight[mask], packed, ours)
+    expected = standardize_backward(dense_base, theirs, dense, form.rows(grad), g=1.7)
+    got = standardize_backward(base, ours, packed, grad[mask], g=1.7)
+    kernel = form.kernel(dense_base * theirs.scale, torch.Size(shape))[mask]
     # The sums of a row run in another order.
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.2}[dtype]
-    assert torch.allclose(ours.base * packed.spread(ours.scale), kernel, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(base * packed.spread(ours.scale), kernel, rtol=tolerance, atol=tolerance)
     if dtype != torch.bfloat16:  # where guards act, 8 bits decide differently
         assert torch.allclose(got[0], form.kernel(expected[0], torch.Size(shape))[mask], rtol=tolerance, atol=tolerance)
         assert torch.allclose(got[1], expected[1], rtol=tolerance, atol=tolerance)
