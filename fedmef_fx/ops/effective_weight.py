@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmef_fx.ops import growth, packed_weight
+from fedmef_fx.ops import growth
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
+from fedmef_fx.ops.packed_weight import PackedKernel
 
-__all__ = ["StoredWeight", "effective_weight", "effective_weight_backward"]
+__all__ = ["StoredWeight", "effective_weight", "effective_weight_backward", "packed_kernel"]
 
 
 class StoredWeight(NamedTuple):
@@ -37,35 +38,49 @@ class StoredWeight(NamedTuple):
         return self.weight.shape if self.packed_shape is None else self.packed_shape
 
 
-def effective_weight(stored: StoredWeight, dtype: torch.dtype | None = None) -> Tensor:
+def packed_kernel(stored: StoredWeight) -> PackedKernel | None:
+    """What forms of a packed weight share within one backward; None for a weight that is stored dense."""
+    weight, gain, mask, form, shape = stored
+    return None if shape is None or mask is None else PackedKernel(weight, gain, mask, form, shape)
+
+
+def effective_weight(
+    stored: StoredWeight, dtype: torch.dtype | None = None, *, kernel: PackedKernel | None = None
+) -> Tensor:
     """The dense weight to compute with; the parameter itself where nothing changes it.
 
     Args:
         stored: The weight.
         dtype: To compute in; None for the parameter's.
+        kernel: `packed_kernel(stored)`, if it is there already.
     """
-    weight, gain, mask, form, shape = stored
+    weight, gain, mask, form, _ = stored
     dtype = dtype or weight.dtype
-    if shape is not None and mask is not None:
-        return packed_weight.unpacked(weight, gain, mask, form, shape=shape, dtype=dtype)
+    kernel = kernel or packed_kernel(stored)
+    if kernel is not None:
+        return kernel.dense(dtype)
     if gain is not None:
         return nsconv_kernel(weight, gain, mask, form).to(dtype)
     return (weight if mask is None else torch.where(mask, weight, 0.0)).to(dtype)
 
 
-def effective_weight_backward(stored: StoredWeight, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+def effective_weight_backward(
+    stored: StoredWeight, grad: Tensor, *, kernel: PackedKernel | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of the stored weight and gain from the gradient of the effective weight.
 
     Args:
         stored: The same as in forward.
         grad: Of the dense weight's shape; may be of lower precision, as under autocast.
+        kernel: `packed_kernel(stored)`, if it is there already.
 
     Returns:
         The gradient of the parameter, exactly 0 where masked, and that of gain.
     """
-    weight, gain, mask, form, shape = stored
-    if shape is not None and mask is not None:
-        return packed_weight.unpacked_backward(weight, gain, mask, form, grad=grad)
+    weight, gain, mask, form, _ = stored
+    kernel = kernel or packed_kernel(stored)
+    if kernel is not None:
+        return kernel.gradient(grad)
     if gain is not None:
         return nsconv_kernel_backward(weight, gain, mask, form, grad)
     grad = grad.to(weight.dtype)

@@ -17,7 +17,12 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import PackedTensor
-from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
+from fedmef_fx.ops.effective_weight import (
+    StoredWeight,
+    effective_weight,
+    effective_weight_backward,
+    packed_kernel,
+)
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 
@@ -144,15 +149,16 @@ class _PrunedLayer(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
+        kernel = packed_kernel(stored)
         # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
-        effective = functools.cache(lambda: effective_weight(stored, grad.dtype))
+        effective = functools.cache(lambda: effective_weight(stored, grad.dtype, kernel=kernel))
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.reads_input:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
             ctx.packed = None
             dense_gradient = ctx.layer.weight_gradient(grad, dense.to(grad.dtype), effective)
             del dense, x
-            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient)
+            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient, kernel=kernel)
             del dense_gradient
         if ctx.needs_input_grad[0]:
             grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective()).to(ctx.x_dtype)
