@@ -20,16 +20,21 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError, PassError
-from fedmef_fx.memory.bitmap import unpack_bits
+from fedmef_fx.memory.backends import backend_for
+from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = ["Collector", "collecting", "is_collecting", "offer"]
+
+# Coordinates that are looked at together; a multiple of 8.
+_BLOCK: Final = 1 << 18
 
 _Key = tuple[torch.device, int, torch.Size]
 
@@ -48,13 +53,29 @@ class _Layer:
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
 
     def inactive(self) -> Tensor:
-        """Booleans `[numel]`; made anew of a bitmap."""
-        is_mask = self.buffer.dtype == torch.bool
-        mask = self.buffer.flatten() if is_mask else unpack_bits(self.buffer, self.shape.numel())
-        return ~mask
+        """The bitmap of the inactive coordinates."""
+        if self.buffer.dtype == torch.bool:
+            return pack_bits(~self.buffer)
+        bits = ~self.buffer
+        if tail := self.shape.numel() % 8:
+            bits[-1] &= (1 << tail) - 1
+        return bits
+
+    def positions_of(self, ordinals: Tensor) -> Tensor:
+        """Flat positions of some inactive coordinates, given by their ascending numbers among all inactive ones."""
+        bits, numel = self.inactive(), self.shape.numel()
+        found, first = [ordinals[:0]], 0
+        for start in range(0, numel, _BLOCK):  # an index of all of them would be as large as two dense weights
+            count = min(_BLOCK, numel - start)
+            here = unpack_bits(bits[start // 8 : bitmap_nbytes(start + count)], count).nonzero().squeeze(1)
+            last = first + here.numel()
+            low, high = torch.searchsorted(ordinals, torch.tensor([first, last], device=ordinals.device)).tolist()
+            found.append(here[ordinals[low:high] - first] + start)
+            first = last
+        return torch.cat(found)
 
     def add(self, gradient: Tensor) -> None:
-        inactive = gradient.detach().flatten()[self.inactive()]
+        inactive = backend_for(gradient).gather(self.inactive(), gradient.detach().reshape(-1))
         inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
         self.pending = inactive if self.pending is None else self.pending.add_(inactive)
 
@@ -74,8 +95,9 @@ class _Layer:
             nothing = torch.empty(0, device=self.buffer.device)
             return SparseGradient(nothing.long(), nothing, self.shape.numel())
         chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
-        inactive = self.inactive().nonzero().squeeze(1)
-        return SparseGradient(inactive[self.kept[chosen]], self.sums[chosen] / total_weight, self.shape.numel())
+        return SparseGradient(
+            self.positions_of(self.kept[chosen]), self.sums[chosen] / total_weight, self.shape.numel()
+        )
 
 
 class Collector:
