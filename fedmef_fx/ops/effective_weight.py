@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmef_fx.ops import growth
+from fedmef_fx.ops import growth, packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 from fedmef_fx.ops.packed_weight import Recipe
 
@@ -56,7 +56,7 @@ def effective_weight(stored: StoredWeight, dtype: torch.dtype | None = None, *, 
         dtype: To compute in; None for the parameter's.
         recipe: From `recipe_of` on the same weight; None to make it here.
     """
-    weight, gain, mask, form, _ = stored
+    weight, gain, mask, form, shape = stored
     dtype = dtype or weight.dtype
     if shape is not None and mask is not None:
         return packed_weight.unpacked(weight, gain, mask, form, shape=shape, dtype=dtype, recipe=recipe)

@@ -178,7 +178,6 @@ class _PrunedLayer(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
-        kernel = packed_kernel(stored)
         # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
         effective = functools.cache(lambda: effective_weight(stored, grad.dtype, recipe=ctx.recipe))
         grad_weight = grad_gain = grad_input = grad_bias = None

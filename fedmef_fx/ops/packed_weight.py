@@ -3,8 +3,8 @@
     forward:   values --standardise, if an NSConv--> values --unpack by the bitmap--> dense weight
     backward:  dense gradient --gather by the bitmap--> gradient of the values --backward of standardising-->
 
-All that is as large as the dense weight are the results of `PackedKernel.dense` and what `gradient` is given. The
-equations of the NSConv are those of `ops/nsconv.py`, on packed rows.
+All that is as large as the dense weight are the result of `unpacked` and the gradient given to `unpacked_backward`.
+The equations of the NSConv are those of `ops/nsconv.py`, on packed rows.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def unpacked(
 ) -> Tensor:
     """The dense weight to compute with.
 
-    Attributes:
+    Args:
         weight: The active values, [active].
         gain: gain_i of an NSConv, [out]; None for a weight that is not standardised.
         bitmap: Where they stand.
