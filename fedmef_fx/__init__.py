@@ -7,7 +7,7 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.api import ExportReport, export_onnx, freeze, transform
+from fedmef_fx.api import ExportReport, export_onnx, freeze, inspect_onnx, transform
 from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
@@ -36,6 +36,7 @@ __all__ = [
     "freeze",
     "growth_candidates",
     "inspect",
+    "inspect_onnx",
     "load",
     "masks",
     "memory",

@@ -5,8 +5,8 @@ import fnmatch
 import functools
 import inspect as python_inspect
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,9 +15,12 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
+from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
+from fedmef_fx.inspection.pass_observer import PassObserver
 from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -36,9 +39,11 @@ from fedmef_fx.verify import Verifier
 
 __all__ = [
     "ExportReport",
+    "FileInspection",
     "export_onnx",
     "extend_region",
     "freeze",
+    "inspect_onnx",
     "memory_passes",
     "pack_weights",
     "passes_of",
@@ -52,6 +57,9 @@ def transform(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    print_after: Collection[str] | Literal["all"] = (),
+    stop_after: str | None = None,
+    printer: Callable[[str], object] | None = None,
 ) -> nn.Module:
     """Rewrite a model for FedMef: masked weights, normalised sparse convolutions, pruned saved activations.
 
@@ -64,14 +72,19 @@ def transform(
         example_inputs: Positional arguments of one call, as a tuple. With them the model is specialised to the
             optional arguments they give, and the capture is checked against the original in both modes.
         example_kwargs: Keyword arguments of that call.
+        print_after: Names of passes after which the graphs are printed as text ("capture" for those before the first
+            pass), or "all".
+        stop_after: Name of the last pass to run. The result runs and trains, with what was rewritten until then;
+            without masks after "capture" and "functionalize-weights".
+        printer: Called with each text; None prints on stderr.
 
     Returns:
         A `torch.fx.GraphModule` where one graph serves both modes and all calls, otherwise a module of the model's own
         class (a subclass of it) that holds traced regions and keeps its Python forward for the rest.
 
     Raises:
-        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, or
-            a model wrapped for distributed training.
+        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, a
+            model wrapped for distributed training, or a pass of `print_after` or `stop_after` that does not run.
 
     Example:
         >>> import torch, fedmef_fx
@@ -81,6 +94,9 @@ def transform(
         0.5
     """
     config = config or Config()
+    observer = PassObserver(
+        [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
+    )
     model, notices = _unwrapped(model)
     _check_model(model, config)
     original_mode = {name: module.training for name, module in model.named_modules()}
@@ -107,9 +123,13 @@ def transform(
         (*notices, *captured.failures),
         time.perf_counter() - start,
     )
-    reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
+    observer.after("capture", program)
+    steps = [step for step in passes_of(config) if step.name in observer.runs]
+    reports = Pipeline(steps, after_pass=observer.beside(Verifier.of(program))).run(program)
     program.facts.reports = PassReport((capture, *reports))
-    result = emit(program, extend=functools.partial(extend_region, config=config))
+    # What is captured later would go through all passes.
+    extend = functools.partial(extend_region, config=config) if stop_after is None else None
+    result = emit(program, extend=extend)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)

@@ -10,11 +10,13 @@ Loading validates everything first and copies then: a model is never half loaded
 
 import hashlib
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import safetensors
@@ -35,12 +37,14 @@ from fedmef_fx.model import (
     transformation_of,
 )
 
-__all__ = ["load", "save"]
+__all__ = ["StoredTensor", "load", "read_tensors", "save"]
 
 _FORMAT: Final = "fedmef_fx checkpoint"
 _VERSION: Final = 1
 _FUNCTION_FIELDS: Final = ("normalization", "nsconv_statistics", "residual")
 """Fields of `Config` that change what a model computes from the same tensors."""
+_DESCRIBED: Final = re.compile(r"\w{1,20}\[((?:\d{1,15}(?:, )?){0,16})\]")
+_MOST_ELEMENTS: Final = 2**30  # of one tensor: what a hostile file may claim costs at most so many bytes
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -308,3 +312,50 @@ def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"load: the checkpoint's {key} is a {type(value).__name__}; expected an object")
     return value
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+        values: `[active]`, the active values in row-major order; all values where there is no mask.
+        mask: Boolean, of the tensor's shape; None where it has none.
+        shape: Its shape.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    shape: torch.Size
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """The tensors of a file that `save` wrote, without a model to load them into; tied ones under their first name.
+
+    Raises:
+        CheckpointError: No checkpoint, or a damaged one.
+    """
+    tensors, metadata = _read(Path(path))
+    found = {}
+    for name, described in _json(metadata, "architecture").items():
+        shape = _stated_shape(name, described)
+        packed, values = tensors.get(f"mask/{name}"), tensors.get(f"state/{name}")
+        mask = None
+        if packed is not None:
+            mask, values = _inflate(name, packed, shape), tensors.get(f"active/{name}")
+        expected = shape.numel() if mask is None else int(mask.sum())
+        if values is None or values.numel() != expected:
+            got = "nothing" if values is None else f"{values.numel()} values"
+            raise CheckpointError(f"load: damaged: {name} holds {got}; expected {expected} values")
+        found[name] = StoredTensor(values.reshape(-1), mask, shape)
+    return found
+
+
+def _stated_shape(name: str, described: object) -> torch.Size:
+    """The shape in a text such as `float32[64, 3]`."""
+    match = _DESCRIBED.fullmatch(described) if isinstance(described, str) else None
+    if match is None:
+        raise CheckpointError(f"load: damaged: {name} is described as {described!r:.80}; expected e.g. float32[64, 3]")
+    sizes = [int(size) for size in match[1].split(",") if size.strip()]
+    if math.prod(sizes) > _MOST_ELEMENTS:
+        raise CheckpointError(f"load: {name} claims the shape {sizes}; expected at most {_MOST_ELEMENTS:,} elements")
+    return torch.Size(sizes)
