@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fedmef_fx.export._plain_compressed import is_compressed, restore_compressed
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
-from fedmef_fx.ops.keeping import KeepActivation, recomputed
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
@@ -81,7 +81,7 @@ def _serves_backward(region: Region, node: fx.Node) -> bool:
     if isinstance(pair, fx.Node) and pair.target is compressed_result:
         return True
     is_site = isinstance(region.module(node), KeepActivation | PackActivation)
-    return is_site or is_compressed(node) or node.target is recomputed
+    return is_site or is_compressed(node) or node.target in (recomputed, remasked)
 
 
 def _passes_through(region: Region, node: fx.Node) -> bool:

@@ -4,17 +4,22 @@ One handle per tensor serves everything that reads it.
 """
 
 import operator
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from torch import fx
+from torch.fx.node import Argument
 
-from fedmef_fx.ops.keeping import KeepActivation, recomputed
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
+from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.norms import compressed_norm
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 from fedmef_fx.passes._sites import add_site
 from fedmef_fx.program import GraphMode, Region, set_provenance
 
 __all__ = ["add_8_bit_site", "handle_of"]
+
+_Recipe: TypeAlias = tuple[Callable[..., Any], tuple[Argument, ...], dict[str, Argument]]
 
 # Normalisations of a sample by itself; that of a batch needs more than its input to be computed again.
 _RECOMPUTED_NORMS: Final = {"layer_norm": "shape", "group_norm": "groups"}
@@ -26,6 +31,7 @@ def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
     1. x has a `KeepActivation` site.
     2. x is the result of `compressed_result`, which keeps it.
     3. x is computed from a kept tensor at little cost: it is computed again, by a `recomputed` node that is made here.
+    4. x is a masked weight, which is made again from what the model holds (`remasked`).
 
     Args:
         region: The region of the graph.
@@ -40,12 +46,12 @@ def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
     recipe = _recipe(x)
     if recipe is None:
         return None
-    kept, args, kwargs = recipe
-    for user in kept.users:
-        if user.target is recomputed and user.args == (kept, *args) and user.kwargs == kwargs:
+    op, args, kwargs = recipe
+    for user in args[0].users if isinstance(args[0], fx.Node) else ():
+        if user.target is op and user.args == args and user.kwargs == kwargs:
             return user
     with x.graph.inserting_after(x):
-        node = x.graph.call_function(recomputed, (kept, *args), kwargs)
+        node = x.graph.call_function(op, args, kwargs)
     set_provenance(node, by=by, origin=x.name)
     return node
 
@@ -71,15 +77,17 @@ def _kept_result(x: fx.Node, *, by: str) -> fx.Node:
     return node
 
 
-def _recipe(x: fx.Node) -> tuple[fx.Node, tuple[fx.node.Argument, ...], dict[str, fx.node.Argument]] | None:
-    """What a `recomputed` node takes to compute x again: the kept input, other arguments, options."""
+def _recipe(x: fx.Node) -> _Recipe | None:
+    """The node that stands for computing x again: target, arguments, options."""
+    if x.target is masked_weight:
+        return remasked, x.args, {}
     if x.target not in (compressed_activation, compressed_norm) or not isinstance(x.args[1], fx.Node):
         return None
     kept, options = x.args[1], dict(x.kwargs)
     if x.target is compressed_activation:
-        return kept, (), options
+        return recomputed, (kept,), options
     function = str(options.pop("function"))
     if function not in _RECOMPUTED_NORMS:
         return None
-    args = (options[_RECOMPUTED_NORMS[function]], *x.args[2:4], options["eps"])
-    return kept, args, {"function": function}
+    args = (kept, options[_RECOMPUTED_NORMS[function]], *x.args[2:4], options["eps"])
+    return recomputed, args, {"function": function}

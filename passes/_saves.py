@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
-from fedmef_fx.ops.keeping import KeepActivation, recomputed
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
@@ -82,6 +83,7 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     "sub",
     "sum",
     "to",
+    "type",
     "type_as",
     "unbind",
     # Their inputs and results are not kept; what they keep instead is small.
@@ -96,10 +98,12 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     compressed_mul,
     compressed_norm,
     compressed_result,
+    masked_weight,  # a parameter and a mask, which exist anyway
     max_pool,
     pruned_convolution,
     pruned_linear,
     recomputed,
+    remasked,
     sign_relu,
 }
 _KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
@@ -207,13 +211,21 @@ def kept_by(region: Region, node: fx.Node) -> Kept:
         return _BOTH
     if node.target in _KEEP_NOTHING:
         return _NOTHING
-    if node.target in _SCALINGS and len(node.all_input_nodes) == 1 and not isinstance(node.args[1], fx.Node):
-        return _NOTHING if node.args[0] is not node.args[1] else _INPUTS
+    if node.target in _SCALINGS and _is_scaling(node):
+        return _NOTHING
     if node.target in _KEEP_OUTPUT:
         return _OUTPUT
     if node.target in _KEEP_INPUTS:
         return _INPUTS
     return _BOTH
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    """Whether a product or quotient of a tensor and a number is linear in the tensor."""
+    if len(node.args) != 2 or len(node.all_input_nodes) != 1:
+        return False
+    first, second = (isinstance(argument, fx.Node) for argument in node.args)
+    return (first and not second) or (second and not first and node.target in _PRODUCTS)
 
 
 def _kept_by_module(module: nn.Module | None) -> Kept:

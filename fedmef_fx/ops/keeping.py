@@ -11,7 +11,7 @@ from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
 from fedmef_fx.ops.overridable import overridable
 
-__all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "value_of"]
+__all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "remasked", "value_of"]
 
 
 def encoded(x: Tensor) -> tuple[BlockwiseTensor | None, str]:
@@ -98,6 +98,39 @@ def recomputed(kept: KeptTensor | None, *args: Any, function: str, **options: An
         A handle without bytes of its own; None where the input is not kept.
     """
     return None if kept is None else _Recomputed(kept, _FUNCTIONS[function], args, options)
+
+
+@overridable
+def remasked(weight: Tensor, mask: Tensor) -> KeptTensor:
+    """Keep a masked weight by keeping the parameter and its mask, which live anyway.
+
+    Args:
+        weight: The parameter.
+        mask: Boolean, of the same shape.
+    """
+    return _Recomputed(_Alive(weight), _masked, (mask,), {})
+
+
+class _Alive:
+    """A tensor of the model, as it is."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def unpack(self) -> Tensor:
+        """The tensor itself."""
+        return self._tensor
+
+    @property
+    def nbytes(self) -> int:
+        """None of its own."""
+        return 0
+
+
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, weight, 0.0)
 
 
 def value_of(kept: KeptTensor | None, exact: Tensor | None) -> Tensor:
