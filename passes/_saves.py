@@ -215,7 +215,7 @@ def kept_by(region: Region, node: fx.Node) -> Kept:
         return _NOTHING
     if node.target in _KEEP_OUTPUT:
         return _OUTPUT
-    if node.target in _KEEP_INPUTS:
+    if node.target in _KEEP_INPUTS or node.target in _PRODUCTS:
         return _INPUTS
     return _BOTH
 

@@ -1,5 +1,6 @@
 """`compress-saved`: whole models keep 8 bits; forward is exact, gradients are close, nothing stays behind."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -25,7 +26,7 @@ from fedmef_fx.pipeline import Pipeline
 from fedmef_fx.program import Program, Region
 from fedmef_fx.verify import Verifier
 from tests.models import ZOO, Residual, build
-from tests.transformer_models import TRANSFORMERS, GPT, ViT
+from tests.transformer_models import TRANSFORMERS, ViT
 
 EXACT = Config(density=0.5, normalization="keep", activation_sparsity=0.0)
 INT8 = EXACT.replace(saved_precision="int8")
@@ -36,7 +37,15 @@ def made(name):
     if name in ZOO:
         return build(name)
     make, inputs = TRANSFORMERS[name]
-    return make(), inputs()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(), inputs()
+
+
+def twin(name, config):
+    """A transformed model and inputs for it. Only what fixes its sizes when it is traced needs an example."""
+    model, inputs = made(name)
+    return transform(model, config, example_inputs=inputs if name == "gpt" else None), inputs
 
 
 def tensors(result):
@@ -68,9 +77,8 @@ def targets(model):
 @pytest.mark.parametrize("config", [INT8, PRUNED], ids=["int8", "pruned"])
 @pytest.mark.parametrize("name", [*ZOO, *TRANSFORMERS])
 def test_forward_buffers_and_modes_are_exact(name, config):
-    model, inputs = made(name)
-    exact = transform(model, EXACT, example_inputs=inputs)
-    ours = transform(model, config, example_inputs=inputs)
+    exact, inputs = twin(name, EXACT)
+    ours, _ = twin(name, config)
     for training in (True, False, True):
         expected, _ = step(exact.train(training), inputs)
         got, _ = step(ours.train(training), inputs)
@@ -80,9 +88,8 @@ def test_forward_buffers_and_modes_are_exact(name, config):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gradients_point_where_the_exact_ones_do(name):
-    model, inputs = made(name)
-    _, expected = step(transform(model, EXACT, example_inputs=inputs), inputs)
-    _, got = step(transform(model, INT8, example_inputs=inputs), inputs)
+    _, expected = step(*twin(name, EXACT))
+    _, got = step(*twin(name, INT8))
     assert got.keys() == expected.keys()
     # 8 bits of a normal block have an error of 1 to 2 % of its deviation; BatchNorm's backward subtracts its mean parts
     # and thereby magnifies it, to 7 % on the smallest gradients of these models.
@@ -104,10 +111,9 @@ def test_gradients_point_where_the_exact_ones_do(name):
     ],
 )
 def test_held_bytes_fall(name, int8, pruned):
-    model, inputs = made(name)
-    dense = kept_bytes(transform(model, EXACT, example_inputs=inputs), inputs)
-    assert kept_bytes(transform(model, INT8, example_inputs=inputs), inputs) < int8 * dense
-    assert kept_bytes(transform(model, PRUNED, example_inputs=inputs), inputs) < pruned * dense
+    dense = kept_bytes(*twin(name, EXACT))
+    assert kept_bytes(*twin(name, INT8)) < int8 * dense
+    assert kept_bytes(*twin(name, PRUNED)) < pruned * dense
 
 
 def test_held_bytes_fall_where_batch_norm_stays():
@@ -121,21 +127,17 @@ def test_held_bytes_fall_where_batch_norm_stays():
     assert kept_bytes(ours, inputs) < 0.35 * without < 0.35 * dense
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt", "squeeze-excite", "residual"])
+@pytest.mark.parametrize("name", ["vit", "gpt", "squeeze-excite"])
 def test_copies_pickles_and_frozen_models_compute_the_same(name):
-    model, inputs = made(name)
-    ours = transform(model, PRUNED, example_inputs=inputs)
-    expected, _ = step(ours, inputs)
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        twin.load_state_dict(ours.state_dict())
-        assert kept_bytes(twin, inputs) > 0
+    ours, inputs = twin(name, PRUNED)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301 -- our own bytes
+        assert kept_bytes(copied, inputs) > 0
     plain = freeze(ours)
     ours.eval()
     with torch.no_grad():
         for want, have in zip(tensors(ours(*inputs)), tensors(plain(*inputs)), strict=True):
             assert torch.allclose(want, have, rtol=1e-4, atol=1e-5)  # BatchNorm folds into weights
-    assert not any("fedmef" in str(getattr(node.target, "__module__", "")) for node in plain.graph.nodes)
-    assert expected
+    assert not any(type(module).__module__.startswith("fedmef_fx") for module in plain.modules())
 
 
 def test_one_copy_serves_all_readers():
@@ -260,30 +262,24 @@ def test_exceptions_leave_no_buffers(where):
         def backward(ctx, grad):
             raise ArithmeticError("on purpose")
 
-    class Stop(nn.Module):
-        active = False
+    fails = False
 
-        def forward(self, x):
-            if self.active and where == "forward":
-                raise ArithmeticError("on purpose")
-            return Failing.apply(x) if self.active else x
+    def hook(_, __, out):
+        if fails and where == "forward":
+            raise ArithmeticError("on purpose")
+        return Failing.apply(out) if fails else out
 
     gc.collect()
     before = len(held_buffers())
-    model = ViT(fused=True)
-    model.blocks = nn.Sequential(model.blocks[0], Stop(), model.blocks[1])
+    model, x = ViT(fused=True), torch.randn(2, 3, 32, 32)
+    model.blocks = nn.Sequential(model.blocks[0], nn.Identity(), model.blocks[1])
+    model.blocks[1].register_forward_hook(hook)
     sparse = transform(model, PRUNED)
-    stop = next(module for module in sparse.modules() if isinstance(module, Stop))
-    x = torch.randn(2, 3, 32, 32)
-    stop.active = True
-    with pytest.raises(ArithmeticError):
-        sparse(x).sum().backward()
-    gc.collect()
-    assert len(held_buffers()) == before
-    stop.active = False
-    sparse(x).sum().backward()
-    gc.collect()
-    assert len(held_buffers()) == before
+    for fails in (True, False):
+        with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+            sparse(x).sum().backward()
+        gc.collect()
+        assert len(held_buffers()) == before
 
 
 def test_many_steps_leave_nothing():
@@ -364,7 +360,7 @@ def test_graph_text():
     names = [str(getattr(t, "__name__", t)) for t in targets(sparse)]
     assert names[names.index("pruned_linear") : names.index("compressed_norm") + 2] == [
         "pruned_linear",
-        "fedmef_sites.pruned_linear",
+        "fedmef_sites.linear",
         "1.weight",
         "1.bias",
         "compressed_norm",
@@ -374,15 +370,16 @@ def test_graph_text():
     assert compressed_mul not in targets(sparse)
 
 
+@pytest.mark.slow
 def test_compile_works_as_it_does_without_the_codecs():
-    model, inputs = GPT(), TRANSFORMERS["gpt"][1]()
+    model, x = ViT(fused=True), torch.randn(2, 3, 32, 32)
     results = {}
     for name, config in (("plain", EXACT.replace(activation_sparsity=0.5)), ("int8", PRUNED)):
-        sparse = transform(model.eval(), config, example_inputs=inputs)
+        sparse = transform(model, config).eval()
         try:
             with torch.no_grad():
-                results[name] = torch.compile(sparse, backend="eager")(*inputs)
-        except Exception as error:  # noqa: BLE001 -- whatever it is, it has to be the same for both
+                results[name] = torch.compile(sparse, backend="eager")(x)
+        except Exception as error:
             results[name] = type(error)
     torch._dynamo.reset()
     assert type(results["plain"]) is type(results["int8"])
