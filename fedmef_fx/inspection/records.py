@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from fedmef_fx.model import MaskedParameter, is_transformed, mask_name, masked_parameters
+from fedmef_fx.model import MaskedParameter, is_transformed, masked_parameters
 from fedmef_fx.printable import visible
 from fedmef_fx.program import GraphMode, Program, Region, join, provenance
 
@@ -163,13 +163,9 @@ def record_graphs(program: Program, observation: "Observation | None" = None) ->
 
 def _densities(program: Program) -> dict[int, float]:
     """Active share by identity of the masked parameter."""
-    model = program.model
-    if is_transformed(model):
-        entries = list(masked_parameters(model).values())
-    else:
-        names = [name for name, fact in program.facts.prunable.items() if fact.masked]
-        entries = [MaskedParameter(model.get_parameter(n), model.get_buffer(mask_name(n))) for n in names]
-    return {id(parameter): int(mask.count_nonzero()) / max(mask.numel(), 1) for parameter, mask in entries}
+    facts = None if is_transformed(program.model) else program.facts  # on its way through the passes
+    entries: Mapping[str, MaskedParameter] = masked_parameters(program.model, facts=facts)
+    return {id(entry.parameter): entry.active / max(entry.numel, 1) for entry in entries.values()}
 
 
 def _saved_records(program: Program, observation: "Observation") -> dict[fx.Node, tuple[SavedRecord, ...]]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from fedmef_fx.inspection.costs import positions_by_parameter
@@ -165,20 +166,22 @@ def layer_table(program: Program, observation: Observation) -> Table:
     """
     model = program.model
     positions, counts = positions_by_parameter(program, observation.tensors), _active(model)
+    shapes = _packed_shapes(model)
     found = [(model.get_parameter(name), name, tier, reason) for name, tier, reason in _prunable(model)]
     saved = saved_by_layer(program, observation, {id(parameter) for parameter, *_ in found})
     rows = []
     for parameter, name, tier, reason in found:
-        active = counts.get(name, parameter.numel())
+        shape = shapes.get(name, parameter.shape)
+        active = counts.get(name, shape.numel())
         uses = positions.get(id(parameter))
         rows.append(
             LayerRow(
                 name,
-                tuple(parameter.shape),
-                parameter.numel(),
+                tuple(shape),
+                shape.numel(),
                 active,
                 tier,
-                None if uses is None else round(2 * uses * parameter.numel()),
+                None if uses is None else round(2 * uses * shape.numel()),
                 None if uses is None else round(2 * uses * active),
                 reason,
                 None if saved is None else saved.of.get(id(parameter), 0),
@@ -196,4 +199,11 @@ def _prunable(model: nn.Module) -> list[tuple[str, Tier | None, str]]:
 def _active(model: nn.Module) -> dict[str, int]:
     if not is_transformed(model):
         return {}
-    return {name: int(entry.mask.count_nonzero()) for name, entry in masked_parameters(model).items()}
+    return {name: entry.active for name, entry in masked_parameters(model).items()}
+
+
+def _packed_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Dense shapes of the weights that a model stores packed."""
+    if not is_transformed(model):
+        return {}
+    return {name: entry.shape for name, entry in masked_parameters(model).items() if entry.is_packed}

@@ -340,6 +340,7 @@ def test_a_notebook_shows_text_and_table() -> None:
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import
 def test_a_compiled_model_shows_what_was_compiled() -> None:
     model = linear()
     for network in (model, fedmef_fx.transform(model)):
