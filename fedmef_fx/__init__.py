@@ -15,6 +15,7 @@ from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.inspection import inspect
 from fedmef_fx.model import coverage, density, masks, report, set_masks
+from fedmef_fx.state_dicts import dense_state_dict
 
 if TYPE_CHECKING:
     from fedmef_fx import federated
@@ -28,6 +29,7 @@ __all__ = [
     "Extrusion",
     "FedmefError",
     "coverage",
+    "dense_state_dict",
     "density",
     "export_onnx",
     "federated",

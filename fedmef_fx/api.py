@@ -13,17 +13,18 @@ from torch import nn
 
 from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_seed, leaf_regions
 from fedmef_fx.config import Config
-from fedmef_fx.emit import RegionTable, emit
+from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
-from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
+from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
@@ -31,9 +32,19 @@ from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
 from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
+from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
+__all__ = [
+    "ExportReport",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "memory_passes",
+    "pack_weights",
+    "passes_of",
+    "transform",
+]
 
 
 def transform(
@@ -126,6 +137,28 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
         table.add(region)
 
 
+def pack_weights(model: nn.Module) -> PassResult:
+    """Store the masked weights of a transformed model packed, in place: `Config.weight_storage` for a finished model.
+
+    Masked parameters become other objects, so optimizers have to be made afterwards.
+
+    Args:
+        model: A transformed model. One that is packed already stays as it is.
+
+    Returns:
+        Which weights were packed, and which were not and why; `fedmef_fx.report(model)` has it, too.
+
+    Raises:
+        ConfigError: `model` was not made by `transform`.
+    """
+    program = program_of(model)
+    (result,) = Pipeline([PackWeights()]).run(program)
+    recompile(model)
+    program.facts.config = program.facts.config.replace(weight_storage="packed")
+    program.facts.reports = PassReport((*program.facts.reports, result))
+    return result
+
+
 def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
@@ -136,7 +169,8 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
         if config.residual == "rescale":
             steps.append(RescaleResiduals())
-    return (*steps, *memory_passes(config))
+    steps += memory_passes(config)
+    return (*steps, PackWeights()) if config.weight_storage == "packed" else tuple(steps)
 
 
 def memory_passes(config: Config) -> tuple[Pass, ...]:

@@ -46,7 +46,10 @@ class Config:
         saved_precision: How what must not be pruned is saved (inputs of normalisations and smooth activations,
             results of softmax, operands of products and attention): `"exact"`, or `"int8"`, 8 bits per element with a
             scale and an offset per 256. Forward stays exact; gradients become approximate.
-        weight_storage: `"dense"`: parameters keep their shape.
+        weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
+            masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
+            its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
+            read stay dense, see `docs/memory-packed-weights.md`.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
@@ -78,7 +81,7 @@ class Config:
     threshold_interval: int = 8
     packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
     saved_precision: Literal["exact", "int8"] = "exact"
-    weight_storage: Literal["dense"] = "dense"
+    weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10

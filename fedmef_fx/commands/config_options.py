@@ -34,6 +34,9 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "packed_dtype": Annotated[
         str | None, typer.Option(help="Values of pruned activations: same, bfloat16 or float16.")
     ],
+    "weight_storage": Annotated[
+        str | None, typer.Option(help="Where masked weights live: dense with masks, or packed as active values alone.")
+    ],
     "ignore": Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Module to leave alone, by name or glob; may be repeated.")
     ],

@@ -77,29 +77,32 @@ def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     if isinstance(module, _LAYER_MODULES):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         weight = module.weight if isinstance(module.weight, nn.Parameter) else None
-        yield from _layer(weight, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
+        yield from _layer(weight, None, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
     elif node.target in _LAYERS or node.target in _PRUNED_LAYERS:
         at = 2 if node.target in _PRUNED_LAYERS else 1
         weight = _parameter(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))
         x = _tensor(node.args[0] if node.args else node.kwargs.get("input"), tensors)
         transposed = node.target in _TRANSPOSED or bool(node.kwargs.get("transposed"))
-        yield from _layer(weight, x, out[0], transposed=transposed)
+        yield from _layer(weight, node.kwargs.get("packed_shape"), x, out[0], transposed=transposed)
     elif node.target in _PRODUCTS and len(node.args) == 2:
         yield from _product(region, node, tensors, out[0])
 
 
 def _layer(
-    weight: nn.Parameter | None, x: TensorRecord | None, out: TensorRecord, *, transposed: bool
+    weight: nn.Parameter | None, packed_shape: Any, x: TensorRecord | None, out: TensorRecord, *, transposed: bool
 ) -> Iterator[_Use]:
-    if weight is None or x is None or not weight.numel():
+    if weight is None or x is None:
+        return
+    shape = tuple(weight.shape) if packed_shape is None else tuple(packed_shape)
+    if not math.prod(shape):
         return
     if transposed:
-        yield _Use(weight, x.numel / weight.shape[0])
-    elif weight.dim() == 2:
-        yield _Use(weight, out.numel / weight.shape[0])
+        yield _Use(weight, x.numel / shape[0])
+    elif len(shape) == 2:
+        yield _Use(weight, out.numel / shape[0])
     else:
-        # The channel axis may be cut into groups: each result takes part in weight[0].numel() products.
-        yield _Use(weight, out.numel * math.prod(weight.shape[1:]) / weight.numel())
+        # The channel axis may be cut into groups: each result takes part in prod(shape[1:]) products.
+        yield _Use(weight, out.numel * math.prod(shape[1:]) / math.prod(shape))
 
 
 def _product(region: Region, node: fx.Node, tensors: Tensors, out: TensorRecord) -> Iterator[_Use]:

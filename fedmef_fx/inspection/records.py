@@ -134,7 +134,7 @@ def record_graphs(
 def _densities(model: nn.Module) -> dict[int, float]:
     """Active share by identity of the masked parameter."""
     entries: Mapping[str, MaskedParameter] = masked_parameters(model) if is_transformed(model) else {}
-    return {id(parameter): int(mask.sum()) / max(mask.numel(), 1) for parameter, mask in entries.values()}
+    return {id(entry.parameter): entry.active / max(entry.numel, 1) for entry in entries.values()}
 
 
 def _record_node(

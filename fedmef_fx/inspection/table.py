@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedmef_fx.inspection.costs import Tensors, positions_by_parameter
@@ -111,20 +112,21 @@ def layer_table(program: Program, tensors: Tensors) -> Table:
         tensors: What example inputs showed; empty without.
     """
     model = program.model
-    positions, counts = positions_by_parameter(program, tensors), _active(model)
+    positions, counts, shapes = positions_by_parameter(program, tensors), _active(model), _packed_shapes(model)
     rows = []
     for name, tier, reason in _prunable(model):
         parameter = model.get_parameter(name)
-        active = counts.get(name, parameter.numel())
+        shape = shapes.get(name, parameter.shape)
+        active = counts.get(name, shape.numel())
         uses = positions.get(id(parameter))
         rows.append(
             LayerRow(
                 name,
-                tuple(parameter.shape),
-                parameter.numel(),
+                tuple(shape),
+                shape.numel(),
                 active,
                 tier,
-                None if uses is None else round(2 * uses * parameter.numel()),
+                None if uses is None else round(2 * uses * shape.numel()),
                 None if uses is None else round(2 * uses * active),
                 reason,
             )
@@ -141,4 +143,11 @@ def _prunable(model: nn.Module) -> list[tuple[str, Tier | None, str]]:
 def _active(model: nn.Module) -> dict[str, int]:
     if not is_transformed(model):
         return {}
-    return {name: int(entry.mask.sum()) for name, entry in masked_parameters(model).items()}
+    return {name: entry.active for name, entry in masked_parameters(model).items()}
+
+
+def _packed_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Dense shapes of the weights that a model stores packed."""
+    if not is_transformed(model):
+        return {}
+    return {name: entry.shape for name, entry in masked_parameters(model).items() if entry.is_packed}
