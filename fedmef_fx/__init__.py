@@ -7,7 +7,7 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.api import ExportReport, export_onnx, freeze, transform
+from fedmef_fx.api import CompactReport, ExportReport, compact, compact_report, export_onnx, freeze, transform
 from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
@@ -23,10 +23,13 @@ else:
     from fedmef_fx import memory  # a package that can be called as that function
 
 __all__ = [
+    "CompactReport",
     "Config",
     "ExportReport",
     "Extrusion",
     "FedmefError",
+    "compact",
+    "compact_report",
     "coverage",
     "density",
     "export_onnx",

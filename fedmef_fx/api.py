@@ -15,6 +15,8 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.compact import compact, compact_report
+from fedmef_fx.export.compact_report import CompactReport
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
@@ -32,7 +34,18 @@ from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
+__all__ = [
+    "CompactReport",
+    "ExportReport",
+    "compact",
+    "compact_report",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "memory_passes",
+    "passes_of",
+    "transform",
+]
 
 
 def transform(
