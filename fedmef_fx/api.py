@@ -20,7 +20,7 @@ from fedmef_fx.export.compact_report import CompactReport
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
-from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load, silence_channels
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
@@ -112,6 +112,7 @@ def transform(
     reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
     program.facts.reports = PassReport((capture, *reports))
     result = emit(program, extend=functools.partial(extend_region, config=config))
+    silence_channels(result)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -142,7 +143,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
         FunctionalizeWeights(config.ignore),
-        InsertMasks(config.density, config.allocation, config.mask_init, config.seed, config.ignore),
+        InsertMasks(
+            config.density,
+            config.allocation,
+            config.mask_init,
+            config.seed,
+            config.ignore,
+            config.granularity,
+            config.channel_multiple,
+        ),
     ]
     if config.normalization == "nsconv":
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from fedmef_fx.errors import VerificationError
-from fedmef_fx.model import mask_name
+from fedmef_fx.model import PrunableParameter, mask_name
 from fedmef_fx.pipeline import Pass, PassResult
 from fedmef_fx.program import Program, provenance
+from fedmef_fx.sparsity.granularity import Pattern, parse_granularity
 
 __all__ = ["Verifier"]
 
@@ -123,6 +124,28 @@ def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult)
             yield f"the mask of {name} is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
 
 
+def _masks_have_their_granularity(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
+    granularity = parse_granularity(program.facts.config.granularity)
+    for name, fact in program.facts.prunable.items():
+        if not fact.masked or fact.channels is None:
+            continue
+        mask, layout = program.model.get_buffer(mask_name(name)), fact.channels.layout
+        if isinstance(granularity, Pattern) and (layout.blocks(mask, granularity.of).sum(1) > granularity.kept).any():
+            yield f"the mask of {name} keeps more than {granularity} somewhere"
+        leader = program.facts.prunable[fact.channels.leader]
+        if granularity == "channel" and not leader.masked:
+            yield f"the mask of {name} follows {leader.name}, which has none"
+        elif granularity == "channel":
+            alive = _channels_of(program, leader)
+            if (mask & ~layout.spread(alive, mask.shape)).any():
+                yield f"the mask of {name} keeps channels that are off in {leader.name}"
+
+
+def _channels_of(program: Program, fact: PrunableParameter) -> torch.Tensor:
+    assert fact.channels is not None  # noqa: S101 -- a leader's
+    return fact.channels.layout.rows(program.model.get_buffer(mask_name(fact.name))).any(1)
+
+
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
@@ -171,6 +194,7 @@ _CHECKS: Final[tuple[Callable[[_Snapshot, _Snapshot, Program, PassResult], Itera
     _names_are_kept,
     _training_flags_are_kept,
     _masks_match,
+    _masks_have_their_granularity,
     _masked_parameters_are_read_through_masks,
     _inserted_nodes_have_provenance,
     _report_is_truthful,

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,26 @@ from fedmef_fx.errors import ConfigError, PassError
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["Collector", "collecting", "is_collecting", "offer"]
+__all__ = ["Collector", "Request", "collecting", "is_collecting", "offer"]
+
+
+class Request(NamedTuple):
+    """What is collected of one parameter.
+
+    Attributes:
+        mask: The mask buffer itself, boolean, True = active.
+        k: Number of coordinates asked for.
+        where: Coordinates that may be candidates, boolean, of the mask's shape; None for all inactive ones.
+        units: Number of the unit of each coordinate, of the mask's shape, for candidates that are whole units such as
+            channels: then a position is a unit's number, and its value the mean over batches of its gradient's norm.
+            None for single coordinates.
+    """
+
+    mask: Tensor
+    k: int
+    where: Tensor | None = None
+    units: Tensor | None = None
+
 
 _Key = tuple[torch.device, int, torch.Size]
 
@@ -40,12 +60,14 @@ class _Layer:
     mask: Tensor  # bool; held, so that no other mask can come to lie at its address meanwhile
     k: int
     capacity: int
+    where: Tensor  # bool [numel], the coordinates that are looked at
+    units: Tensor | None  # int64 [looked at], for candidates that are whole units
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     kept: Tensor | None = None  # int64 [<= capacity], ascending
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
 
     def add(self, gradient: Tensor) -> None:
-        inactive = gradient.detach().flatten()[~self.mask.flatten()]
+        inactive = gradient.detach().flatten()[self.where]
         inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
         self.pending = inactive if self.pending is None else self.pending.add_(inactive)
 
@@ -55,6 +77,9 @@ class _Layer:
             return
         totals = self.pending.mul_(weight)
         self.pending = None
+        if self.units is not None and totals.numel():
+            squares = totals.new_zeros(int(self.units.max()) + 1).index_add_(0, self.units, totals.square_())
+            totals = squares.sqrt_()
         if self.kept is not None and self.sums is not None:
             totals.index_add_(0, self.kept, self.sums)
         self.kept = largest_positions(magnitudes(totals), min(self.capacity, totals.numel()))
@@ -65,7 +90,9 @@ class _Layer:
             nothing = torch.empty(0, device=self.mask.device)
             return SparseGradient(nothing.long(), nothing, self.mask.numel())
         chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
-        inactive = (~self.mask).flatten().nonzero().squeeze(1)
+        if self.units is not None:
+            return SparseGradient(self.kept[chosen], self.sums[chosen] / total_weight, self.mask.numel())
+        inactive = self.where.nonzero().squeeze(1)
         return SparseGradient(inactive[self.kept[chosen]], self.sums[chosen] / total_weight, self.mask.numel())
 
 
@@ -122,14 +149,14 @@ def _key(mask: Tensor) -> _Key:
 
 
 @contextlib.contextmanager
-def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int = 4) -> Iterator[Collector]:
+def collecting(requests: Mapping[str, tuple[Tensor, int] | Request], *, oversampling: int = 4) -> Iterator[Collector]:
     """A block in which the gradients that ops offer for some masks are collected.
 
     Blocks for different models may overlap, also in different threads.
 
     Args:
         requests: Parameter name -> its mask (the buffer itself, boolean, True = active) and k, the number of
-            coordinates asked for.
+            coordinates asked for, or a `Request`.
         oversampling: Coordinates kept between batches per coordinate asked for, >= 1; see the module's docstring.
 
     Yields:
@@ -148,14 +175,16 @@ def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int 
     if oversampling < 1:
         raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
     layers = {}
-    for name, (mask, k) in requests.items():
+    for name, request in requests.items():
+        mask, k, where, units = Request(*request)
+        where = ~mask.flatten() if where is None else where.flatten()
         if k < 0:
             raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
         if mask.numel() and _key(mask) in _COLLECTED:
             raise ConfigError(
                 f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
             )
-        layers[name] = _Layer(name, mask, k, oversampling * k)
+        layers[name] = _Layer(name, mask, k, oversampling * k, where, None if units is None else units.flatten()[where])
     collector = Collector(layers)
     # Empty tensors all share the address 0, and have nothing to offer.
     registered = {_key(layer.mask): layer for layer in layers.values() if layer.mask.numel()}
