@@ -5,6 +5,7 @@ through, and its gradient the norm of theirs. So the rules of `adjust` hold for 
 In an N:M pattern weights change places within their group of M only.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,7 +41,8 @@ def allocate_channels(
     """How many channels each group of layers keeps.
 
     The budget of weights is shared among the layers (`allocate`); a group keeps the channels that its layers' weights
-    make up, rounded to the nearest multiple (half of one up), at least one multiple and at most all channels.
+    make up, rounded to the nearest multiple (half of one down, as a budget should not be exceeded), at least one
+    multiple and at most all channels.
 
     Args:
         shapes: Parameter name -> shape.
@@ -59,7 +61,8 @@ def allocate_channels(
         channels = layouts[leader].channels(torch.Size(shapes[leader]))
         per_channel = sum(torch.Size(shapes[name]).numel() for name in members) / max(channels, 1)
         exact = sum(counts[name] for name in members) / max(per_channel, 1)
-        rounded = int(exact / multiple + 0.5) * multiple
+        # Rounding noise of the division must not decide a tie.
+        rounded = math.ceil(exact / multiple - 0.5 - 1e-9) * multiple
         kept[leader] = min(max(rounded, multiple), channels)
     return kept
 
