@@ -59,9 +59,7 @@ def calibrated(model: nn.Module) -> nn.Module:
     return model
 
 
-def measure(
-    name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, folder: Path
-) -> None:
+def measure(name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, folder: Path) -> None:
     """Add the rows of one architecture."""
     torch.manual_seed(0)
     x = torch.randn(batch, 3, 32, 32)
