@@ -222,6 +222,8 @@ def _of_module(module: Any, x: Any) -> Operation:
         return Operation("batch_norm", x, {**tensors, "eps": module.eps})
     if isinstance(module, nn.Flatten | nn.Unflatten):
         return Operation("reshape" if isinstance(module, nn.Flatten) else "unknown", x)
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
+        return Operation("embedding", x, {"weight": module.weight})
     if isinstance(module, nn.PReLU):
         return Operation("prelu", x, {"weight": module.weight})
     if isinstance(module, nn.Softmax | nn.LogSoftmax):

@@ -58,7 +58,9 @@ def decide(ties: Ties) -> Decision:
             used = units[exit_.channels[constants.is_used(exit_)]]
             blocked[used] = True
             for unit in set(used.tolist()):
-                used_at.setdefault(unit, f"{exit_.node.name} reads it")
+                used_at.setdefault(
+                    unit, f"{exit_.node.name} reads them, or what is tied to them, and not all of it is zero"
+                )
         leaving = ~blocked & ~left
         for channels in _axes(ties):
             mine = units[channels]
@@ -240,5 +242,7 @@ def _cut(ties: Ties, gone: NDArray[np.bool_]) -> None:
             module.num_features = len(module.weight)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
             module.num_features = len(module.running_mean)
+        elif isinstance(module, nn.Embedding):
+            module.embedding_dim = module.weight.shape[1]
         elif isinstance(module, nn.PReLU):
             module.num_parameters = len(module.weight)

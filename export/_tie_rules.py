@@ -333,7 +333,7 @@ def _concatenated(ties: Ties, parts: list[Any], sizes: list[int]) -> Any:
 
 def _embedding(ties: Ties, node: fx.Node, operation: Operation) -> State:
     weight = operation.options.get("weight")
-    dims = ties.of(weight)
+    dims = ties.parameter(weight) if isinstance(weight, Tensor) else ties.of(weight)
     if len(dims) != 2:
         return _unknown(ties, node, operation)
     ties.anchor(dims[0], f"{_title(node)} looks rows up")

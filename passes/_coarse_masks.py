@@ -22,7 +22,7 @@ from fedmef_fx.sparsity import (
     row_norms,
 )
 
-__all__ = ["CoarseMasks", "coarse_masks", "with_channels"]
+__all__ = ["CoarseMasks", "coarse_masks", "what_resulted", "with_channels"]
 
 _LAYERS: Final = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -124,3 +124,25 @@ def coarse_masks(
             {leader: (layouts[leader].channels(weights[leader].shape),) for leader in groups}, kept, seed=seed
         )
     return {name: layouts[name].spread(alive[fact.leader], weights[name].shape) for name, fact in facts.items()}
+
+
+def what_resulted(
+    masks: Mapping[str, Tensor], facts: Mapping[str, PrunableParameter], granularity: str, *, density: float
+) -> tuple[str, ...]:
+    """How far masks that are not of single weights are from the density that was asked for."""
+    total = sum(mask.numel() for mask in masks.values())
+    if granularity == "weight" or not total:
+        return ()
+    share = sum(int(mask.sum()) for mask in masks.values()) / total
+    lines = [f"the masks keep {share:.4f} of their weights; Config.density is {density:g}"]
+    if isinstance(parse_granularity(granularity), Pattern):
+        return (f"{lines[0]}, which {granularity} leaves no choice",)
+    groups: dict[str, list[str]] = {}
+    for name in masks:
+        channels = facts[name].channels
+        groups.setdefault(name if channels is None else channels.leader, []).append(name)
+    for leader, members in groups.items():
+        channels = facts[leader].channels
+        rows = (Layout() if channels is None else channels.layout).rows(masks[leader]).any(1)
+        lines.append(f"{' + '.join(members)}: {int(rows.sum())} of {len(rows)} channels")
+    return tuple(lines)

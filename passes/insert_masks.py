@@ -31,7 +31,7 @@ from torch.nn.utils import prune
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.model import PrunableParameter, Tier, is_ignored, mask_name, register_mask
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, with_channels
+from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, what_resulted, with_channels
 from fedmef_fx.passes._weights import (
     NOT_WEIGHTS,
     Reader,
@@ -78,6 +78,7 @@ class InsertMasks:
         facts = with_channels(program, facts, self.granularity)
         chosen = {name: fact for name, fact in facts.items() if not fact.reason or fact.tier in ("module", "hook")}
         chosen = {name: fact for name, fact in chosen.items() if fact.masked}
+        notices: tuple[str, ...] = ()
         if self.density < 1:
             if not chosen:
                 raise ConfigError(
@@ -86,7 +87,9 @@ class InsertMasks:
                     "that Python code multiplies by hand are found with example inputs: transform(..., "
                     "example_inputs=(x,))"
                 )
-            for name, mask in self._masks(program, chosen).items():
+            masks = self._masks(program, chosen)
+            notices = what_resulted(masks, chosen, self.granularity, density=self.density)
+            for name, mask in masks.items():
                 register_mask(program.model, name, mask)
             _guard(program, chosen)
             for region, _, graph in program.graphs():
@@ -99,7 +102,7 @@ class InsertMasks:
         }
         refusals = [Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason and name not in chosen]
         refusals += [Refusal(name, "nothing that was traced or recorded reads it") for name in unread]
-        return PassResult(self.name, tuple(sorted(masked)), tuple(refusals))
+        return PassResult(self.name, tuple(sorted(masked)), tuple(refusals), notices=notices)
 
     def _find(self, program: Program) -> tuple[dict[str, PrunableParameter], list[str]]:
         """Every prunable parameter, in the model's order; and weights of layers that nothing reads."""

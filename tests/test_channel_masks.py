@@ -76,6 +76,7 @@ def test_masks_are_whole_channels_the_same_where_layers_are_summed(mask_init: st
     reasons = {refusal.where: refusal.reason for refusal in fedmef_fx.report(model)["insert-masks"].refusals}
     assert "outputs of the model" in reasons["fc.weight"]
     assert "depthwise" in reasons["depth.weight"]
+    assert "stem.weight + conv2.weight: 4 of 8 channels" in str(fedmef_fx.report(model))
 
 
 @pytest.mark.parametrize("normalization", ["nsconv", "keep"])
@@ -163,6 +164,7 @@ def test_patterns_are_laid_out_along_inputs_and_refused_where_they_do_not_fit() 
     for mask in found.values():
         assert (mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
     assert fedmef_fx.density(model) == 0.5
+    assert "keep 0.5000 of their weights; Config.density is 0.1" in str(fedmef_fx.report(model)["insert-masks"])
     reasons = {refusal.where: refusal.reason for refusal in fedmef_fx.report(model)["insert-masks"].refusals}
     assert "no multiple of 4" in reasons["stem.weight"]
     candidates = growth_candidates(model, loss_of, [batch()], k=3)
