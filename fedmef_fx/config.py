@@ -46,7 +46,15 @@ class Config:
             which `fedmef_fx.compact` then removes, or N of every M consecutive inputs (`"N:M"`, such as `"2:4"`), which
             fixes the density to N / M: `density` then has no say, but for 1, which prunes nothing.
         channel_multiple: Channel masks keep channels in multiples of this, and at least that many.
-        weight_storage: `"dense"`: parameters keep their shape.
+        packed_dtype: Type of the values that activation pruning keeps: the `"same"` as the activation's, or
+            `"bfloat16"` or `"float16"`, where they are rounded, and clamped to what the format holds.
+        saved_precision: How what must not be pruned is saved (inputs of normalisations and smooth activations,
+            results of softmax, operands of products and attention): `"exact"`, or `"int8"`, 8 bits per element with a
+            scale and an offset per 256. Forward stays exact; gradients become approximate.
+        weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
+            masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
+            its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
+            read stay dense, see `docs/memory-packed-weights.md`.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
@@ -78,7 +86,9 @@ class Config:
     threshold_interval: int = 8
     granularity: str = "weight"
     channel_multiple: int = 8
-    weight_storage: Literal["dense"] = "dense"
+    packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
+    saved_precision: Literal["exact", "int8"] = "exact"
+    weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10

@@ -28,6 +28,30 @@ from fedmef_fx.units import lowest_units, unit_sizes
 __all__ = ["Extrusion"]
 
 
+class _Places:
+    """Where the marked weights of a parameter stand in it as it is stored.
+
+    Attributes:
+        entry: The parameter.
+    """
+
+    def __init__(self, entry: MaskedParameter, positions: Tensor) -> None:
+        self.entry = entry
+        self._positions = positions
+        self._found = positions
+        self._version: int | None = None
+
+    def now(self) -> Tensor:
+        """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
+        if not self.entry.is_packed:
+            return self._positions
+        version = self.entry.buffer._version
+        if version != self._version:  # the topology changed: every value may have another place
+            found = self.entry.places(self._positions)
+            self._found, self._version = found[found >= 0], version
+        return self._found
+
+
 class Extrusion:
     """A context in which training extrudes the weights that the next adjustment is going to prune.
 
@@ -116,6 +140,7 @@ class Extrusion:
         if unknown:
             raise ConfigError(f"Extrusion: counts: {unknown[0]!r} has no mask; masked parameters: {', '.join(names)}")
         self._counts = None if counts is None else dict(counts)
+        self._places: dict[str, _Places] = {}
         self._handles: list[RemovableHandle] = []
         self._initial_rates: list[float] = []
         self._replaced: list[tuple[dict[str, Any], Any, Any]] = []
@@ -124,6 +149,7 @@ class Extrusion:
         if self._handles:
             raise ConfigError("Extrusion: got entered twice; expected one `with` block at a time for an instance")
         self.marked = lowest_units(self._model, self._entries, self._count)
+        self._places = {name: _Places(self._entries[name], positions) for name, positions in self.marked.items()}
         self.step = 0
         self.learning_rate = None
         self._initial_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -132,10 +158,9 @@ class Extrusion:
             self._optimizer.register_step_post_hook(self._after_step),
         ]
         if self.strength > 0:
-            for name, positions in self.marked.items():
-                parameter = self._entries[name].parameter
-                hook = functools.partial(self._extrude, parameter, positions)
-                handle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            for places in self._places.values():
+                hook = functools.partial(self._extrude, places)
+                handle = places.entry.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
                 self._handles.append(handle)
         return self
 
@@ -150,8 +175,8 @@ class Extrusion:
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, as they are now; 0 before the first entry."""
         squares = [
-            torch.take(self._entries[name].parameter.detach(), positions).float().square().sum()
-            for name, positions in self.marked.items()
+            torch.take(places.entry.parameter.detach(), places.now()).float().square().sum()
+            for places in self._places.values()
         ]
         if not squares:
             return 0.0
@@ -165,9 +190,10 @@ class Extrusion:
         stop = 1 if self._stop is None else self._stop
         return adjustment_count(active, inactive, round_index=self._round_index, stop=stop, rate=self._rate)
 
-    def _extrude(self, parameter: nn.Parameter, positions: Tensor, gradient: Tensor) -> Tensor:
+    def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
-        term = torch.take(parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
+        positions = places.now()
+        term = torch.take(places.entry.parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
         if self._scaler is not None:
             term = self._scaler.scale(term)
         # Out of place: autograd may hand the same gradient tensor to other parts of the graph.

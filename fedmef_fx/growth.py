@@ -75,11 +75,12 @@ def growth_candidates(
         )
     numbers = _numbers(model, entries, k)
     requests = growth_requests(model, entries, numbers)
+    shapes = {name: entry.shape for name, entry in entries.items()}
     seen = 0
     with (
         _unchanged(model, entries),
         probed(model),
-        collecting(requests) as collector,
+        collecting(requests, packed_shapes=shapes) as collector,
         _gradients_dropped(model, entries, collector),
     ):
         for batch in batches:
@@ -169,7 +170,7 @@ def _gradients_dropped(
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, entries: Mapping[str, MaskedParameter]) -> Iterator[None]:
     """Put back buffers, thresholds and random state; masks are left out, a forward pass does not change them."""
-    masks = {id(entry.mask) for entry in entries.values()}
+    masks = {id(entry.buffer) for entry in entries.values()}
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()

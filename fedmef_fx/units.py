@@ -16,7 +16,7 @@ from fedmef_fx.ops.growth import Request
 from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 from fedmef_fx.sparsity.patterns import adjust_pattern, best_in_groups, lowest_in_groups, row_norms
-from fedmef_fx.sparsity.selection import largest_positions, magnitudes
+from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = ["adjusted_masks", "growth_requests", "lowest_units", "probed", "unit_candidates", "unit_sizes"]
@@ -48,7 +48,7 @@ def _alive(model: nn.Module, name: str, entry: MaskedParameter) -> Tensor:
 
 
 def _norms(model: nn.Module, entries: Mapping[str, MaskedParameter], members: list[str]) -> Tensor:
-    return row_norms([(entries[name].parameter, _layout(model, name)) for name in members])
+    return row_norms([(entries[name].dense(), _layout(model, name)) for name in members])
 
 
 def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -56,11 +56,10 @@ def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     entries, granularity = masked_parameters(model), _granularity(model)
     sizes = {}
     for name, entry in entries.items():
-        active = int(entry.mask.sum())
-        inactive = entry.mask.numel() - active
+        active, inactive = entry.active, entry.numel - entry.active
         sizes[name] = active, inactive
         if isinstance(granularity, Pattern):
-            sizes[name] = active, min(inactive, entry.mask.numel() // granularity.of)  # one change in a group of M
+            sizes[name] = active, min(inactive, entry.numel // granularity.of)  # one change in a group of M
     if granularity == "channel":
         sizes = dict.fromkeys(entries, (0, 0))
         for leader in _groups(model):
@@ -83,12 +82,15 @@ def lowest_units(
     if isinstance(granularity, Pattern):
         return {
             name: lowest_in_groups(
-                entry.parameter, entry.mask, counts(name), pattern=granularity, layout=_layout(model, name)
+                entry.dense(), entry.mask, counts(name), pattern=granularity, layout=_layout(model, name)
             )
             for name, entry in entries.items()
         }
     if granularity == "weight":
-        return {name: lowest_magnitude(entry.parameter, entry.mask, counts(name)) for name, entry in entries.items()}
+        return {
+            name: entry.positions()[smallest_positions(magnitudes(entry.values()), counts(name))]
+            for name, entry in entries.items()
+        }
     result = {}
     everything = masked_parameters(model)
     for leader, members in _groups(model).items():
@@ -117,17 +119,17 @@ def adjusted_masks(
     if isinstance(granularity, Pattern):
         return {
             name: adjust_pattern(
-                parameter,
-                mask,
+                entry.dense(),
+                entry.mask,
                 gradients[name],
                 counts[name],
                 pattern=granularity,
                 layout=_layout(model, name),
             )
-            for name, (parameter, mask) in entries.items()
+            for name, entry in entries.items()
         }
     if granularity == "weight":
-        return {n: adjust_mask(weight, mask, gradients[n], counts[n]) for n, (weight, mask) in entries.items()}
+        return {n: adjust_mask(e.dense(), e.mask, gradients[n], counts[n]) for n, e in entries.items()}
     result = {}
     for leader, members in _groups(model).items():
         alive = _alive(model, leader, entries[leader])
@@ -161,19 +163,19 @@ def growth_requests(model: nn.Module, entries: Mapping[str, MaskedParameter], co
     for name, entry in entries.items():
         layout = _layout(model, name)
         if granularity == "weight":
-            requests[name] = Request(entry.mask, wanted[name])
+            requests[name] = Request(entry.buffer, wanted[name])
         elif isinstance(granularity, Pattern):
             blocks = torch.zeros_like(layout.blocks(entry.mask, granularity.of))
             low = torch.zeros_like(entry.mask).flatten()
-            low[lowest_in_groups(entry.parameter, entry.mask, wanted[name], pattern=granularity, layout=layout)] = True
+            low[lowest_in_groups(entry.dense(), entry.mask, wanted[name], pattern=granularity, layout=layout)] = True
             blocks |= layout.blocks(low.reshape(entry.mask.shape), granularity.of).any(1, keepdim=True)
             where = layout.unblocked(blocks, entry.mask.shape) & ~entry.mask
-            requests[name] = Request(entry.mask, int(where.sum()), where)
+            requests[name] = Request(entry.buffer, int(where.sum()), where)
         else:
             dead = ~_alive(model, name, entry)
             k = int(dead.sum()) if wanted[leaders[name]] else 0
             number = layout.spread(torch.arange(len(dead), device=dead.device), entry.mask.shape)
-            requests[name] = Request(entry.mask, k, layout.spread(dead, entry.mask.shape), number)
+            requests[name] = Request(entry.buffer, k, layout.spread(dead, entry.mask.shape), number)
     return requests
 
 

@@ -121,7 +121,8 @@ class Server:
             for name in self.schema.masked
         }
         adjusted = adjusted_masks(self.model, gradients, counts)
-        churn = {name: int((adjusted[name] & ~mask).sum()) for name, (_, mask) in masked_parameters(self.model).items()}
+        entries = masked_parameters(self.model).items()
+        churn = {name: int((adjusted[name] & ~entry.mask).sum()) for name, entry in entries}
         set_masks(self.model, adjusted)
         return churn
 
