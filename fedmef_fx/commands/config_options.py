@@ -21,6 +21,7 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "density": Annotated[float | None, typer.Option(help="Active share of the prunable weights, (0, 1].")],
     "allocation": Annotated[str | None, typer.Option(help="How layers share the budget: erk or uniform.")],
     "mask_init": Annotated[str | None, typer.Option(help="Initial masks: random or magnitude.")],
+    "granularity": Annotated[str | None, typer.Option(help="What masks switch: weight, channel, or N:M such as 2:4.")],
     "normalization": Annotated[
         str | None, typer.Option(help="nsconv turns BatchNorm into normalised kernels, keep leaves it.")
     ],
