@@ -15,13 +15,15 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.compact import compact, compact_report
+from fedmef_fx.export.compact_report import CompactReport
 from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
-from fedmef_fx.model import Transformation, is_transformed
+from fedmef_fx.model import Transformation, is_transformed, silence_channels
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -39,8 +41,11 @@ from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
 __all__ = [
+    "CompactReport",
     "ExportReport",
     "FileInspection",
+    "compact",
+    "compact_report",
     "export_onnx",
     "extend_region",
     "freeze",
@@ -131,6 +136,7 @@ def transform(
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config) if stop_after is None else None
     result = emit(program, extend=extend)
+    silence_channels(result)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -183,7 +189,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
         FunctionalizeWeights(config.ignore),
-        InsertMasks(config.density, config.allocation, config.mask_init, config.seed, config.ignore),
+        InsertMasks(
+            config.density,
+            config.allocation,
+            config.mask_init,
+            config.seed,
+            config.ignore,
+            config.granularity,
+            config.channel_multiple,
+        ),
     ]
     if config.normalization == "nsconv":
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
