@@ -108,14 +108,17 @@ def read_examples(
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     sizes: Mapping[str, Mapping[int, str]] | None = None,
+    *,
+    where: str = "export_onnx",
 ) -> Examples:
-    """Check example arguments against a model's signature.
+    """Check example arguments against a model's signature; errors name the call `where`.
 
     Args:
         model: The model.
         inputs: Positional arguments of a call.
         kwargs: Its keyword arguments.
         sizes: Names of sizes that vary besides the batch, by argument and dimension.
+        where: Name of the call, for errors.
 
     Raises:
         ConfigError: Not a tuple or list, no tensor in it, arguments that do not fit the signature, or sizes that do not
@@ -123,7 +126,7 @@ def read_examples(
     """
     if not isinstance(inputs, tuple | list):
         raise ConfigError(
-            f"export_onnx: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
+            f"{where}: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
             "example_inputs=(x,)"
         )
     signature, given = inspect.signature(model.forward), dict(kwargs or {})
@@ -131,14 +134,14 @@ def read_examples(
         signature.bind(*inputs, **given)
     except TypeError as error:
         raise ConfigError(
-            f"export_onnx: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
+            f"{where}: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
             f"positional and {sorted(given)} keyword arguments: {error}"
         ) from error
     order = {name: index for index, name in enumerate(signature.parameters)}
     call = Call(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
     tensors = call.tensors()
     if not tensors:
-        raise ConfigError("export_onnx: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
+        raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
     examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, sizes or {})
     _check_sizes(examples)
     return examples

@@ -18,6 +18,7 @@ from fedmef_fx.export._checks import check_finite, check_masked, check_runs
 from fedmef_fx.export._clock import Clock
 from fedmef_fx.export._examples import Call, read_examples
 from fedmef_fx.export._precision import in_float32, low_precision, widened
+from fedmef_fx.export.compact import compact as remove_dead_channels
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.model import is_transformed
@@ -43,6 +44,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     dynamic_sizes: Mapping[str, Mapping[int, str]] | None = None,
     verify: bool = True,
     optimize: Optimize = "onnxscript",
+    compact: bool = False,
 ) -> ExportReport:
     """Write a model as ONNX, with masks, NSConv and BatchNorm folded, and prove that the file computes the same.
 
@@ -65,6 +67,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
         optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
             to be installed), "none".
+        compact: Remove channels that contribute nothing first; see `fedmef_fx.compact`.
 
     Returns:
         Sizes, agreement, and what was done differently from what was asked for.
@@ -95,6 +98,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         plain = freeze(model) if is_transformed(model) else model
         check_finite(plain)
         check_masked(model, plain)
+        plain = remove_dead_channels(plain, example_inputs, example_kwargs=example_kwargs) if compact else plain
         reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
         examples = read_examples(plain, *given, dynamic_sizes)

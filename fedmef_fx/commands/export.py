@@ -77,6 +77,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the file with the model in onnxruntime.")
     ] = True,
+    compact: Annotated[bool, typer.Option("--compact", help="Remove channels that contribute nothing first.")] = False,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
@@ -96,6 +97,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
         dynamic_batch=dynamic_batch,
         dynamic_sizes={argument: sizes} if sizes else None,
         verify=verify,
+        compact=compact,
         optimize=optimize.value,
         **options,
     )

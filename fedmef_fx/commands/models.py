@@ -4,9 +4,9 @@ import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 import typer
@@ -52,7 +52,9 @@ _IMAGES: Final = {
     "resnet18": (3, 32, 32),
     "resnet50": (3, 224, 224),
     "mobilenet_v2": (3, 32, 32),
+    "vit_tiny": (3, 32, 32),
 }
+_TOKENS: Final = {"gpt2_bytes": (128,)}  # length; each is a byte
 _SHAPE: Final = re.compile(r"\d+(x\d+)*")
 
 
@@ -117,9 +119,30 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def transformed(model: nn.Module, config: Config, *, checkpoint: Path | None) -> nn.Module:
-    """A model transformed as a checkpoint says, with its weights and masks, or as a configuration says."""
-    return fedmef_fx.transform(model, config) if checkpoint is None else fedmef_fx.load(checkpoint, model)
+def transformed(
+    model: nn.Module,
+    config: Config,
+    *,
+    checkpoint: Path | None,
+    print_after: Collection[str] | Literal["all"] = (),
+    stop_after: str | None = None,
+    printer: Callable[[str], object] | None = None,
+) -> nn.Module:
+    """A model transformed as a checkpoint says, with its weights and masks, or as a configuration says.
+
+    Args:
+        model: The original.
+        config: The configuration.
+        checkpoint: The checkpoint; None for none. The passes that it asks for can be neither printed nor stopped.
+        print_after: As in `fedmef_fx.transform`.
+        stop_after: Likewise.
+        printer: Likewise.
+    """
+    if checkpoint is None:
+        return fedmef_fx.transform(model, config, print_after=print_after, stop_after=stop_after, printer=printer)
+    if print_after or stop_after:
+        raise ConfigError("--checkpoint: cannot be looked at between the passes; leave out --print-after, --stop-after")
+    return fedmef_fx.load(checkpoint, model)
 
 
 def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | None:
@@ -131,10 +154,16 @@ def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | N
         batch: Batch size where the shape is not given.
 
     Returns:
-        `f32[*shape]`; None for a model of the user's without a shape.
+        `f32[*shape]`, or bytes as `i64[*shape]` for a language model; None for a model of the user's without a shape.
     """
-    sizes = sizes_of(shape) if shape is not None else (batch, *_IMAGES[name]) if name in _IMAGES else None
-    return None if sizes is None else torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    usual = {**_IMAGES, **_TOKENS}
+    sizes = sizes_of(shape) if shape is not None else (batch, *usual[name]) if name in usual else None
+    if sizes is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randint(256, sizes, generator=generator) if name in _TOKENS else torch.randn(sizes, generator=generator)
+    )
 
 
 def required_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor:
