@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.memory.backends import backend_for
+from fedmef_fx.memory.bitmap import bitmap_nbytes
 from fedmef_fx.memory.layout import Layout
 from fedmef_fx.memory.registry import announce
 
@@ -52,6 +53,19 @@ class PackedTensor:
         layout = Layout.of(x)
         bitmap, values = backend_for(x).pack(layout.flatten(x), threshold)
         return cls(bitmap, values, layout)
+
+    @classmethod
+    def predicted(cls, x: Tensor, *, kept: float) -> "PackedTensor":
+        """What `pack` would give if it kept a share of `x`: the buffers of that size, without values.
+
+        Args:
+            x: A tensor without values (meta or fake), of any shape and strides.
+            kept: Share of the elements that are stored, 0-1.
+        """
+        layout = Layout.of(x)
+        flat = layout.flatten(x)
+        bitmap = flat.new_empty(bitmap_nbytes(layout.numel), dtype=torch.uint8)
+        return cls(bitmap, flat.new_empty(round(kept * layout.numel)), layout)
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""

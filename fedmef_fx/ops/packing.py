@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.memory import PackedTensor, ThresholdEstimator
+from fedmef_fx.memory.layout import has_no_values
 
 __all__ = ["PackActivation"]
 
@@ -27,6 +28,8 @@ class PackActivation(nn.Module):
         """
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return None
+        if has_no_values(x):
+            return PackedTensor.predicted(x, kept=self.estimator.expected_kept)
         packed = PackedTensor.pack(x.detach(), threshold=self.estimator.threshold(x))
         self.estimator.observe(packed.values.numel(), x.numel())
         return packed
