@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.memory.bitmap import bitmap_nbytes, check_bitmap, count_bits
+from fedmef_fx.memory.registry import announce_temporary
 from fedmef_fx.memory.spans import BLOCK
 from fedmef_fx.memory.words import Words, floats, magnitude_mask, nearest, round_down, word, words
 
@@ -37,9 +38,15 @@ def _blocks(numel: int) -> Iterator[tuple[int, int]]:
 def _join(pieces: list[Words], dtype: torch.dtype) -> Tensor:
     """The pieces as one tensor that torch allocated, so that memory trackers see it."""
     values = torch.empty(sum(piece.size for piece in pieces), dtype=dtype)
+    announce_temporary(values.nbytes + _block_nbytes(dtype))
     if pieces:
         np.concatenate(pieces, out=words(values))
     return values
+
+
+def _block_nbytes(dtype: torch.dtype) -> int:
+    """Temporaries of one block at most: its words masked and compared, 0/1 bytes, and 8-byte positions."""
+    return BLOCK * (dtype.itemsize + 2 + np.dtype(np.intp).itemsize)
 
 
 def _positions(marked: NDArray[Any]) -> NDArray[np.intp]:
@@ -84,6 +91,7 @@ class NumpyBackend:
         check_bitmap(bitmap, out.numel())
         check_count(bitmap, values)
         marks, kept, target = bitmap.numpy(), words(values), words(out)
+        announce_temporary(_block_nbytes(out.dtype))
         first = 0
         for start, stop in _blocks(out.numel()):
             positions = _positions(_bits(marks, start, stop))
