@@ -34,12 +34,12 @@ from fedmef_fx.memory.resident import (
 )
 from fedmef_fx.training_step import TrainingStep
 
-__all__ = ["NotMeasurable", "resident_growth"]
+__all__ = ["NotMeasurableError", "resident_growth"]
 
 _TIMEOUT_SECONDS: Final = 600
 
 
-class NotMeasurable(FedmefError):
+class NotMeasurableError(FedmefError):
     """Resident memory cannot be measured here or for this model; the message says why."""
 
 
@@ -50,17 +50,16 @@ def resident_growth(**arguments: Any) -> ResidentGrowth:
         **arguments: Of `TrainingStep.of`.
 
     Raises:
-        NotMeasurable: No Linux, an object that cannot be sent to another process, or a process that failed.
+        NotMeasurableError: No Linux, an object that cannot be sent to another process, or a process that failed.
     """
     reason = why_not()
     if reason:
-        raise NotMeasurable(reason)
-    main = sys.modules.get("__main__")
+        raise NotMeasurableError(reason)
     try:
         step = pickle.dumps({"backend": backend().name, "threads": torch.get_num_threads()})
         step += pickle.dumps(arguments)
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-        raise NotMeasurable(f"it cannot be sent to another process: {error}") from error
+        raise NotMeasurableError(f"it cannot be sent to another process: {error}") from error
     with tempfile.TemporaryDirectory(prefix="fedmef-fx-") as folder:
         file = Path(folder, "step")
         file.write_bytes(step)
@@ -72,11 +71,11 @@ def resident_growth(**arguments: Any) -> ResidentGrowth:
                 command, capture_output=True, text=True, env=environment, timeout=_TIMEOUT_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise NotMeasurable(f"two steps took more than {_TIMEOUT_SECONDS} s") from error
+            raise NotMeasurableError(f"two steps took more than {_TIMEOUT_SECONDS} s") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        hint = "; define it in a module that can be imported" if "__main__" in last and main is not None else ""
-        raise NotMeasurable(f"the fresh process failed: {last}{hint}")
+        hint = "; define it in a module that can be imported" if "__main__" in last else ""
+        raise NotMeasurableError(f"the fresh process failed: {last}{hint}")
     return ResidentGrowth(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -84,7 +83,8 @@ def _warm_up() -> None:
     """Let everything that is set up once be set up: threads, kernels, oneDNN, the optimizer's modules."""
     layer = nn.Conv2d(3, 4, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    F.cross_entropy(layer(torch.randn(2, 3, 8, 8)).flatten(1), torch.tensor([0, 1])).backward()
+    loss = F.cross_entropy(layer(torch.randn(2, 3, 8, 8)).flatten(1), torch.tensor([0, 1]))
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     optimizer.step()
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(1000, dtype=dtype)

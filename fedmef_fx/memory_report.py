@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.fresh_process import NotMeasurable, resident_growth
+from fedmef_fx.fresh_process import NotMeasurableError, resident_growth
 from fedmef_fx.layer_marks import mark_layers
 from fedmef_fx.memory.allocator import allocator_peak, cuda_peak
 from fedmef_fx.memory.report import MemoryReport
@@ -81,7 +81,7 @@ def memory(
     if rss:
         try:
             report = dataclasses.replace(report, rss=resident_growth(**arguments))
-        except NotMeasurable as error:
+        except NotMeasurableError as error:
             report = dataclasses.replace(report, notes=(*report.notes, f"no resident memory: {error}"))
     return report
 
@@ -134,7 +134,7 @@ def _when_accumulated(parameter: nn.Parameter, timeline: StepTimeline) -> Any:
         if accumulated.grad is not None:
             timeline.hold([accumulated.grad], "gradients")
 
-    return parameter.register_post_accumulate_grad_hook(tell)
+    return parameter.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _untracked(arguments: dict[str, Any], measure: Any) -> Any:

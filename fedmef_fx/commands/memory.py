@@ -1,16 +1,18 @@
 """`fedmef-fx memory`: bytes of a training step, transformed against masked-dense with BatchNorm."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from torch import nn
 
 import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import InputShape, ModelName, build_model, required_input
 from fedmef_fx.commands.tables import bytes_text, show_table
-from fedmef_fx.commands.twin import masked_dense_twin
+from fedmef_fx.commands.twin import masked_after_steps
 from fedmef_fx.config import Config
 from fedmef_fx.memory_report import MemoryReport
 from fedmef_fx.memory_report import memory as measure
@@ -20,39 +22,75 @@ __all__ = ["memory"]
 
 @command
 @takes_config()
-def memory(
+def memory(  # noqa: PLR0913 -- the options of a command
     *,
     model: ModelName,
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size, where --input does not give one.")] = 64,
+    optimizer: Annotated[
+        Literal["none", "sgd", "sgd-momentum", "adam", "adamw"], typer.Option(help="Optimizer of the step.")
+    ] = "none",
+    predict: Annotated[bool, typer.Option("--predict", help="Predict from shapes, without running the model.")] = False,
+    rss: Annotated[bool, typer.Option("--rss", help="Also the resident memory of a fresh process.")] = False,
+    allocator: Annotated[
+        bool, typer.Option("--allocator", help="Also the peak of torch's allocator, temporaries inside it included.")
+    ] = False,
+    compare: Annotated[bool, typer.Option(help="Compare with masked-dense training with BatchNorm.")] = True,
+    layers: Annotated[int, typer.Option(min=0, help="How many of the largest layers to show.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the step of the transformed model: .png, .svg or .pdf.")
+    ] = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Measure the bytes of one training step, against the same masks on dense activations and BatchNorm."""
+    """Measure or predict the bytes of one training step, against the same masks on dense activations and BatchNorm."""
     x = required_input(model, input_shape, batch=batch)
     network = build_model(model, seed=config.seed)
-    twin = measure(masked_dense_twin(network, config), (x,))
-    transformed = measure(fedmef_fx.transform(network, config), (x,))
-    data = {
-        "model": model,
-        "input": list(x.shape),
-        "transformed": transformed.as_dict(),
-        "masked_dense": twin.as_dict(),
-        "saved_ratio": _ratio(transformed.saved_total, twin.saved_total),
-        "peak_ratio": _ratio(transformed.peak, twin.peak),
-    }
+    sparse = fedmef_fx.transform(network, config)
+
+    def report(candidate: nn.Module) -> MemoryReport:
+        return measure(
+            candidate,
+            (x,),
+            optimizer=None if optimizer == "none" else optimizer,
+            predict=predict,
+            rss=rss,
+            allocator=allocator,
+        )
+
+    transformed = report(sparse)
+    twin = report(masked_after_steps(network, sparse)) if compare else None
+    if plot is not None:
+        transformed.plot(plot)
+    data: dict[str, Any] = {"model": model, "input": list(x.shape), "transformed": transformed.as_dict()}
+    if twin is not None:
+        data |= {
+            "masked_dense": twin.as_dict(),
+            "saved_ratio": _ratio(transformed.saved_total, twin.saved_total),
+            "peak_ratio": _ratio(transformed.peak, twin.peak),
+        }
     title = f"one training step of {model} on {'x'.join(map(str, x.shape))}"
-    return Result(data, lambda console: _show(console, title, transformed, twin))
+    return Result(data, lambda console: _show(console, title, transformed, twin, layers=layers))
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _show(console: Console, title: str, transformed: MemoryReport, twin: MemoryReport) -> None:
+def _show(console: Console, title: str, transformed: MemoryReport, twin: MemoryReport | None, *, layers: int) -> None:
+    theirs = {} if twin is None else dict(twin.rows())
     rows = []
-    for (label, ours), (_, theirs) in zip(transformed.rows(), twin.rows(), strict=True):
-        ratio = _ratio(ours, theirs)
-        rows.append((label, bytes_text(ours), bytes_text(theirs), "-" if ratio is None else f"{ratio:.3f}"))
-    headings = ("", "transformed", "masked-dense", "ratio")
+    for label, ours in transformed.rows():
+        base = theirs.get(label)
+        ratio = None if base is None else _ratio(ours, base)
+        cells = ("-" if base is None else bytes_text(base), "-" if ratio is None else f"{ratio:.3f}")
+        rows.append((label, bytes_text(ours), *(cells if twin is not None else ())))
+    headings = ("", "transformed", *(("masked-dense", "ratio") if twin is not None else ()))
     show_table(console, headings, rows, title=title, numbers=frozenset({1, 2, 3}))
+    console.print(f"peak at: {transformed.peak_site}")
+    for note in transformed.notes:
+        console.print(f"note: {note}")
+    if layers:
+        largest = [(e.path, bytes_text(e.held), bytes_text(e.transients)) for e in transformed.largest_layers(layers)]
+        console.print()
+        show_table(console, ("layer", "held", "on top while it runs"), largest, numbers=frozenset({1, 2}))

@@ -4,13 +4,18 @@ On the CPU the profiler reports every allocation of torch's allocator; what oneD
 no figure but the resident memory of the process (`fedmef_fx.memory.resident`). On CUDA the caching allocator counts.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["CudaPeak", "allocator_peak", "cuda_peak"]
+
+_LOG_LEVEL: Final = "KINETO_LOG_LEVEL"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ def allocator_peak(step: Callable[[], None]) -> int:
     Returns:
         Bytes; 0 where nothing was allocated.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     if results is None:
@@ -47,6 +52,18 @@ def allocator_peak(step: Callable[[], None]) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's library writes lines to stderr when it starts; it reads this variable when it is first used."""
+    before = os.environ.get(_LOG_LEVEL)
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LOG_LEVEL]
 
 
 def cuda_peak(step: Callable[[], None], device: torch.device) -> CudaPeak:

@@ -169,7 +169,7 @@ class StepTimeline(TorchDispatchMode):
             return Site("forward", self._stack[-1], op)
         path = self._backward_path
         if self._phase == "backward":
-            node = torch._C._current_autograd_node()
+            node: Any = torch._C._current_autograd_node()
             path = path if node is None else node.metadata.get(_LAYER, path)
         else:
             path = next((self._parameters[key] for key in storages if key in self._parameters), path)
