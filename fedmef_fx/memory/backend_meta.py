@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from fedmef_fx.memory.backend_numpy import block_nbytes
+from fedmef_fx.memory.backends import backend
 from fedmef_fx.memory.bitmap import bitmap_nbytes, check_bitmap
+from fedmef_fx.memory.registry import announce_temporary
 from fedmef_fx.memory.words import check_float
 
 __all__ = ["MetaBackend"]
@@ -24,13 +27,22 @@ class MetaBackend:
     def pack(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """See `Backend.pack`; keeps everything."""
         del threshold
+        return self.keep(x, x.numel())
+
+    def keep(self, x: Tensor, kept_count: int) -> tuple[Tensor, Tensor]:
+        """`pack` that keeps so many elements, whichever they are."""
         check_float(x.dtype)
-        return _bitmap(x), x.new_empty(x.numel())
+        values = x.new_empty(kept_count)
+        if _runs_in_numpy(x):
+            announce_temporary(values.nbytes + block_nbytes(x))
+        return _bitmap(x), values
 
     def unpack(self, bitmap: Tensor, values: Tensor, *, out: Tensor) -> None:
         """See `Backend.unpack`."""
         del values
         check_bitmap(bitmap, out.numel())
+        if _runs_in_numpy(out):
+            announce_temporary(block_nbytes(out))
 
     def gather(self, bitmap: Tensor, dense: Tensor) -> Tensor:
         """See `Backend.gather`; gathers everything."""
@@ -53,6 +65,11 @@ class MetaBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend.clamp_pack`."""
         return self.clamp_bits(x, out=out, low=low, high=high), *self.pack(out, threshold)
+
+
+def _runs_in_numpy(x: Tensor) -> bool:
+    """Whether the tensor stands for one that numpy would pack, with numpy's temporaries."""
+    return x.device.type == "cpu" and backend().name == "numpy"
 
 
 def _bitmap(x: Tensor) -> Tensor:

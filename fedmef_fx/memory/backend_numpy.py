@@ -14,7 +14,7 @@ from fedmef_fx.memory.registry import announce_temporary
 from fedmef_fx.memory.spans import BLOCK
 from fedmef_fx.memory.words import Words, floats, magnitude_mask, nearest, round_down, word, words
 
-__all__ = ["NumpyBackend", "check_count"]
+__all__ = ["NumpyBackend", "block_nbytes", "check_count"]
 
 _LITTLE: Final = "little"
 
@@ -35,18 +35,18 @@ def _blocks(numel: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, numel)) for start in range(0, numel, BLOCK))
 
 
-def _join(pieces: list[Words], dtype: torch.dtype) -> Tensor:
-    """The pieces as one tensor that torch allocated, so that memory trackers see it."""
-    values = torch.empty(sum(piece.size for piece in pieces), dtype=dtype)
-    announce_temporary(values.nbytes + _block_nbytes(dtype))
+def _join(pieces: list[Words], *, of: Tensor) -> Tensor:
+    """The pieces of a tensor as one that torch allocated, so that memory trackers see it."""
+    values = torch.empty(sum(piece.size for piece in pieces), dtype=of.dtype)
+    announce_temporary(values.nbytes + block_nbytes(of))
     if pieces:
         np.concatenate(pieces, out=words(values))
     return values
 
 
-def _block_nbytes(dtype: torch.dtype) -> int:
+def block_nbytes(x: Tensor) -> int:
     """Temporaries of one block at most: its words masked and compared, 0/1 bytes, and 8-byte positions."""
-    return BLOCK * (dtype.itemsize + 2 + np.dtype(np.intp).itemsize)
+    return min(BLOCK, x.numel()) * (x.dtype.itemsize + 2 + np.dtype(np.intp).itemsize)
 
 
 def _positions(marked: NDArray[Any]) -> NDArray[np.intp]:
@@ -91,7 +91,7 @@ class NumpyBackend:
         check_bitmap(bitmap, out.numel())
         check_count(bitmap, values)
         marks, kept, target = bitmap.numpy(), words(values), words(out)
-        announce_temporary(_block_nbytes(out.dtype))
+        announce_temporary(block_nbytes(out))
         first = 0
         for start, stop in _blocks(out.numel()):
             positions = _positions(_bits(marks, start, stop))
@@ -105,7 +105,7 @@ class NumpyBackend:
         check_bitmap(bitmap, dense.numel())
         marks, source = bitmap.numpy(), words(dense)
         pieces = [_take(source[start:stop], _bits(marks, start, stop)) for start, stop in _blocks(dense.numel())]
-        return _join(pieces, dense.dtype)
+        return _join(pieces, of=dense)
 
     def clamp_bits(self, x: Tensor, *, out: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
         """See `Backend.clamp_bits`."""
@@ -141,7 +141,7 @@ class _Packer:
 
     def __init__(self, x: Tensor, threshold: float) -> None:
         self.limit = word(round_down(threshold, x.dtype), x.dtype)
-        self.magnitude, self.dtype = magnitude_mask(x.dtype), x.dtype
+        self.magnitude, self.source = magnitude_mask(x.dtype), x
         self.bitmap = torch.empty(bitmap_nbytes(x.numel()), dtype=torch.uint8)
         self.marks = self.bitmap.numpy()
         self.pieces: list[Words] = []
@@ -154,7 +154,7 @@ class _Packer:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Bitmap and values."""
-        return self.bitmap, _join(self.pieces, self.dtype)
+        return self.bitmap, _join(self.pieces, of=self.source)
 
 
 class _Clamp:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.memory.backends import backend_for
-from fedmef_fx.memory.bitmap import bitmap_nbytes
 from fedmef_fx.memory.layout import Layout
 from fedmef_fx.memory.registry import announce
 
@@ -62,10 +61,12 @@ class PackedTensor:
             x: A tensor without values (meta or fake), of any shape and strides.
             kept: Share of the elements that are stored, 0-1.
         """
+        # Imported here, as every backend is.
+        from fedmef_fx.memory.backend_meta import MetaBackend  # noqa: PLC0415
+
         layout = Layout.of(x)
-        flat = layout.flatten(x)
-        bitmap = flat.new_empty(bitmap_nbytes(layout.numel), dtype=torch.uint8)
-        return cls(bitmap, flat.new_empty(round(kept * layout.numel)), layout)
+        bitmap, values = MetaBackend().keep(layout.flatten(x), round(kept * layout.numel))
+        return cls(bitmap, values, layout)
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""

@@ -287,11 +287,14 @@ class AttributedSaves(SavedTensors):
 
     def __init__(self, timeline: StepTimeline, *exclude: Any) -> None:
         super().__init__(*exclude)
-        self._timeline = timeline
+        # Weakly: the graph of a loss holds on to this meter, and need not hold on to every event as well.
+        self._timeline = weakref.ref(timeline)
 
     def _pack(self, tensor: Tensor) -> Any:
         saved = super()._pack(tensor)
-        self._timeline.saved(saved.tensor, saved)
+        timeline = self._timeline()
+        if timeline is not None:
+            timeline.saved(saved.tensor, saved)
         return saved
 
 
