@@ -17,6 +17,9 @@ from fedmef_fx.training_step import LossOfOutput, OptimizerChoice, TrainingStep
 __all__ = ["MemoryReport", "memory"]
 
 _UNSEEN: Final = "not in the peak: workspaces inside operations, such as those of convolutions"
+_RECURRENT: Final = (
+    "not in the prediction: what recurrent layers keep in oneDNN, which alone knows its size; measure"
+)
 
 
 def memory(
@@ -100,8 +103,12 @@ def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
         timeline.name_parameters(step.model.named_parameters())
         hooks = [_when_accumulated(p, timeline) for p in step.model.parameters() if p.requires_grad]
         with AttributedSaves(timeline, step.model, *step.inputs) as saves, timeline.during("forward"):
-            value = step.forward()
-            timeline.end_forward(value)
+            output = step.output()
+            timeline.enter("loss", output)
+            value = step.loss_of(output)
+            del output
+            timeline.leave(value)
+            timeline.end_forward()
         kinds = saves.by_kind()
         with timeline.during("backward"):
             value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -125,8 +132,13 @@ def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
             layers=timeline.layers,
             timeline=tuple(timeline.events),
             is_predicted=predict,
-            notes=(_UNSEEN,),
+            notes=_notes(timeline, predict=predict),
         )
+
+
+def _notes(timeline: StepTimeline, *, predict: bool) -> tuple[str, ...]:
+    recurrent = any("mkldnn_rnn" in event.site.op for event in timeline.events)
+    return (_UNSEEN, *((_RECURRENT,) if predict and recurrent else ()))
 
 
 def _when_accumulated(parameter: nn.Parameter, timeline: StepTimeline) -> Any:

@@ -129,20 +129,27 @@ class TrainingStep:
         with torch.random.fork_rng(devices=devices), self.mode or contextlib.nullcontext():
             yield
 
-    def forward(self) -> Tensor:
-        """The loss.
+    def output(self) -> Any:
+        """What the model returns.
 
         Raises:
-            ConfigError: The model refuses the inputs, or the loss is no differentiable scalar.
+            ConfigError: The model refuses the inputs.
         """
         try:
-            output = self.model(*self.args, **self.kwargs)
+            return self.model(*self.args, **self.kwargs)
         except Exception as error:
             what = "cannot be predicted, as it needs values" if _needs_values(error) else "fails"
             raise ConfigError(
                 f"memory: {type(self.model).__name__} {what} on the example inputs in train mode: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def loss_of(self, output: Any) -> Tensor:
+        """The loss.
+
+        Raises:
+            ConfigError: It is no differentiable scalar.
+        """
         value = _sum(output) if self.loss is None else self.loss(output)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -159,7 +166,7 @@ class TrainingStep:
     def run(self) -> None:
         """One whole step."""
         self.zero_grad()
-        self.forward().backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.loss_of(self.output()).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if self.optimizer is not None:
             self.optimizer.step()
 

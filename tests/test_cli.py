@@ -217,6 +217,20 @@ def test_memory() -> None:
     assert "saved for backward" in _invoke("memory", "zoo_of_tests:build", "--input", "3x8").stdout
 
 
+def test_memory_of_a_whole_step_predicted_and_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "step.svg"
+    options = ("--batch", "4", "--optimizer", "adam", "--predict", "--no-compare", "--plot", str(picture))
+    data = _data("memory", "digits_cnn", *options)
+    assert "masked_dense" not in data
+    assert data["transformed"]["is_predicted"]
+    assert data["transformed"]["optimizer"] > 2 * data["transformed"]["weights"]
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    shown = _invoke("memory", "digits_cnn", "--batch", "4", "--no-compare", "--layers", "3", "--allocator").stdout
+    assert "allocator peak" in shown
+    assert "conv2" in shown
+    assert _invoke("memory", "digits_cnn", "--optimizer", "lion").exit_code == 2
+
+
 def test_bench() -> None:
     data = _data("bench", "all", "zoo_of_tests:build", "--input", "4x8", "--repeats", "2")
     assert data["step_ratio"] > 0

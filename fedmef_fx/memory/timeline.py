@@ -206,9 +206,8 @@ class StepTimeline(TorchDispatchMode):
         self._note(self._site("packing kernel"))
         self.current["transients"] -= nbytes
 
-    def end_forward(self, result: Any) -> None:
+    def end_forward(self) -> None:
         """The forward pass is over; what is saved now is what is held."""
-        self._claim(result, "loss")
         for storage in self._storages.values():
             if storage.category == "saved":
                 self._held[storage.saver] = self._held.get(storage.saver, 0) + storage.nbytes

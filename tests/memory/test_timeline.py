@@ -24,7 +24,7 @@ def test_categories_follow_what_tensors_are_for() -> None:
         timeline.leave(result)
         del hidden
         loss = result.sum()
-        timeline.end_forward(loss)
+        timeline.end_forward()
     assert timeline.current["saved"] == result.nbytes
     assert {layer.path: layer.held for layer in timeline.layers if layer.held} == {"second": result.nbytes}
     assert timeline.current["transients"] == loss.nbytes
@@ -48,8 +48,10 @@ def test_backward_is_attributed_to_the_layer_that_made_the_node() -> None:
         timeline.enter("b", (between,))
         result = between.cos()
         timeline.leave(result)
+        timeline.enter("loss", result)
         loss = result.exp().sum()
-        timeline.end_forward(loss)
+        timeline.leave(loss)
+        timeline.end_forward()
     with timeline.during("backward"):
         loss.backward()
     paths = [event.site.path for event in timeline.events if event.site.phase == "backward"]
@@ -81,7 +83,7 @@ def test_packed_buffers_are_held_by_the_layer_that_made_them() -> None:
         timeline.enter("conv")
         packed = PackedTensor.pack(x, threshold=1.0)
         timeline.leave(())
-        timeline.end_forward(())
+        timeline.end_forward()
     assert [(layer.path, layer.held) for layer in timeline.layers if layer.held] == [("conv", packed.nbytes)]
     del packed
     assert timeline.current["saved"] == 0
