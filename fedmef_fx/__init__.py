@@ -14,6 +14,7 @@ from fedmef_fx.errors import FedmefError
 from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.inspection import inspect
+from fedmef_fx.micro_batches import micro_batches
 from fedmef_fx.model import coverage, density, masks, report, set_masks
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "masks",
     "memory",
+    "micro_batches",
     "report",
     "save",
     "set_masks",

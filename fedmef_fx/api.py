@@ -18,6 +18,7 @@ from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
+from fedmef_fx.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -97,6 +98,7 @@ def transform(
         time.perf_counter() - start,
     )
     reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
+    _apply_layer_sparsity(program, config)
     program.facts.reports = PassReport((capture, *reports))
     result = emit(program, extend=functools.partial(extend_region, config=config))
     for name, module in result.named_modules():
@@ -121,6 +123,7 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
         Pipeline([ReplayRewrites(config.nsconv_statistics, config.ignore), *memory_passes(config)]).run(program)
     except (CaptureError, PassError):
         return
+    apply_layer_sparsity(regions, config.layer_sparsity)
     for region in regions:
         table.add(region)
 
@@ -144,6 +147,15 @@ def memory_passes(config: Config) -> tuple[Pass, ...]:
         return ()
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
     return (ShrinkSaved(), PruneActivations(*options))
+
+
+def _apply_layer_sparsity(program: Program, config: Config) -> None:
+    unused = apply_layer_sparsity(program.regions, config.layer_sparsity)
+    if unused and config.activation_sparsity > 0 and not program.pending:
+        raise ConfigError(
+            f"Config.layer_sparsity: no layer whose input is pruned is named {unused[0]!r}; expected names as in "
+            "fedmef_fx.memory(model, inputs).layers; of layers that share an input the first one counts"
+        )
 
 
 def _check_model(model: nn.Module, config: Config) -> None:

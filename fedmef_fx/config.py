@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import ConfigError
@@ -25,6 +26,20 @@ def _ignore_entry(entry: object) -> str:
     )
 
 
+def _pairs(value: object) -> tuple[tuple[str, float], ...]:
+    """`Config.layer_sparsity` in the form in which it is stored and hashed."""
+    entries = list(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(entries, list | tuple) and all(isinstance(e, list | tuple) and len(e) == 2 for e in entries):
+        pairs = tuple((name, gamma) for name, gamma in entries)
+        are_numbers = all(isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g < 1 for _, g in pairs)
+        if are_numbers and all(isinstance(name, str) and name for name, _ in pairs):
+            return pairs
+    raise ConfigError(
+        f"Config.layer_sparsity: got {value!r}; expected names or globs with numbers in [0, 1), e.g. "
+        'layer_sparsity={"layer1.*": 0.5}'
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What `fedmef_fx.transform` does to a model, and how FedMef then adjusts its masks.
@@ -41,6 +56,11 @@ class Config:
             tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
+        layer_sparsity: gamma of single layers, as pairs of a name or glob and a number in [0, 1), e.g.
+            `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
+            input that several layers share the first one's counts.
+        micro_batch: Samples for which activations are kept at a time in federated training, see
+            `fedmef_fx.micro_batches`; None for whole batches.
         weight_storage: `"dense"`: parameters keep their shape.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
@@ -71,6 +91,8 @@ class Config:
     activation_sparsity: float = 0.9
     threshold_sample: int = 8192
     threshold_interval: int = 8
+    layer_sparsity: tuple[tuple[str, float], ...] = ()
+    micro_batch: int | None = None
     weight_storage: Literal["dense"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
@@ -93,6 +115,9 @@ class Config:
         self._check_number("extrusion_strength", low=0.0)
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
+        object.__setattr__(self, "layer_sparsity", _pairs(self.layer_sparsity))
+        if self.micro_batch is not None:
+            self._check_integer("micro_batch", low=1)
         self._check_integer("adjustment_interval", low=1)
         self._check_integer("seed", low=0, high=2**64 - 1)  # what torch's generators take
         if self.adjustment_stop is not None:

@@ -17,9 +17,7 @@ from fedmef_fx.training_step import LossOfOutput, OptimizerChoice, TrainingStep
 __all__ = ["MemoryReport", "memory"]
 
 _UNSEEN: Final = "not in the peak: workspaces inside operations, such as those of convolutions"
-_RECURRENT: Final = (
-    "not in the prediction: what recurrent layers keep in oneDNN, which alone knows its size; measure"
-)
+_RECURRENT: Final = "not in the prediction: what recurrent layers keep in oneDNN, which alone knows its size; measure"
 
 
 def memory(
