@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedmef_fx.fresh_process import NotMeasurableError, resident_growth
 from fedmef_fx.layer_marks import mark_layers
 from fedmef_fx.memory.allocator import allocator_peak, cuda_peak
+from fedmef_fx.memory.meter import SavedKind
 from fedmef_fx.memory.report import MemoryReport
 from fedmef_fx.memory.timeline import AttributedSaves, StepTimeline
 from fedmef_fx.training_step import LossOfOutput, OptimizerChoice, TrainingStep
@@ -27,6 +28,7 @@ def memory(
     example_kwargs: Mapping[str, Any] | None = None,
     loss: LossOfOutput | None = None,
     optimizer: OptimizerChoice = None,
+    micro_batch: int | None = None,
     predict: bool = False,
     allocator: bool = False,
     rss: bool = False,
@@ -45,6 +47,8 @@ def memory(
             nothing for backward.
         optimizer: `"sgd"`, `"sgd-momentum"`, `"adam"`, `"adamw"`, or a function from parameters to an optimizer; None
             for a step without.
+        micro_batch: Samples per part, as of `fedmef_fx.micro_batches`; the loss has to fit parts then. Held bytes are
+            those of the first part.
         predict: Run on tensors that have shapes only: no memory, hardly any time, for models of any size. What
             depends on values is assumed: a pruned activation keeps the share it kept when the model last ran, before
             that its target.
@@ -69,6 +73,7 @@ def memory(
         "example_kwargs": example_kwargs,
         "loss": loss,
         "optimizer": optimizer,
+        "micro_batch": micro_batch,
     }
     report = _follow(TrainingStep.of(**arguments, has_values=not predict), predict=predict)
     if predict:
@@ -100,16 +105,10 @@ def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
         timeline.hold(step.optimizer_state, "optimizer")
         timeline.name_parameters(step.model.named_parameters())
         hooks = [_when_accumulated(p, timeline) for p in step.model.parameters() if p.requires_grad]
-        with AttributedSaves(timeline, step.model, *step.inputs) as saves, timeline.during("forward"):
-            output = step.output()
-            timeline.enter("loss", output)
-            value = step.loss_of(output)
-            del output
-            timeline.leave(value)
-            timeline.end_forward()
-        kinds = saves.by_kind()
-        with timeline.during("backward"):
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        kinds: Mapping[SavedKind, int] = {}
+        for call, scale in step.parts():
+            held = _forward_and_backward(step, timeline, call, scale)
+            kinds = kinds or held  # a later part is of the same size, or smaller
         if step.optimizer is not None:
             with timeline.during("optimizer"):
                 step.optimizer.step()
@@ -132,6 +131,22 @@ def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
             is_predicted=predict,
             notes=_notes(timeline, predict=predict),
         )
+
+
+def _forward_and_backward(step: TrainingStep, timeline: StepTimeline, call: Any, scale: float) -> dict[SavedKind, int]:
+    """One part of the batch; returns what was held between forward and backward."""
+    with AttributedSaves(timeline, step.model, *step.inputs) as saves, timeline.during("forward"):
+        output = step.output(call)
+        timeline.enter("loss", output)
+        value = step.loss_of(output)
+        value = value if scale == 1 else value * scale
+        del output
+        timeline.leave(value)
+        timeline.end_forward()
+    kinds = saves.by_kind()
+    with timeline.during("backward"):
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return kinds
 
 
 def _notes(timeline: StepTimeline, *, predict: bool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.duplicate import duplicate_of
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.micro_batches import micro_batches
 
 __all__ = ["LossOfOutput", "OptimizerChoice", "OptimizerName", "TrainingStep", "optimizer_factory"]
 
@@ -63,6 +65,7 @@ class TrainingStep:
         loss: From the output to a scalar; None for the sum of all floating point results.
         optimizer: The optimizer, if there is one.
         mode: Makes tensors without values; None for a real step.
+        micro_batch: Samples per part, see `fedmef_fx.micro_batches`; None for the whole batch at once.
     """
 
     model: nn.Module
@@ -71,6 +74,7 @@ class TrainingStep:
     loss: LossOfOutput | None
     optimizer: Optimizer | None
     mode: FakeTensorMode | None = None
+    micro_batch: int | None = None
 
     @classmethod
     def of(
@@ -81,6 +85,7 @@ class TrainingStep:
         example_kwargs: Mapping[str, Any] | None = None,
         loss: LossOfOutput | None = None,
         optimizer: OptimizerChoice = None,
+        micro_batch: int | None = None,
         has_values: bool = True,
     ) -> "TrainingStep":
         """A step of a copy of a model.
@@ -91,10 +96,11 @@ class TrainingStep:
             example_kwargs: Keyword arguments of that call.
             loss: From the model's output to a scalar.
             optimizer: See `optimizer_factory`.
+            micro_batch: Samples per part; None for the whole batch at once.
             has_values: False for tensors that have shapes only: the step then takes next to no memory or time.
 
         Raises:
-            ConfigError: Not a model, inputs that are no tuple, or an unknown optimizer.
+            ConfigError: Not a model, inputs that are no tuple, an unknown optimizer, or a batch that cannot be cut.
         """
         if not isinstance(model, nn.Module):
             raise ConfigError(f"memory: got {type(model).__name__}; expected a torch.nn.Module")
@@ -109,7 +115,17 @@ class TrainingStep:
         )
         with mode or contextlib.nullcontext():
             made = None if factory is None else factory(p for p in duplicate.parameters() if p.requires_grad)
-        return cls(model=duplicate, args=args, kwargs=kwargs, loss=loss, optimizer=made, mode=mode)
+        if micro_batch is not None:
+            micro_batches((args, kwargs), micro_batch, model=duplicate)  # refuses what cannot be cut
+        return cls(
+            model=duplicate,
+            args=args,
+            kwargs=kwargs,
+            loss=loss,
+            optimizer=made,
+            mode=mode,
+            micro_batch=micro_batch,
+        )
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -129,14 +145,25 @@ class TrainingStep:
         with torch.random.fork_rng(devices=devices), self.mode or contextlib.nullcontext():
             yield
 
-    def output(self) -> Any:
-        """What the model returns.
+    def parts(self) -> Iterator[tuple[tuple[tuple[Any, ...], dict[str, Any]], float]]:
+        """Arguments of each call, with the scale of its loss.
+
+        Without values only the first two parts: in all later ones as much is alive as in the second, or less.
+        """
+        whole = (self.args, self.kwargs)
+        if self.micro_batch is None:
+            return iter([(whole, 1.0)])
+        parts = micro_batches(whole, self.micro_batch)
+        return parts if self.mode is None else itertools.islice(parts, 2)
+
+    def output(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """What the model returns for a part.
 
         Raises:
             ConfigError: The model refuses the inputs.
         """
         try:
-            return self.model(*self.args, **self.kwargs)
+            return self.model(*call[0], **call[1])
         except Exception as error:
             what = "cannot be predicted, as it needs values" if _needs_values(error) else "fails"
             raise ConfigError(
@@ -166,7 +193,10 @@ class TrainingStep:
     def run(self) -> None:
         """One whole step."""
         self.zero_grad()
-        self.loss_of(self.output()).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        for call, scale in self.parts():
+            loss = self.loss_of(self.output(call))
+            loss = loss if scale == 1 else loss * scale
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if self.optimizer is not None:
             self.optimizer.step()
 

@@ -207,7 +207,9 @@ class StepTimeline(TorchDispatchMode):
         self.current["transients"] -= nbytes
 
     def end_forward(self) -> None:
-        """The forward pass is over; what is saved now is what is held."""
+        """The forward pass is over; what is saved now is what is held. Of several passes the first one counts."""
+        if self._held:
+            return
         for storage in self._storages.values():
             if storage.category == "saved":
                 self._held[storage.saver] = self._held.get(storage.saver, 0) + storage.nbytes

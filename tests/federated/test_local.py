@@ -244,12 +244,13 @@ def test_items_that_are_no_pairs() -> None:
         fetch(TensorDataset(torch.ones(2)), torch.tensor([0]))
 
 
-def test_micro_batches_train_as_whole_batches_do(clients: list[TensorDataset]) -> None:
-    network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+def test_micro_batches_train_as_whole_batches_do(
+    sparse: Callable[..., nn.Module], clients: list[TensorDataset]
+) -> None:
     data = TensorDataset(clients[0].tensors[0].double(), clients[0].tensors[1])
     whole, parts = (
         train_locally(
-            fedmef_fx.transform(network, fedmef_fx.Config(activation_sparsity=0.0, micro_batch=size)),
+            sparse(activation_sparsity=0.0, micro_batch=size).double(),
             data,
             LocalTraining(batch_size=16),
             task=PLAIN,
