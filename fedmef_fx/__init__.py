@@ -15,7 +15,7 @@ from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.inspection import inspect
 from fedmef_fx.micro_batches import micro_batches
-from fedmef_fx.model import coverage, density, masks, report, set_masks
+from fedmef_fx.model import coverage, density, masks, memory_plan, report, set_masks
 
 if TYPE_CHECKING:
     from fedmef_fx import federated
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "masks",
     "memory",
+    "memory_plan",
     "micro_batches",
     "report",
     "save",

@@ -19,6 +19,7 @@ from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.layer_sparsity import apply_layer_sparsity
+from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -29,6 +30,7 @@ from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
+from fedmef_fx.planner import plan_memory
 from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.verify import Verifier
@@ -73,6 +75,10 @@ def transform(
     config = config or Config()
     model, notices = _unwrapped(model)
     _check_model(model, config)
+    plan = None
+    if config.memory_budget is not None:
+        plain = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
+        config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
     call = _example_call(duplicate, example_inputs, example_kwargs)
@@ -99,7 +105,8 @@ def transform(
     )
     reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
     _apply_layer_sparsity(program, config)
-    program.facts.reports = PassReport((capture, *reports))
+    planned = () if plan is None else (_planned(plan),)
+    program.facts.reports, program.facts.plan = PassReport((*planned, capture, *reports)), plan
     result = emit(program, extend=functools.partial(extend_region, config=config))
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
@@ -147,6 +154,12 @@ def memory_passes(config: Config) -> tuple[Pass, ...]:
         return ()
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
     return (ShrinkSaved(), PruneActivations(*options))
+
+
+def _planned(plan: MemoryPlan) -> PassResult:
+    choices = tuple(f"{label}: {text}" for label, text in plan.rows())
+    layers = tuple(f"{choice.layer}: gamma {choice.gamma:g}" for choice in plan.layers)
+    return PassResult(f"plan-memory{{budget={plan.budget}}}", (*choices, *layers), seconds=plan.seconds)
 
 
 def _apply_layer_sparsity(program: Program, config: Config) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.plan import parse_bytes
 
 __all__ = ["Config"]
 
@@ -61,6 +62,10 @@ class Config:
             input that several layers share the first one's counts.
         micro_batch: Samples for which activations are kept at a time in federated training, see
             `fedmef_fx.micro_batches`; None for whole batches.
+        memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
+            example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
+            peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.
+        budget_optimizer: The optimizer whose state counts in the budget.
         weight_storage: `"dense"`: parameters keep their shape.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
@@ -93,6 +98,8 @@ class Config:
     threshold_interval: int = 8
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     micro_batch: int | None = None
+    memory_budget: int | str | None = None
+    budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
     weight_storage: Literal["dense"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
@@ -118,6 +125,8 @@ class Config:
         object.__setattr__(self, "layer_sparsity", _pairs(self.layer_sparsity))
         if self.micro_batch is not None:
             self._check_integer("micro_batch", low=1)
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, name="Config.memory_budget")
         self._check_integer("adjustment_interval", low=1)
         self._check_integer("seed", low=0, high=2**64 - 1)  # what torch's generators take
         if self.adjustment_stop is not None:

@@ -95,7 +95,7 @@ def memory(
 def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
     """Run two steps and watch the second."""
     with step.isolated():
-        step.run()  # also lets a model capture what it captures on its first call, before its layers are marked
+        step.warm_up()  # also lets a model capture what it captures on its first call, before its layers are marked
         timeline = StepTimeline()
         mark_layers(step.model, timeline)
         step.zero_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.sparsity.optimizer_state import forget_state
 
@@ -35,6 +36,7 @@ __all__ = [
     "mask_name",
     "masked_parameters",
     "masks",
+    "memory_plan",
     "register_mask",
     "report",
     "set_masks",
@@ -108,6 +110,7 @@ class Transformation(nn.Module):
         prunable: Original parameter name -> `PrunableParameter`.
         guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
         reports: What the passes did, in order.
+        plan: How the memory budget is kept; None without one.
     """
 
     def __init__(self, config: Config) -> None:
@@ -116,6 +119,7 @@ class Transformation(nn.Module):
         self.prunable: dict[str, PrunableParameter] = {}
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
+        self.plan: MemoryPlan | None = None
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
@@ -200,6 +204,11 @@ def coverage(model: nn.Module) -> Coverage:
 def report(model: nn.Module) -> PassReport:
     """What each pass did and refused, with reasons and times."""
     return transformation_of(model).reports
+
+
+def memory_plan(model: nn.Module) -> MemoryPlan | None:
+    """How the memory budget of a transformed model is kept, and why so; None where there was no budget."""
+    return transformation_of(model).plan
 
 
 @torch.no_grad()

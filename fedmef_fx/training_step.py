@@ -190,6 +190,14 @@ class TrainingStep:
         """Free the gradients, as `optimizer.zero_grad()` does."""
         self.model.zero_grad(set_to_none=True)
 
+    def warm_up(self) -> None:
+        """The first part of a step, and the optimizer's part: afterwards all state exists."""
+        self.zero_grad()
+        call, _ = next(self.parts())
+        self.loss_of(self.output(call)).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if self.optimizer is not None:
+            self.optimizer.step()
+
     def run(self) -> None:
         """One whole step."""
         self.zero_grad()

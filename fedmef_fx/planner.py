@@ -1,0 +1,412 @@
+"""Keep a memory budget with the least error of the gradients, as measured on example inputs.
+
+What is chosen, and in which order of preference:
+
+1. Nothing that changes a gradient: pruned activations off (gamma 0: packing drops only zeros), parts of the batch
+   (`fedmef_fx.micro_batches`) down to a small size, packed weights.
+2. gamma per layer, at most `Config.activation_sparsity`, and formats of fewer bits. Forward and input gradients are
+   exact under activation pruning, so that the error of a layer's weight gradient depends on its own gamma alone: one
+   run per level of gamma measures every layer. Layers then give up accuracy in the order of bytes saved per error
+   added, until the predicted peak fits (bisection). Of several formats the one with the least measured error wins.
+3. Parts of fewer samples than `SMALLEST_PREFERRED`, where nothing else holds the budget.
+
+Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares that were kept when errors were measured.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.capture.duplicate import duplicate_of
+from fedmef_fx.config import Config
+from fedmef_fx.emit import program_of
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.layer_sparsity import packing_sites, set_sparsity
+from fedmef_fx.memory.bitmap import bitmap_nbytes
+from fedmef_fx.memory.plan import LayerChoice, LayerLevels, MemoryPlan, moves, parse_bytes, shown_bytes
+from fedmef_fx.memory.report import MemoryReport
+from fedmef_fx.memory_report import memory
+from fedmef_fx.micro_batches import batch_size_of, batch_statistics_in
+from fedmef_fx.ops.packing import PackActivation
+
+__all__ = ["SMALLEST_PREFERRED", "Transform", "plan_memory"]
+
+Transform = Callable[[Config], nn.Module]
+
+SMALLEST_PREFERRED: Final = 4
+_LEVELS: Final = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+_SAMPLES: Final = 16
+"""Samples on which errors are measured: a sum over pixels and samples settles quickly."""
+_RUNGS: Final = (("weight_storage", "packed"), ("packed_dtype", "bfloat16"), ("saved_precision", "int8"))
+
+
+def plan_memory(
+    config: Config,
+    transform: Transform,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Config, MemoryPlan]:
+    """Choose the memory options of a configuration with a budget.
+
+    Args:
+        config: With `memory_budget`.
+        transform: Transforms the model with a configuration that has none.
+        example_inputs: Positional arguments of a call with the batch size of training.
+        example_kwargs: Keyword arguments of it.
+
+    Returns:
+        The configuration with what was chosen, and the plan.
+
+    Raises:
+        ConfigError: No example inputs, or a budget below the smallest peak that can be reached.
+    """
+    budget = parse_bytes(config.memory_budget, name="Config.memory_budget")
+    if example_inputs is None and example_kwargs is None:
+        raise ConfigError(
+            "Config.memory_budget: there are no example inputs; expected a batch of the size that training will use: "
+            "fedmef_fx.transform(model, config, example_inputs=(batch,))"
+        )
+    if isinstance(example_inputs, Tensor):
+        raise ConfigError("transform: example_inputs is a tensor; expected a tuple of arguments: example_inputs=(x,)")
+    search = _Search(config, budget, transform, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    return search.run()
+
+
+@dataclasses.dataclass
+class _Candidate:
+    """A setting that holds the budget."""
+
+    settings: dict[str, Any]
+    micro_batch: int | None
+    gammas: list[float]
+    layers: tuple[LayerChoice, ...]
+    peak: int
+    error: float
+
+
+class _Rung:
+    """A model with some formats, whose sites are set in place."""
+
+    def __init__(self, search: "_Search", settings: dict[str, Any]) -> None:
+        self.search, self.settings = search, settings
+        base = search.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
+        self.model = search.transform(base)
+        found: dict[int, tuple[str, PackActivation, set[str]]] = {}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for layer, site, region, node in packing_sites(program_of(self.model).regions):
+            readers = {names[id(t)] for user in node.users for source in user.all_input_nodes
+                       if isinstance(t := region.tensor(source), nn.Parameter)}  # fmt: skip
+            found.setdefault(id(site), (layer, site, set()))[2].update(readers)
+        self.sites = list(found.values())
+        self.limits = [min(site.activation_sparsity, search.limit(layer)) for layer, site, _ in self.sites]
+        self._levels: list[LayerLevels] | None = None
+        self._kept: dict[float, list[float]] = {}
+        self._numel: list[int] = []
+        self._exact: dict[str, Tensor] = {}
+
+    def set(self, gammas: Sequence[float]) -> None:
+        """Give every site its gamma, and the share that it kept when that was measured."""
+        for i, ((_, site, _), gamma) in enumerate(zip(self.sites, gammas, strict=True)):
+            set_sparsity(site, gamma)
+            site.estimator.kept = self.kept(gamma)[i]
+
+    def kept(self, gamma: float) -> list[float]:
+        """Share that each site keeps at a level."""
+        if gamma not in self._kept:
+            self.measure(gamma)
+        return self._kept[gamma]
+
+    def measure(self, gamma: float) -> dict[str, Tensor]:
+        """Weight gradients with one gamma everywhere; notes what is kept and the sizes."""
+        for _, site, _ in self.sites:
+            set_sparsity(site, gamma)
+        copied = duplicate_of(self.model).train()
+        copies = [copied.get_submodule(path) for path in self._paths()]
+        sizes: list[int] = [0] * len(copies)
+        hooks = [module.register_forward_pre_hook(_note_size(sizes, i)) for i, module in enumerate(copies)]
+        gradients = self.search.gradients(copied)
+        for hook in hooks:
+            hook.remove()
+        estimators = [module.estimator for module in copies if isinstance(module, PackActivation)]
+        self._kept[gamma] = [e.kept if e.kept is not None else e.kept_target for e in estimators]
+        self._numel = sizes
+        if gamma == 0.0:
+            self._exact = gradients
+        return gradients
+
+    def _paths(self) -> list[str]:
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return [names[id(site)] for _, site, _ in self.sites]
+
+    def nbytes(self, index: int, gamma: float, micro_batch: int | None) -> int:
+        """Bytes that a site keeps of one part of the batch."""
+        numel = round(self._numel[index] * self.search.share(micro_batch))
+        itemsize = 2 if self.settings.get("packed_dtype", self.search.config_value("packed_dtype")) != "same" else 4
+        return bitmap_nbytes(numel) + round(self.kept(gamma)[index] * numel) * itemsize
+
+    def levels(self, micro_batch: int | None) -> list[LayerLevels]:
+        """What each layer may drop, and what that costs."""
+        exact = self.search.reference(self)
+        self.kept(0.0)
+        gammas = sorted({g for g in _LEVELS if g < max(self.limits, default=0)} | set(self.limits))
+        errors: list[list[float]] = [[] for _ in self.sites]
+        for gamma in gammas:
+            found = self.measure(gamma)
+            for i, (_, _, readers) in enumerate(self.sites):
+                errors[i].append(_square_distance(found, exact, readers))
+        result = []
+        for i, (layer, _, _) in enumerate(self.sites):
+            fitting = [k for k, gamma in enumerate(gammas) if gamma <= self.limits[i]]
+            result.append(
+                LayerLevels(
+                    layer,
+                    tuple(gammas[k] for k in fitting),
+                    tuple(self.nbytes(i, gammas[k], micro_batch) for k in fitting),
+                    tuple(errors[i][k] for k in fitting),
+                )
+            )
+        return result
+
+    def predict(self, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
+        """The step with some gammas, without running it."""
+        self.set(gammas)
+        return self.search.predict(self.model, micro_batch)
+
+
+class _Search:
+    """The search for one budget."""
+
+    def __init__(
+        self, config: Config, budget: int, transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.config, self.budget, self.transform, self.args, self.kwargs = config, budget, transform, args, kwargs
+        self.reasons: list[str] = []
+        self.started = time.perf_counter()
+        self._references: dict[str, dict[str, Tensor]] = {}
+        self.batch, self.why_whole = _batch_size(args, kwargs)
+
+    def run(self) -> tuple[Config, MemoryPlan]:
+        """Find the best setting that holds the budget."""
+        best: _Candidate | None = None
+        rung: _Rung | None = None
+        for settings in self._settings():
+            rung = _Rung(self, settings)
+            best = self._better(best, self._candidate(rung, self._sizes(rung)))
+            if best is not None and best.error == 0.0:
+                break
+        if best is None and rung is not None:
+            best = self._candidate(rung, self._sizes(rung, smallest=1))
+            if best is None:
+                self._refuse(rung)
+        assert best is not None  # noqa: S101 -- _refuse raises
+        return self._result(best)
+
+    # What there is to choose from
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """The configuration as it is, then with one format more at a time."""
+        settings: dict[str, Any] = {}
+        yield dict(settings)
+        hints = get_type_hints(Config)
+        for name, value in _RUNGS:
+            if name in hints and value in get_args(hints[name]) and getattr(self.config, name) != value:
+                settings[name] = value
+                yield dict(settings)
+
+    def _sizes(self, rung: _Rung, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
+        """Sizes of parts, from the whole batch downwards."""
+        left = batch_statistics_in(rung.model.train())
+        if left or self.batch is None:
+            reason = f"{left[0]} computes statistics of the batch" if left else self.why_whole
+            self._say(f"the batch stays whole: {reason}")
+            return [None]
+        sizes: list[int | None] = [None]
+        size = self.batch // 2
+        while size >= smallest:
+            sizes.append(size)
+            size //= 2
+        return sizes
+
+    def limit(self, layer: str) -> float:
+        """The most that may be dropped of a layer's input."""
+        given = [gamma for name, gamma in self.config.layer_sparsity if fnmatch.fnmatchcase(layer, name)]
+        return min([self.config.activation_sparsity, *given[-1:]])
+
+    def config_value(self, name: str) -> Any:
+        """A field that configurations may not have."""
+        return getattr(self.config, name, "same")
+
+    def share(self, micro_batch: int | None) -> float:
+        """Size of one part against what errors are measured on."""
+        whole = self.batch or 1
+        return (micro_batch or whole) / min(whole, _SAMPLES) if self.batch else 1.0
+
+    # Candidates
+
+    def _candidate(self, rung: _Rung, sizes: Sequence[int | None]) -> _Candidate | None:
+        nothing = [0.0] * len(rung.sites)
+        label = ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
+        smallest = rung.predict(nothing, sizes[-1]).peak
+        if smallest <= self.budget:
+            size, peak = next((s, p) for s in sizes if (p := rung.predict(nothing, s).peak) <= self.budget)
+            self._say(f"{label}: gamma 0 holds it with {_parts(size)}: {shown_bytes(peak)}")
+            return self._made(rung, nothing, size, peak)
+        if not rung.sites or max(rung.limits) == 0:
+            self._say(f"{label}: {shown_bytes(smallest)} with {_parts(sizes[-1])}, and nothing to prune")
+            return None
+        most = rung.predict(rung.limits, sizes[-1]).peak
+        if most > self.budget:
+            self._say(f"{label}: {shown_bytes(most)} with {_parts(sizes[-1])} and all that may be dropped dropped")
+            return None
+        layers = rung.levels(sizes[-1])
+        gammas, peak = self._least(rung, layers, sizes[-1])
+        self._say(f"{label}: {_parts(sizes[-1])} and layers pruned by bytes per error: {shown_bytes(peak)}")
+        return self._made(rung, gammas, sizes[-1], peak)
+
+    def _least(self, rung: _Rung, layers: Sequence[LayerLevels], size: int | None) -> tuple[list[float], int]:
+        """The fewest moves that hold the budget."""
+        order = moves(layers)
+
+        def after(count: int) -> list[float]:
+            level = [0] * len(layers)
+            for index in order[:count]:
+                level[index] += 1
+            return [layer.gammas[k] for layer, k in zip(layers, level, strict=True)]
+
+        low, high, peak = 0, len(order), rung.predict(after(len(order)), size).peak
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = rung.predict(after(middle), size).peak
+            if found <= self.budget:
+                high, peak = middle, found
+            else:
+                low = middle
+        return after(high), peak
+
+    def _made(self, rung: _Rung, gammas: list[float], size: int | None, peak: int) -> _Candidate:
+        error = 0.0
+        if any(gammas) or set(rung.settings) - {"weight_storage"}:
+            exact = self.reference(rung)
+            rung.set(gammas)
+            found = self.gradients(duplicate_of(rung.model).train())
+            total = sum(float(g.double().square().sum()) for g in exact.values())
+            error = math.sqrt(_square_distance(found, exact, set(exact)) / total) if total else 0.0
+        chosen = tuple(
+            LayerChoice(layer, gamma, rung.nbytes(i, gamma, size))
+            for i, ((layer, _, _), gamma) in enumerate(zip(rung.sites, gammas, strict=True))
+        )
+        return _Candidate(rung.settings, size, gammas, chosen, peak, error)
+
+    def _better(self, first: _Candidate | None, second: _Candidate | None) -> _Candidate | None:
+        if first is None or second is None:
+            return first or second
+        chosen = min(first, second, key=lambda candidate: candidate.error)
+        self._say(f"gradient errors {first.error:.2g} and {second.error:.2g}: the smaller one is taken")
+        return chosen
+
+    # Measurements
+
+    def reference(self, rung: _Rung) -> dict[str, Tensor]:
+        """Exact weight gradients, in the form in which the rung's model has its weights."""
+        storage = str(rung.settings.get("weight_storage", self.config.weight_storage))
+        if storage not in self._references:
+            exact = {name: value for name, value in rung.settings.items() if name == "weight_storage"}
+            same = rung if exact == rung.settings else _Rung(self, exact)
+            self._references[storage] = same.measure(0.0)
+        return self._references[storage]
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Gradients of a surrogate loss on some samples: the mean square distance of the results to fixed noise."""
+        args, kwargs = (self.args, self.kwargs)
+        if self.batch is not None and self.batch > _SAMPLES:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:_SAMPLES], (self.args, self.kwargs))
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            _surrogate(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]  # torch's own
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def predict(self, model: nn.Module, micro_batch: int | None) -> MemoryReport:
+        """What a step takes."""
+        return memory(
+            model,
+            self.args,
+            example_kwargs=self.kwargs,
+            optimizer=self.config.budget_optimizer,
+            micro_batch=micro_batch,
+            predict=True,
+        )
+
+    # Results
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def _refuse(self, rung: _Rung) -> None:
+        size = self._sizes(rung, smallest=1)[-1]
+        floor = rung.predict(rung.limits, size)
+        parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
+        needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
+        raise ConfigError(
+            f"Config.memory_budget: {shown_bytes(self.budget)} cannot be reached; the floor is "
+            f"{shown_bytes(floor.peak)} with {', '.join(needs)} and gamma {self.config.activation_sparsity:g} (then "
+            f"{parts}; optimizer {self.config.budget_optimizer}); expected a budget of at least {floor.peak} bytes, a "
+            "lower density, a higher activation_sparsity, or a smaller model"
+        )
+
+    def _result(self, best: _Candidate) -> tuple[Config, MemoryPlan]:
+        pairs = dict.fromkeys((choice.layer, choice.gamma) for choice in best.layers)
+        config = self.config.replace(
+            memory_budget=None, micro_batch=best.micro_batch, layer_sparsity=tuple(pairs), **best.settings
+        )
+        return config, MemoryPlan(
+            budget=self.budget,
+            predicted_peak=best.peak,
+            optimizer=self.config.budget_optimizer,
+            batch=self.batch,
+            micro_batch=best.micro_batch,
+            settings=best.settings,
+            layers=best.layers,
+            gradient_error=best.error,
+            reasons=tuple(self.reasons),
+            seconds=time.perf_counter() - self.started,
+        )
+
+
+def _parts(size: int | None) -> str:
+    return "the whole batch" if size is None else f"micro-batches of {size}"
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, str]:
+    try:
+        return batch_size_of((args, kwargs)), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+def _note_size(sizes: list[int], index: int) -> Any:
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        sizes[index] = args[0].numel()
+
+    return note
+
+
+def _surrogate(output: Any) -> Tensor:
+    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not results:
+        raise ConfigError("Config.memory_budget: no result of the model has a gradient; expected a model to train")
+    return torch.stack([(result - torch.randn_like(result)).square().mean() for result in results]).sum()
+
+
+def _square_distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], names: set[str]) -> float:
+    return sum(
+        float((found[n].double() - exact[n].double()).square().sum()) for n in names if n in exact and n in found
+    )
