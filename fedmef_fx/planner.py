@@ -16,32 +16,27 @@ Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares tha
 import dataclasses
 import fnmatch
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, get_args, get_type_hints
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.capture.duplicate import duplicate_of
 from fedmef_fx.config import Config
-from fedmef_fx.emit import program_of
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.layer_sparsity import packing_sites, set_sparsity
-from fedmef_fx.memory.bitmap import bitmap_nbytes
 from fedmef_fx.memory.plan import LayerChoice, LayerLevels, MemoryPlan, moves, parse_bytes, shown_bytes
 from fedmef_fx.memory.report import MemoryReport
 from fedmef_fx.memory_report import memory
 from fedmef_fx.micro_batches import batch_size_of, batch_statistics_in
-from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.planned_model import PlannedModel, square_distance
 
 __all__ = ["SMALLEST_PREFERRED", "Transform", "plan_memory"]
 
 Transform = Callable[[Config], nn.Module]
 
 SMALLEST_PREFERRED: Final = 4
-_LEVELS: Final = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 _SAMPLES: Final = 16
 """Samples on which errors are measured: a sum over pixels and samples settles quickly."""
 _RUNGS: Final = (("weight_storage", "packed"), ("packed_dtype", "bfloat16"), ("saved_precision", "int8"))
@@ -91,95 +86,6 @@ class _Candidate:
     error: float
 
 
-class _Rung:
-    """A model with some formats, whose sites are set in place."""
-
-    def __init__(self, search: "_Search", settings: dict[str, Any]) -> None:
-        self.search, self.settings = search, settings
-        base = search.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
-        self.model = search.transform(base)
-        found: dict[int, tuple[str, PackActivation, set[str]]] = {}
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for layer, site, region, node in packing_sites(program_of(self.model).regions):
-            readers = {names[id(t)] for user in node.users for source in user.all_input_nodes
-                       if isinstance(t := region.tensor(source), nn.Parameter)}  # fmt: skip
-            found.setdefault(id(site), (layer, site, set()))[2].update(readers)
-        self.sites = list(found.values())
-        self.limits = [min(site.activation_sparsity, search.limit(layer)) for layer, site, _ in self.sites]
-        self._levels: list[LayerLevels] | None = None
-        self._kept: dict[float, list[float]] = {}
-        self._numel: list[int] = []
-        self._exact: dict[str, Tensor] = {}
-
-    def set(self, gammas: Sequence[float]) -> None:
-        """Give every site its gamma, and the share that it kept when that was measured."""
-        for i, ((_, site, _), gamma) in enumerate(zip(self.sites, gammas, strict=True)):
-            set_sparsity(site, gamma)
-            site.estimator.kept = self.kept(gamma)[i]
-
-    def kept(self, gamma: float) -> list[float]:
-        """Share that each site keeps at a level."""
-        if gamma not in self._kept:
-            self.measure(gamma)
-        return self._kept[gamma]
-
-    def measure(self, gamma: float) -> dict[str, Tensor]:
-        """Weight gradients with one gamma everywhere; notes what is kept and the sizes."""
-        for _, site, _ in self.sites:
-            set_sparsity(site, gamma)
-        copied = duplicate_of(self.model).train()
-        copies = [copied.get_submodule(path) for path in self._paths()]
-        sizes: list[int] = [0] * len(copies)
-        hooks = [module.register_forward_pre_hook(_note_size(sizes, i)) for i, module in enumerate(copies)]
-        gradients = self.search.gradients(copied)
-        for hook in hooks:
-            hook.remove()
-        estimators = [module.estimator for module in copies if isinstance(module, PackActivation)]
-        self._kept[gamma] = [e.kept if e.kept is not None else e.kept_target for e in estimators]
-        self._numel = sizes
-        if gamma == 0.0:
-            self._exact = gradients
-        return gradients
-
-    def _paths(self) -> list[str]:
-        names = {id(module): name for name, module in self.model.named_modules()}
-        return [names[id(site)] for _, site, _ in self.sites]
-
-    def nbytes(self, index: int, gamma: float, micro_batch: int | None) -> int:
-        """Bytes that a site keeps of one part of the batch."""
-        numel = round(self._numel[index] * self.search.share(micro_batch))
-        itemsize = 2 if self.settings.get("packed_dtype", self.search.config_value("packed_dtype")) != "same" else 4
-        return bitmap_nbytes(numel) + round(self.kept(gamma)[index] * numel) * itemsize
-
-    def levels(self, micro_batch: int | None) -> list[LayerLevels]:
-        """What each layer may drop, and what that costs."""
-        exact = self.search.reference(self)
-        self.kept(0.0)
-        gammas = sorted({g for g in _LEVELS if g < max(self.limits, default=0)} | set(self.limits))
-        errors: list[list[float]] = [[] for _ in self.sites]
-        for gamma in gammas:
-            found = self.measure(gamma)
-            for i, (_, _, readers) in enumerate(self.sites):
-                errors[i].append(_square_distance(found, exact, readers))
-        result = []
-        for i, (layer, _, _) in enumerate(self.sites):
-            fitting = [k for k, gamma in enumerate(gammas) if gamma <= self.limits[i]]
-            result.append(
-                LayerLevels(
-                    layer,
-                    tuple(gammas[k] for k in fitting),
-                    tuple(self.nbytes(i, gammas[k], micro_batch) for k in fitting),
-                    tuple(errors[i][k] for k in fitting),
-                )
-            )
-        return result
-
-    def predict(self, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
-        """The step with some gammas, without running it."""
-        self.set(gammas)
-        return self.search.predict(self.model, micro_batch)
-
-
 class _Search:
     """The search for one budget."""
 
@@ -191,13 +97,16 @@ class _Search:
         self.started = time.perf_counter()
         self._references: dict[str, dict[str, Tensor]] = {}
         self.batch, self.why_whole = _batch_size(args, kwargs)
+        self._sample = (args, kwargs)
+        if self.batch is not None:
+            self._sample = pytree.tree_map_only(Tensor, operator.itemgetter(slice(_SAMPLES)), self._sample)
 
     def run(self) -> tuple[Config, MemoryPlan]:
         """Find the best setting that holds the budget."""
         best: _Candidate | None = None
-        rung: _Rung | None = None
+        rung: PlannedModel | None = None
         for settings in self._settings():
-            rung = _Rung(self, settings)
+            rung = self._model(settings)
             best = self._better(best, self._candidate(rung, self._sizes(rung)))
             if best is not None and best.error == 0.0:
                 break
@@ -210,6 +119,11 @@ class _Search:
 
     # What there is to choose from
 
+    def _model(self, settings: dict[str, Any]) -> PlannedModel:
+        """The model with some formats."""
+        base = self.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
+        return PlannedModel(self.transform(base), settings, self.limit, self._sample)
+
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The configuration as it is, then with one format more at a time."""
         settings: dict[str, Any] = {}
@@ -220,7 +134,7 @@ class _Search:
                 settings[name] = value
                 yield dict(settings)
 
-    def _sizes(self, rung: _Rung, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
+    def _sizes(self, rung: PlannedModel, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
         """Sizes of parts, from the whole batch downwards."""
         left = batch_statistics_in(rung.model.train())
         if left or self.batch is None:
@@ -239,10 +153,6 @@ class _Search:
         given = [gamma for name, gamma in self.config.layer_sparsity if fnmatch.fnmatchcase(layer, name)]
         return min([self.config.activation_sparsity, *given[-1:]])
 
-    def config_value(self, name: str) -> Any:
-        """A field that configurations may not have."""
-        return getattr(self.config, name, "same")
-
     def share(self, micro_batch: int | None) -> float:
         """Size of one part against what errors are measured on."""
         whole = self.batch or 1
@@ -250,27 +160,27 @@ class _Search:
 
     # Candidates
 
-    def _candidate(self, rung: _Rung, sizes: Sequence[int | None]) -> _Candidate | None:
+    def _candidate(self, rung: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
         nothing = [0.0] * len(rung.sites)
         label = ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
-        smallest = rung.predict(nothing, sizes[-1]).peak
+        smallest = self.predict(rung, nothing, sizes[-1]).peak
         if smallest <= self.budget:
-            size, peak = next((s, p) for s in sizes if (p := rung.predict(nothing, s).peak) <= self.budget)
+            size, peak = next((s, p) for s in sizes if (p := self.predict(rung, nothing, s).peak) <= self.budget)
             self._say(f"{label}: gamma 0 holds it with {_parts(size)}: {shown_bytes(peak)}")
             return self._made(rung, nothing, size, peak)
         if not rung.sites or max(rung.limits) == 0:
             self._say(f"{label}: {shown_bytes(smallest)} with {_parts(sizes[-1])}, and nothing to prune")
             return None
-        most = rung.predict(rung.limits, sizes[-1]).peak
+        most = self.predict(rung, rung.limits, sizes[-1]).peak
         if most > self.budget:
             self._say(f"{label}: {shown_bytes(most)} with {_parts(sizes[-1])} and all that may be dropped dropped")
             return None
-        layers = rung.levels(sizes[-1])
+        layers = rung.levels(self.reference(rung), self.share(sizes[-1]))
         gammas, peak = self._least(rung, layers, sizes[-1])
         self._say(f"{label}: {_parts(sizes[-1])} and layers pruned by bytes per error: {shown_bytes(peak)}")
         return self._made(rung, gammas, sizes[-1], peak)
 
-    def _least(self, rung: _Rung, layers: Sequence[LayerLevels], size: int | None) -> tuple[list[float], int]:
+    def _least(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> tuple[list[float], int]:
         """The fewest moves that hold the budget."""
         order = moves(layers)
 
@@ -280,26 +190,25 @@ class _Search:
                 level[index] += 1
             return [layer.gammas[k] for layer, k in zip(layers, level, strict=True)]
 
-        low, high, peak = 0, len(order), rung.predict(after(len(order)), size).peak
+        low, high, peak = 0, len(order), self.predict(rung, after(len(order)), size).peak
         while high - low > 1:
             middle = (low + high) // 2
-            found = rung.predict(after(middle), size).peak
+            found = self.predict(rung, after(middle), size).peak
             if found <= self.budget:
                 high, peak = middle, found
             else:
                 low = middle
         return after(high), peak
 
-    def _made(self, rung: _Rung, gammas: list[float], size: int | None, peak: int) -> _Candidate:
+    def _made(self, rung: PlannedModel, gammas: list[float], size: int | None, peak: int) -> _Candidate:
         error = 0.0
         if any(gammas) or set(rung.settings) - {"weight_storage"}:
             exact = self.reference(rung)
-            rung.set(gammas)
-            found = self.gradients(duplicate_of(rung.model).train())
+            found = rung.gradients(gammas)
             total = sum(float(g.double().square().sum()) for g in exact.values())
-            error = math.sqrt(_square_distance(found, exact, set(exact)) / total) if total else 0.0
+            error = math.sqrt(square_distance(found, exact, set(exact)) / total) if total else 0.0
         chosen = tuple(
-            LayerChoice(layer, gamma, rung.nbytes(i, gamma, size))
+            LayerChoice(layer, gamma, rung.nbytes(i, gamma, self.share(size)))
             for i, ((layer, _, _), gamma) in enumerate(zip(rung.sites, gammas, strict=True))
         )
         return _Candidate(rung.settings, size, gammas, chosen, peak, error)
@@ -313,30 +222,20 @@ class _Search:
 
     # Measurements
 
-    def reference(self, rung: _Rung) -> dict[str, Tensor]:
+    def reference(self, rung: PlannedModel) -> dict[str, Tensor]:
         """Exact weight gradients, in the form in which the rung's model has its weights."""
         storage = str(rung.settings.get("weight_storage", self.config.weight_storage))
         if storage not in self._references:
             exact = {name: value for name, value in rung.settings.items() if name == "weight_storage"}
-            same = rung if exact == rung.settings else _Rung(self, exact)
-            self._references[storage] = same.measure(0.0)
+            same = rung if exact == rung.settings else self._model(exact)
+            self._references[storage] = same.gradients([0.0] * len(same.sites))
         return self._references[storage]
 
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """Gradients of a surrogate loss on some samples: the mean square distance of the results to fixed noise."""
-        args, kwargs = (self.args, self.kwargs)
-        if self.batch is not None and self.batch > _SAMPLES:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t[:_SAMPLES], (self.args, self.kwargs))
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            _surrogate(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]  # torch's own
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    def predict(self, model: nn.Module, micro_batch: int | None) -> MemoryReport:
-        """What a step takes."""
+    def predict(self, rung: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
+        """What a step takes with some gammas, without running it."""
+        rung.set(gammas)
         return memory(
-            model,
+            rung.model,
             self.args,
             example_kwargs=self.kwargs,
             optimizer=self.config.budget_optimizer,
@@ -350,9 +249,9 @@ class _Search:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def _refuse(self, rung: _Rung) -> None:
+    def _refuse(self, rung: PlannedModel) -> None:
         size = self._sizes(rung, smallest=1)[-1]
-        floor = rung.predict(rung.limits, size)
+        floor = self.predict(rung, rung.limits, size)
         parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
         needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
         raise ConfigError(
@@ -390,23 +289,3 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | No
         return batch_size_of((args, kwargs)), ""
     except ConfigError as error:
         return None, str(error)
-
-
-def _note_size(sizes: list[int], index: int) -> Any:
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        sizes[index] = args[0].numel()
-
-    return note
-
-
-def _surrogate(output: Any) -> Tensor:
-    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not results:
-        raise ConfigError("Config.memory_budget: no result of the model has a gradient; expected a model to train")
-    return torch.stack([(result - torch.randn_like(result)).square().mean() for result in results]).sum()
-
-
-def _square_distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], names: set[str]) -> float:
-    return sum(
-        float((found[n].double() - exact[n].double()).square().sum()) for n in names if n in exact and n in found
-    )
