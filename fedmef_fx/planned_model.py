@@ -63,7 +63,7 @@ class PlannedModel:
         return self._kept[gamma]
 
     def gradients(self, gammas: Sequence[float]) -> dict[str, Tensor]:
-        """Weight gradients on the sample of a surrogate loss: the mean square distance of the results to fixed noise."""
+        """Weight gradients on the sample, of a surrogate loss: mean square distance of the results to fixed noise."""
         for (_, site, _), gamma in zip(self.sites, gammas, strict=True):
             set_sparsity(site, gamma)
         copied = duplicate_of(self.model).train()

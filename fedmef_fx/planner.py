@@ -95,6 +95,7 @@ class _Search:
         self.config, self.budget, self.transform, self.args, self.kwargs = config, budget, transform, args, kwargs
         self.reasons: list[str] = []
         self.started = time.perf_counter()
+        self._predictions: dict[tuple[PlannedModel, tuple[float, ...], int | None], MemoryReport] = {}
         self._references: dict[str, dict[str, Tensor]] = {}
         self.batch, self.why_whole = _batch_size(args, kwargs)
         self._sample = (args, kwargs)
@@ -163,24 +164,23 @@ class _Search:
     def _candidate(self, rung: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
         nothing = [0.0] * len(rung.sites)
         label = ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
-        smallest = self.predict(rung, nothing, sizes[-1]).peak
-        if smallest <= self.budget:
-            size, peak = next((s, p) for s in sizes if (p := self.predict(rung, nothing, s).peak) <= self.budget)
-            self._say(f"{label}: gamma 0 holds it with {_parts(size)}: {shown_bytes(peak)}")
-            return self._made(rung, nothing, size, peak)
-        if not rung.sites or max(rung.limits) == 0:
-            self._say(f"{label}: {shown_bytes(smallest)} with {_parts(sizes[-1])}, and nothing to prune")
+        size = self._leanest(rung, nothing, sizes)
+        if self.predict(rung, nothing, size).peak <= self.budget:
+            size = next(s for s in sizes if self.predict(rung, nothing, s).peak <= self.budget)
+            return self._made(rung, nothing, size, f"{label}: gamma 0 holds it with {_parts(size)}")
+        size = self._leanest(rung, rung.limits, sizes)
+        least = self.predict(rung, rung.limits, size).peak
+        if least > self.budget:
+            self._say(f"{label}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be")
             return None
-        most = self.predict(rung, rung.limits, sizes[-1]).peak
-        if most > self.budget:
-            self._say(f"{label}: {shown_bytes(most)} with {_parts(sizes[-1])} and all that may be dropped dropped")
-            return None
-        layers = rung.levels(self.reference(rung), self.share(sizes[-1]))
-        gammas, peak = self._least(rung, layers, sizes[-1])
-        self._say(f"{label}: {_parts(sizes[-1])} and layers pruned by bytes per error: {shown_bytes(peak)}")
-        return self._made(rung, gammas, sizes[-1], peak)
+        gammas = self._least(rung, rung.levels(self.reference(rung), self.share(size)), size)
+        return self._made(rung, gammas, size, f"{label}: {_parts(size)}, and layers pruned by bytes per error")
 
-    def _least(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> tuple[list[float], int]:
+    def _leanest(self, rung: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]) -> int | None:
+        """The size that takes least: the smallest, or the whole batch, for which no gradient has to be added up."""
+        return min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
+
+    def _least(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> list[float]:
         """The fewest moves that hold the budget."""
         order = moves(layers)
 
@@ -190,18 +190,18 @@ class _Search:
                 level[index] += 1
             return [layer.gammas[k] for layer, k in zip(layers, level, strict=True)]
 
-        low, high, peak = 0, len(order), self.predict(rung, after(len(order)), size).peak
+        low, high = 0, len(order)
         while high - low > 1:
             middle = (low + high) // 2
-            found = self.predict(rung, after(middle), size).peak
-            if found <= self.budget:
-                high, peak = middle, found
+            if self.predict(rung, after(middle), size).peak <= self.budget:
+                high = middle
             else:
                 low = middle
-        return after(high), peak
+        return after(high)
 
-    def _made(self, rung: PlannedModel, gammas: list[float], size: int | None, peak: int) -> _Candidate:
-        error = 0.0
+    def _made(self, rung: PlannedModel, gammas: list[float], size: int | None, reason: str) -> _Candidate:
+        peak, error = self.predict(rung, gammas, size).peak, 0.0
+        self._say(f"{reason}: {shown_bytes(peak)}")
         if any(gammas) or set(rung.settings) - {"weight_storage"}:
             exact = self.reference(rung)
             found = rung.gradients(gammas)
@@ -233,15 +233,18 @@ class _Search:
 
     def predict(self, rung: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
         """What a step takes with some gammas, without running it."""
-        rung.set(gammas)
-        return memory(
-            rung.model,
-            self.args,
-            example_kwargs=self.kwargs,
-            optimizer=self.config.budget_optimizer,
-            micro_batch=micro_batch,
-            predict=True,
-        )
+        key = (rung, tuple(gammas), micro_batch)
+        if key not in self._predictions:
+            rung.set(gammas)
+            self._predictions[key] = memory(
+                rung.model,
+                self.args,
+                example_kwargs=self.kwargs,
+                optimizer=self.config.budget_optimizer,
+                micro_batch=micro_batch,
+                predict=True,
+            )
+        return self._predictions[key]
 
     # Results
 
@@ -250,7 +253,7 @@ class _Search:
             self.reasons.append(reason)
 
     def _refuse(self, rung: PlannedModel) -> None:
-        size = self._sizes(rung, smallest=1)[-1]
+        size = self._leanest(rung, rung.limits, self._sizes(rung, smallest=1))
         floor = self.predict(rung, rung.limits, size)
         parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
         needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
