@@ -57,15 +57,6 @@ class Config:
             tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
-        layer_sparsity: gamma of single layers, as pairs of a name or glob and a number in [0, 1), e.g.
-            `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
-            input that several layers share the first one's counts.
-        micro_batch: Samples for which activations are kept at a time in federated training, see
-            `fedmef_fx.micro_batches`; None for whole batches.
-        memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
-            example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
-            peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.
-        budget_optimizer: The optimizer whose state counts in the budget.
         weight_storage: `"dense"`: parameters keep their shape.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
@@ -75,6 +66,15 @@ class Config:
         extrusion_strength: lambda of the surrogate loss (Eq. 2), >= 0; 0 turns extrusion off.
         gradient_clipping: Adaptive gradient clipping (Brock et al., 2021): the largest allowed ratio of a unit's
             gradient norm to its weight norm; None turns it off. Used by `fedmef_fx.federated`.
+        layer_sparsity: gamma of single layers, as pairs of a name or glob and a number in [0, 1), e.g.
+            `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
+            input that several layers share the first one's counts.
+        micro_batch: Samples for which activations are kept at a time in federated training, see
+            `fedmef_fx.micro_batches`; None for whole batches.
+        memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
+            example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
+            peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.
+        budget_optimizer: The optimizer whose state counts in the budget.
         seed: Seed of every random choice: masks, clients, batches.
 
     Raises:
@@ -96,10 +96,6 @@ class Config:
     activation_sparsity: float = 0.9
     threshold_sample: int = 8192
     threshold_interval: int = 8
-    layer_sparsity: tuple[tuple[str, float], ...] = ()
-    micro_batch: int | None = None
-    memory_budget: int | str | None = None
-    budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
     weight_storage: Literal["dense"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
@@ -107,6 +103,10 @@ class Config:
     adjustment_stop: int | None = None
     extrusion_strength: float = 1e-4
     gradient_clipping: float | None = None
+    layer_sparsity: tuple[tuple[str, float], ...] = ()
+    micro_batch: int | None = None
+    memory_budget: int | str | None = None
+    budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
     seed: int = 0
 
     def __post_init__(self) -> None:

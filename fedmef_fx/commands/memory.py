@@ -1,5 +1,6 @@
 """`fedmef-fx memory`: bytes of a training step, transformed against masked-dense with BatchNorm."""
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +13,10 @@ from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import InputShape, ModelName, build_model, required_input
 from fedmef_fx.commands.tables import bytes_text, show_table
-from fedmef_fx.commands.twin import masked_after_steps
 from fedmef_fx.config import Config
 from fedmef_fx.memory_report import MemoryReport
 from fedmef_fx.memory_report import memory as measure
+from fedmef_fx.model import register_mask
 
 __all__ = ["memory"]
 
@@ -59,7 +60,7 @@ def memory(  # noqa: PLR0913 -- the options of a command
         )
 
     transformed = report(sparse)
-    twin = report(masked_after_steps(network, sparse)) if compare else None
+    twin = report(_masked_after_steps(network, sparse)) if compare else None
     if plot is not None:
         transformed.plot(plot)
     data: dict[str, Any] = {"model": model, "input": list(x.shape), "transformed": transformed.as_dict()}
@@ -71,6 +72,18 @@ def memory(  # noqa: PLR0913 -- the options of a command
         }
     title = f"one training step of {model} on {'x'.join(map(str, x.shape))}"
     return Result(data, lambda console: _show(console, title, transformed, twin, layers=layers))
+
+
+def _masked_after_steps(model: nn.Module, transformed: nn.Module) -> nn.Module:
+    """The original model with a transformed one's masks as buffers, as if its weights were multiplied after each step.
+
+    That is how FedDST, FedTiny and FedPruning train. It keeps no second copy of a weight, so that it takes less than
+    a model that masks its weights in forward: the fair baseline for memory.
+    """
+    twin = copy.deepcopy(model)
+    for name, mask in fedmef_fx.masks(transformed).items():
+        register_mask(twin, name, mask)
+    return twin
 
 
 def _ratio(part: int, whole: int) -> float | None:
