@@ -1,23 +1,37 @@
 """`fedmef-fx inspect`: what a transformation does to a model."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from torch import nn
 
 import fedmef_fx
+from fedmef_fx.api import FileInspection
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, example_input, transformed
+from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.models import REFERENCE_MODELS
+from fedmef_fx.printable import visible
 
 __all__ = ["inspect"]
+
+_FILE_SUFFIX: Final = ".onnx"
+
+ModelNameOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{', '.join(REFERENCE_MODELS)}, package.module:callable, which is imported from the current directory or "
+        f"as installed and called without arguments; or a file, *{_FILE_SUFFIX}.",
+    ),
+]
 
 
 class View(StrEnum):
@@ -35,7 +49,7 @@ class View(StrEnum):
 @takes_config()
 def inspect(
     *,
-    model: ModelName,
+    model: ModelNameOrFile,
     view: Annotated[
         View,
         typer.Option(
@@ -44,18 +58,59 @@ def inspect(
             "rewritten. dot: for Graphviz."
         ),
     ] = View.TEXT,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS", help="Print the graphs after this pass on stderr; may be repeated."),
+    ] = None,
+    print_after_all: Annotated[
+        bool, typer.Option("--print-after-all", help="Print the graphs after every pass on stderr.")
+    ] = False,
+    stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no pass after this one.")] = None,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON."""
+    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON; or an ONNX file."""
+    if model.endswith(_FILE_SUFFIX):
+        return _inspect_file(model, view)
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
-    after = before if original else transformed(before, config, checkpoint=checkpoint)
+    after = before
+    if not original:
+        wanted = "all" if print_after_all else tuple(print_after or ())
+        after = transformed(
+            before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
+        )
     inspection = inspect_model(after, None if x is None else (x,))
-    return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
+    compared = before if as_json and x is not None and not original else None
+    return Result(
+        inspection.to_json(compared), lambda console: _show(console, view, inspection, after=after, before=before)
+    )
+
+
+def _inspect_file(path: str, view: View) -> Result:
+    if view not in (View.TEXT, View.TABLE):
+        raise typer.BadParameter(f"got {view.value}; expected text or table for an ONNX file", param_hint="--view")
+    inspection = fedmef_fx.inspect_onnx(path)
+    return Result(inspection.to_json(), lambda console: _show_file(console, view, inspection))
+
+
+def _show_file(console: Console, view: View, inspection: FileInspection) -> None:
+    if view is View.TEXT:
+        typer.echo(str(inspection))
+        return
+    show_table(console, ("", ""), inspection.summary())
+    console.print()
+    headings, rows = inspection.cells()
+    show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - inspection.words())
+    console.print()
+    show_table(console, *inspection.node_cells())
+
+
+def _print_text(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Module, before: nn.Module) -> None:
@@ -67,10 +122,11 @@ def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Mod
         case View.DOT:
             typer.echo(inspection.to_dot())
         case View.TABLE:
-            headings, rows = inspection.table().cells()
-            words = {"parameter", "shape", "tier", "reason"}
-            numbers = frozenset(i for i, heading in enumerate(headings) if heading not in words)
-            show_table(console, headings, rows, numbers=numbers)
+            table = inspection.table(None if after is before or not inspection.has_example else before)
+            headings, rows = table.cells()
+            show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - table.words())
+            for notice in inspection.notices:
+                console.print(visible(notice))
         case View.PASSES:
             show_passes(console, inspection.passes)
         case View.COVERAGE:
