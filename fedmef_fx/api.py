@@ -20,6 +20,7 @@ from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
+from fedmef_fx.inspection.pass_observer import PassObserver
 from fedmef_fx.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.model import Transformation, is_transformed
