@@ -97,15 +97,15 @@ def transform(
         0.5
     """
     config = config or Config()
-    observer = PassObserver(
-        [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
-    )
     model, notices = _unwrapped(model)
     _check_model(model, config)
     plan = None
     if config.memory_budget is not None:
         plain = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
         config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
+    observer = PassObserver(
+        [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
+    )
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
     call = _example_call(duplicate, example_inputs, example_kwargs)
