@@ -25,6 +25,7 @@ from fedmef_fx.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
+from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -204,11 +205,16 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
 
 
 def memory_passes(config: Config) -> tuple[Pass, ...]:
-    """The passes that shrink what autograd keeps."""
-    if config.activation_sparsity == 0:
+    """The passes that shrink what autograd keeps.
+
+    With 8-bit codecs and nothing pruned, layers keep their inputs in 8 bits, too.
+    """
+    compressing = config.saved_precision == "int8"
+    if config.activation_sparsity == 0 and not compressing:
         return ()
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
-    return (ShrinkSaved(), PruneActivations(*options))
+    first = (CompressSaved(config.ignore),) if compressing else ()
+    return (*first, ShrinkSaved(), PruneActivations(*options, config.packed_dtype))
 
 
 def _planned(plan: MemoryPlan) -> PassResult:

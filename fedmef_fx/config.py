@@ -57,6 +57,11 @@ class Config:
             tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
+        packed_dtype: Type of the values that activation pruning keeps: the `"same"` as the activation's, or
+            `"bfloat16"` or `"float16"`, where they are rounded, and clamped to what the format holds.
+        saved_precision: How what must not be pruned is saved (inputs of normalisations and smooth activations,
+            results of softmax, operands of products and attention): `"exact"`, or `"int8"`, 8 bits per element with a
+            scale and an offset per 256. Forward stays exact; gradients become approximate.
         weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
             masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
             its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
@@ -99,6 +104,8 @@ class Config:
     activation_sparsity: float = 0.9
     threshold_sample: int = 8192
     threshold_interval: int = 8
+    packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
+    saved_precision: Literal["exact", "int8"] = "exact"
     weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4

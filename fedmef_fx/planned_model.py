@@ -89,7 +89,8 @@ class PlannedModel:
         site = self.sites[index][1]
         narrow = getattr(site, "value_dtype", "same") != "same"
         kept = self.kept(gamma)[index]
-        return bitmap_nbytes(round(numel * share)) + round(kept * numel * share) * (2 if narrow else itemsize)
+        packed = bitmap_nbytes(round(numel * share)) + round(kept * numel * share) * (2 if narrow else itemsize)
+        return min(packed, round(numel * share) * itemsize)  # where packing would lose, a site leaves it
 
     def levels(self, exact: Mapping[str, Tensor], share: float) -> list[LayerLevels]:
         """What each layer may drop, and what that costs: one run per level, as errors of layers are independent.

@@ -22,6 +22,8 @@ BAD_VALUES: dict[str, list[object]] = {
     "normalization": ["batchnorm", None, True],
     "nsconv_statistics": ["none", None],
     "residual": ["sqrt2", None],
+    "packed_dtype": ["float32", "int8", None],
+    "saved_precision": ["int4", "bfloat16", None],
     "activation_sparsity": [-0.1, 1, 1.0, 1.5, *NOT_NUMBERS],
     "threshold_sample": [63, 0, -1, None, *NOT_INTEGERS],
     "threshold_interval": [0, -1, None, *NOT_INTEGERS],

@@ -31,6 +31,12 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "weight_storage": Annotated[
         str | None, typer.Option(help="Where masked weights live: dense with masks, or packed as active values alone.")
     ],
+    "saved_precision": Annotated[
+        str | None, typer.Option(help="What must not be pruned is saved exact, or as int8: 8 bits per element.")
+    ],
+    "packed_dtype": Annotated[
+        str | None, typer.Option(help="Values of pruned activations: same, bfloat16 or float16.")
+    ],
     "ignore": Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Module to leave alone, by name or glob; may be repeated.")
     ],

@@ -29,7 +29,7 @@ __all__ = [
     "next_serial",
 ]
 
-BufferKind = Literal["packed values", "bitmap"]
+BufferKind = Literal["packed values", "bitmap", "8-bit"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
