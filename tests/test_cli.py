@@ -252,6 +252,18 @@ def test_memory_of_a_whole_step_predicted_and_drawn(tmp_path: Path) -> None:
     assert _invoke("memory", "digits_cnn", "--optimizer", "lion").exit_code == 2
 
 
+def test_memory_within_a_budget() -> None:
+    options = ("memory", "digits_cnn", "--batch", "16", "--no-compare", "--predict", "--budget")
+    data = _data(*options, "900kB")
+    assert data["plan"]["budget"] == 900_000
+    assert data["plan"]["predicted_peak"] <= 900_000
+    # Before its first step a model is predicted with target shares, not with those that planning measured.
+    assert data["transformed"]["peak"] <= 990_000
+    result = _invoke(*options, "5kB")
+    assert result.exit_code == 1
+    assert "the floor is" in result.stderr
+
+
 def test_bench() -> None:
     data = _data("bench", "all", "zoo_of_tests:build", "--input", "4x8", "--repeats", "2")
     assert data["step_ratio"] > 0

@@ -17,8 +17,11 @@ from fedmef_fx.config import Config
 from fedmef_fx.memory_report import MemoryReport
 from fedmef_fx.memory_report import memory as measure
 from fedmef_fx.model import register_mask
+from fedmef_fx.training_step import OptimizerName
 
 __all__ = ["memory"]
+
+OptimizerOption = Literal["none", "sgd", "sgd-momentum", "adam", "adamw"]
 
 
 @command
@@ -29,8 +32,15 @@ def memory(  # noqa: PLR0913 -- the options of a command
     input_shape: InputShape = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size, where --input does not give one.")] = 64,
     optimizer: Annotated[
-        Literal["none", "sgd", "sgd-momentum", "adam", "adamw"], typer.Option(help="Optimizer of the step.")
+        OptimizerOption, typer.Option(help="Optimizer of the step; with --budget, none stands for sgd-momentum.")
     ] = "none",
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples per part of the batch, for the transformed model.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help='Plan for a peak of at most so much, e.g. "64MB", and show the plan.'),
+    ] = None,
     predict: Annotated[bool, typer.Option("--predict", help="Predict from shapes, without running the model.")] = False,
     rss: Annotated[bool, typer.Option("--rss", help="Also the resident memory of a fresh process.")] = False,
     allocator: Annotated[
@@ -47,23 +57,32 @@ def memory(  # noqa: PLR0913 -- the options of a command
     """Measure or predict the bytes of one training step, against the same masks on dense activations and BatchNorm."""
     x = required_input(model, input_shape, batch=batch)
     network = build_model(model, seed=config.seed)
-    sparse = fedmef_fx.transform(network, config)
+    if budget is not None:
+        config = config.replace(memory_budget=budget, budget_optimizer=_counted(optimizer))
+    inputs = (x,) if config.memory_budget is not None else None
+    sparse = fedmef_fx.transform(network, config, example_inputs=inputs)
+    plan = fedmef_fx.memory_plan(sparse)
+    if plan is not None:
+        optimizer, micro_batch = config.budget_optimizer, plan.micro_batch if micro_batch is None else micro_batch
 
-    def report(candidate: nn.Module) -> MemoryReport:
+    def report(candidate: nn.Module, size: int | None = None) -> MemoryReport:
         return measure(
             candidate,
             (x,),
             optimizer=None if optimizer == "none" else optimizer,
+            micro_batch=size,
             predict=predict,
             rss=rss,
             allocator=allocator,
         )
 
-    transformed = report(sparse)
+    transformed = report(sparse, micro_batch)
     twin = report(_masked_after_steps(network, sparse)) if compare else None
     if plot is not None:
         transformed.plot(plot)
     data: dict[str, Any] = {"model": model, "input": list(x.shape), "transformed": transformed.as_dict()}
+    if plan is not None:
+        data["plan"] = plan.as_dict()
     if twin is not None:
         data |= {
             "masked_dense": twin.as_dict(),
@@ -71,7 +90,18 @@ def memory(  # noqa: PLR0913 -- the options of a command
             "peak_ratio": _ratio(transformed.peak, twin.peak),
         }
     title = f"one training step of {model} on {'x'.join(map(str, x.shape))}"
-    return Result(data, lambda console: _show(console, title, transformed, twin, layers=layers))
+
+    def show(console: Console) -> None:
+        if plan is not None:
+            console.print(f"{plan}\n")
+        _show(console, title, transformed, twin, layers=layers)
+
+    return Result(data, show)
+
+
+def _counted(optimizer: OptimizerOption) -> OptimizerName:
+    """The optimizer that a budget counts with: without a choice, the usual one."""
+    return "sgd-momentum" if optimizer == "none" else optimizer
 
 
 def _masked_after_steps(model: nn.Module, transformed: nn.Module) -> nn.Module:
