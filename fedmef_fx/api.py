@@ -15,6 +15,8 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.compact import compact, compact_report
+from fedmef_fx.export.compact_report import CompactReport
 from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.inspect_file import inspect_onnx
@@ -23,7 +25,7 @@ from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
 from fedmef_fx.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.memory.plan import MemoryPlan
-from fedmef_fx.model import Transformation, is_transformed
+from fedmef_fx.model import Transformation, is_transformed, silence_channels
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -42,8 +44,11 @@ from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
 __all__ = [
+    "CompactReport",
     "ExportReport",
     "FileInspection",
+    "compact",
+    "compact_report",
     "export_onnx",
     "extend_region",
     "freeze",
@@ -141,6 +146,7 @@ def transform(
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config) if stop_after is None else None
     result = emit(program, extend=extend)
+    silence_channels(result)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -194,7 +200,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
         FunctionalizeWeights(config.ignore),
-        InsertMasks(config.density, config.allocation, config.mask_init, config.seed, config.ignore),
+        InsertMasks(
+            config.density,
+            config.allocation,
+            config.mask_init,
+            config.seed,
+            config.ignore,
+            config.granularity,
+            config.channel_multiple,
+        ),
     ]
     if config.normalization == "nsconv":
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
