@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 BufferKind = Literal["packed values", "bitmap", "8-bit"]
+"""What a buffer holds; window offsets of a max pooling count as bitmaps, which tell positions, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

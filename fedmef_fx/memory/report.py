@@ -24,8 +24,8 @@ class MemoryReport:
         inputs: Tensors of the example inputs; they exist anyway and count in no other field but the peak.
         gradients: Gradients of the parameters after the backward pass.
         optimizer: State of the optimizer; 0 without one.
-        saved: Kept between forward and backward, by kind: "dense", "packed values", "bitmap", "8-bit" (codes, and
-            the window offsets of max pooling).
+        saved: Kept between forward and backward, by kind: "dense", "packed values", "bitmap" (window offsets of max
+            pooling, too), "8-bit".
         transients: The most that was alive at any moment and is none of the above: what operations pass on to each
             other, results of the model and the loss included.
         peak: The most that was alive at any moment, everything above included; workspaces inside an operation are not

@@ -50,7 +50,7 @@ class _MaxPool(Function):
             offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
         window = torch.Size(kernel).numel()
         ctx.offset = offset.to(torch.uint8 if window <= 256 else torch.int32)
-        announce(ctx.offset, "8-bit")
+        announce(ctx.offset, "bitmap")
         return out
 
     @staticmethod
