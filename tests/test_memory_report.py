@@ -184,6 +184,26 @@ def test_layers_and_prediction(name: str, transformed: bool) -> None:
         assert predicted.layers == report.layers
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(weight_storage="packed"),
+        Config(weight_storage="packed", packed_dtype="bfloat16"),
+        Config(normalization="keep", saved_precision="int8"),
+    ],
+    ids=["packed", "bfloat16", "int8"],
+)
+def test_predictions_of_packed_weights_and_formats(config: Config) -> None:
+    model, images = fedmef_fx.transform(digits_cnn(), config), torch.randn(16, 1, 8, 8)
+    for size in (None, 4):
+        if size is not None and config.normalization == "keep":
+            continue
+        report = memory(model, (images,), optimizer="sgd-momentum", micro_batch=size)
+        predicted = memory(model, (images,), optimizer="sgd-momentum", micro_batch=size, predict=True)
+        assert predicted.peak == pytest.approx(report.peak, rel=0.1)
+        assert predicted.saved_total == pytest.approx(report.saved_total, rel=0.1)
+
+
 def test_a_prediction_needs_no_memory_and_leaves_nothing() -> None:
     layer = nn.Linear(1 << 20, 1 << 20, device="meta")  # 4 TiB of float32
     report = memory(layer, (torch.ones(2, 1 << 20, device="meta"),), predict=True, optimizer="adam")
