@@ -18,6 +18,7 @@ from fedmef_fx.errors import CaptureError, ConfigError, PassError
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
+from fedmef_fx.inspection.records import record_graphs
 from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -96,6 +97,7 @@ def transform(
         (*notices, *captured.failures),
         time.perf_counter() - start,
     )
+    program.facts.original = record_graphs(program)
     reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
     program.facts.reports = PassReport((capture, *reports))
     result = emit(program, extend=functools.partial(extend_region, config=config))

@@ -8,7 +8,7 @@ A transformation adds two things to a model's module tree: next to each masked p
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.sparsity.optimizer_state import forget_state
+
+if TYPE_CHECKING:
+    from fedmef_fx.inspection.records import GraphRecord
 
 __all__ = [
     "HOLDER",
@@ -108,6 +111,7 @@ class Transformation(nn.Module):
         prunable: Original parameter name -> `PrunableParameter`.
         guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
         reports: What the passes did, in order.
+        original: Records of the graphs as they were captured, before any pass.
     """
 
     def __init__(self, config: Config) -> None:
@@ -116,6 +120,7 @@ class Transformation(nn.Module):
         self.prunable: dict[str, PrunableParameter] = {}
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
+        self.original: tuple[GraphRecord, ...] = ()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect as python_inspect
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,12 +21,16 @@ from fedmef_fx.inspection.networkx_graph import to_networkx
 from fedmef_fx.inspection.records import GraphRecord, record_graphs
 from fedmef_fx.inspection.shapes import observe_tensors
 from fedmef_fx.inspection.table import Table, layer_table
+from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.program import Program, Region
 
 if TYPE_CHECKING:
     import networkx
+
+    from fedmef_fx.federated.history import History
+    from fedmef_fx.inspection.page.timeline import MemoryPair
 
 __all__ = ["Inspection", "inspect"]
 
@@ -42,12 +47,18 @@ class Inspection:
         graphs: Every graph as records.
         layers: The rows that `table()` returns.
         passes: What the passes did and refused; empty for a model that is not transformed.
+        name: Class of the model.
+        original: Graphs of the original, as they were captured; empty for a model that is not transformed.
+        weights: Snapshots of the parameters in `layers`.
     """
 
     graphs: tuple[GraphRecord, ...]
     layers: Table
     passes: PassReport
     _example: tuple[Sequence[Any] | None, Mapping[str, Any] | None] = dataclasses.field(repr=False, compare=False)
+    name: str = "model"
+    original: tuple[GraphRecord, ...] = dataclasses.field(default=(), repr=False)
+    weights: tuple[WeightRecord, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         return graph_text(self.graphs)
@@ -108,6 +119,48 @@ class Inspection:
         """
         return to_json(document(self.graphs, self.layers, self.passes))
 
+    def to_html(
+        self,
+        path: str | PathLike[str],
+        *,
+        original: "nn.Module | Inspection | None" = None,
+        memory: "MemoryPair | None" = None,
+        history: "History | None" = None,
+    ) -> None:
+        """Write a page: the graph, the mask, weights and costs of every layer, and what passes did and refused.
+
+        The page is one file that opens from disk in any browser of today and asks the network for nothing.
+
+        Args:
+            path: Of the file, e.g. `model.html`.
+            original: The model before, or its inspection. Default: its graphs as they were captured, without shapes of
+                activations.
+            memory: Bytes over a training step.
+            history: Of a federated training: accuracy, losses, traffic and mask churn over the rounds.
+
+        Raises:
+            CaptureError: The original cannot be traced.
+            ConfigError: The file cannot be written, or the original does not accept the example inputs.
+        """
+        from fedmef_fx.inspection.page import PageContent, write_page  # noqa: PLC0415 - only its users should wait
+
+        if isinstance(original, nn.Module):
+            args, kwargs = self._example
+            original = inspect(original, args, example_kwargs=kwargs)
+        write_page(
+            path,
+            PageContent(
+                title=self.name,
+                after=self.graphs,
+                before=self.original if original is None else original.graphs,
+                layers=self.layers,
+                weights=self.weights,
+                passes=self.passes,
+                memory=memory,
+                history=history,
+            ),
+        )
+
 
 def inspect(
     model: nn.Module,
@@ -145,11 +198,15 @@ def inspect(
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
     program = _program(model, args, kwargs)
     tensors = observe_tensors(program, args, kwargs) if has_example else {}
+    layers = layer_table(program, tensors)
     return Inspection(
         record_graphs(program, tensors),
-        layer_table(program, tensors),
+        layers,
         program.facts.reports,
         (example_inputs, example_kwargs),
+        name=type(model).__name__.removeprefix("Transformed") if is_transformed(model) else type(model).__name__,
+        original=program.facts.original,
+        weights=record_weights(program.model, (row.parameter for row in layers.rows)),
     )
 
 

@@ -1,0 +1,114 @@
+// The views beside the graph: layers, passes and coverage, memory, training.
+
+const LAYER_COLUMNS = [
+  ["parameter", "Layer", (row) => row.parameter],
+  ["shape", "Shape", (row) => row.weights],
+  ["density", "Density", (row) => row.active / Math.max(row.weights, 1)],
+  ["weights", "Weights", (row) => row.weights],
+  ["active", "Active", (row) => row.active],
+  ["flops", "Operations", (row) => row.flops_sparse ?? -1],
+  ["saved", "Saved bytes", (row) => row.saved_after ?? -1],
+  ["tier", "Rewritten in", (row) => row.tier ?? ""],
+  ["reason", "Why not better", (row) => row.reason],
+];
+
+function layersSection(app) {
+  const { parameters } = app.content;
+  const columns = LAYER_COLUMNS.filter(([name]) => {
+    if (name === "flops") return parameters.some((row) => row.flops_dense);
+    if (name === "saved") return parameters.some((row) => row.saved_before !== undefined && row.saved_before !== null);
+    if (name === "reason") return parameters.some((row) => row.reason);
+    if (name === "tier") return parameters.some((row) => row.tier);
+    return true;
+  });
+  const body = el("tbody");
+  let sorted = [null, 1];
+  const headers = columns.map(([name, title, value]) =>
+    el("th", { scope: "col", class: `c-${name}`, "aria-sort": "none" }, el("button", { type: "button", on: { click: () => sort(name, value) } }, title)));
+  const cell = {
+    parameter: (row) => el("button", { type: "button", class: "link", on: { click: () => app.goToParameter(row) } }, shorten(row.parameter, 60)),
+    shape: (row) => row.shape.join("×"),
+    density: (row) => densityBar(row.active / Math.max(row.weights, 1)),
+    weights: (row) => count(row.weights),
+    active: (row) => count(row.active),
+    flops: (row) => (row.flops_dense ? change(count(row.flops_dense), count(row.flops_sparse)) : "–"),
+    saved: (row) => (row.saved_before ? change(bytes(row.saved_before), bytes(row.saved_after)) : "–"),
+    tier: (row) => el("span", { class: `tier ${row.tier ?? "dense"}` }, row.tier ?? "dense"),
+    reason: (row) => shorten(row.reason, 300),
+  };
+  const fill = (rows) => body.replaceChildren(...rows.map((row) => el("tr", {}, columns.map(([name]) => el("td", { class: `c-${name}` }, cell[name](row))))));
+  const sort = (name, value) => {
+    sorted = [name, sorted[0] === name ? -sorted[1] : 1];
+    const order = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b) * sorted[1];
+    fill([...parameters].sort((a, b) => order(value(a), value(b))));
+    headers.forEach((header, index) => header.setAttribute("aria-sort", columns[index][0] !== name ? "none" : sorted[1] > 0 ? "ascending" : "descending"));
+  };
+  fill(parameters);
+  const table = el("table", { class: "data layers" }, el("thead", {}, el("tr", {}, headers)), body);
+  return [
+    intro("Layers", "What sparsity does to each weight. Choose a name to see its mask in the graph; choose a heading to sort."),
+    el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "Table of layers" }, table),
+  ];
+}
+
+const intro = (title, text) => el("header", { class: "intro" }, el("h2", {}, title), el("p", { class: "muted" }, text));
+const change = (before, after) => el("span", { class: "change" }, el("span", { class: "muted" }, before), " → ", after);
+
+function passesSection(app) {
+  const { passes, parameters } = app.content;
+  const tiers = [["graph", "Nodes of a graph: masks, kernels, packed activations"], ["module", "Single layers that Python calls: masks, packed activations"], ["hook", "Opaque modules: masked by hooks"], [null, "Left dense"]];
+  const total = parameters.reduce((sum, row) => sum + row.weights, 0) || 1;
+  const shares = tiers.map(([tier, meaning]) => [tier ?? "dense", meaning, parameters.filter((row) => row.tier === tier)]).filter(([, , rows]) => rows.length);
+  const coverage = el("div", { class: "card" }, el("h3", {}, "Where the weights are rewritten"),
+    el("div", { class: "stack", "aria-hidden": "true" }, shares.map(([tier, , rows]) => el("i", { class: `tier-${tier}`, style: { "flex-grow": String(rows.reduce((sum, row) => sum + row.weights, 0) / total) } }))),
+    el("ul", { class: "plain-list" }, shares.map(([tier, meaning, rows]) => {
+      const held = rows.reduce((sum, row) => sum + row.weights, 0);
+      const reasons = [...new Set(rows.map((row) => row.reason).filter(Boolean))];
+      return el("li", {}, el("span", { class: `tier ${tier}` }, tier), el("b", {}, ` ${percent(held / total)} `), el("span", {}, `of the weights, ${rows.length} parameters. ${meaning}.`),
+        reasons.length ? el("details", {}, el("summary", {}, `${reasons.length} ${reasons.length > 1 ? "reasons" : "reason"}`), el("ul", {}, reasons.slice(0, 200).map((reason) => el("li", {}, shorten(reason, 400))))) : null);
+    })));
+  const cards = passes.map((pass, index) =>
+    el("div", { class: "card pass", style: { "--pass": passColour(index) } },
+      el("h3", {}, passChip(app, index)),
+      pass.options ? el("p", { class: "options" }, shorten(pass.options, 400)) : null,
+      el("p", {}, el("b", {}, String(pass.rewrites)), ` rewritten, `, el("b", {}, String(pass.refusals.length)), " refused"),
+      pass.refusals.length ? el("details", { open: pass.refusals.length <= 6 }, el("summary", {}, "What was refused, and why"), el("ul", { class: "refusals" }, pass.refusals.map(([where, reason]) => el("li", {}, el("b", {}, shorten(where, 100)), ` ${reasonOf(where, reason)}`)))) : null));
+  return [intro("Passes and coverage", "Each pass in the order in which it ran: what it rewrote, what it refused and why."), parameters.some((row) => row.tier) ? coverage : null, el("div", { class: "cards" }, cards)];
+}
+
+function memorySection(app) {
+  const chart = memoryChart(app.content.memory);
+  const place = el("div");
+  const [before, after] = chart.peaks;
+  const options = [["after", "After", chart.after], ["before", "Before", chart.before]].filter(([, , draw]) => draw);
+  const control = segmented("Model", options.map(([value, label]) => [value, label]), "after", (value) => place.replaceChildren(options.find(([name]) => name === value)[2]()));
+  place.replaceChildren(chart.after());
+  const text = before ? `Peak ${bytes(after)} instead of ${bytes(before)}: ${percent(1 - after / before)} less.` : `Peak ${bytes(after)}.`;
+  return [intro("Memory over one training step", `${text} Each moment is one operation; what is alive then, by category.`), options.length > 1 ? control : null, place];
+}
+
+function trainingSection(app) {
+  const { rounds } = app.content.history;
+  if (!rounds.length) return [intro("Training", "The history has no rounds.")];
+  const index = rounds.map((round) => round.round_index);
+  const values = (name) => rounds.map((round) => round[name]);
+  const marks = rounds.map((round, at) => (round.adjusted ? at : -1)).filter((at) => at >= 0);
+  const options = { rounds: index, marks };
+  const known = (name) => values(name).some((value) => value !== null);
+  const charts = [
+    known("test_accuracy") && lineChart("Accuracy on the test set", [["accuracy", values("test_accuracy"), SERIES[0]]], { ...options, format: percent, fromZero: false }),
+    lineChart("Loss", [["training", values("train_loss"), SERIES[0]], known("test_loss") && ["test", values("test_loss"), SERIES[1]]].filter(Boolean), { ...options, format: decimal }),
+    lineChart("Traffic per round", [["to clients", values("bytes_down"), SERIES[0]], ["to the server", values("bytes_up"), SERIES[1]]], { ...options, format: bytes }),
+    lineChart("Density", [["density", values("density"), SERIES[2]]], { ...options, format: percent }),
+    lineChart("Saved for backward, largest client", [["bytes", values("peak_saved_bytes"), SERIES[3]]], { ...options, format: bytes }),
+  ];
+  const note = marks.length ? " Dotted lines are adjustment rounds." : "";
+  return [intro("Training", `${rounds.length} rounds.${note}`), el("div", { class: "charts" }, charts.filter(Boolean), churnMap(app.content.history, app.content.parameters))];
+}
+
+/** A choice of few, as radio buttons side by side. */
+function segmented(label, options, chosen, onChange) {
+  const name = `choice-${label.toLowerCase().replace(/\W/g, "-")}`;
+  return el("fieldset", { class: "segmented" }, el("legend", { class: "unseen" }, label), options.map(([value, text]) =>
+    el("label", {}, el("input", { type: "radio", name, value, checked: value === chosen, on: { change: () => onChange(value) } }), el("span", {}, text))));
+}

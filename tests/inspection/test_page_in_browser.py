@@ -1,0 +1,189 @@
+"""The page in a real browser: it loads in silence, finds, shows, toggles, works by keyboard and on a narrow screen."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedmef_fx
+from fedmef_fx import Config
+from fedmef_fx.models import mobilenet_v2, resnet18
+from tests.inspection.browser import NARROW, Browser
+from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
+
+pytestmark = pytest.mark.slow
+
+MODELS = {
+    "resnet18": (resnet18, lambda: torch.randn(1, 3, 32, 32), "layer1.0.conv2"),
+    "mobilenet_v2": (mobilenet_v2, lambda: torch.randn(1, 3, 32, 32), "features.2.conv.1.0"),
+    "vit": (VisionTransformer, lambda: torch.randn(1, 3, 16, 16), "blocks.1.mlp.up"),
+    "encoder": (Encoder, lambda: torch.randint(50, (2, 6)), "layers.1.mlp.up"),
+}
+
+OVERFLOW = "return document.documentElement.scrollWidth - window.innerWidth"
+FOCUSED = "return document.activeElement.textContent"
+PANEL = "return document.querySelector('.panel').innerText"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = Browser()
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page per model."""
+    folder = tmp_path_factory.mktemp("pages")
+    torch.manual_seed(0)
+    return {name: _write(folder / f"{name}.html", make(), inputs()) for name, (make, inputs, _) in MODELS.items()}
+
+
+def _write(path: Path, model: nn.Module, x: Tensor) -> Path:
+    sparse = fedmef_fx.transform(
+        model, Config(density=0.2), example_inputs=(x,) if isinstance(model, Encoder) else None
+    )
+    fedmef_fx.inspect(sparse, (x,)).to_html(path)
+    return path
+
+
+def _search(browser: Browser, text: str) -> None:
+    browser.run("document.getElementById('search').focus()")
+    browser.press(text, "\ue007")  # Enter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_page_loads_in_silence_and_asks_nobody(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name])
+    assert browser.run("return document.querySelectorAll('[role=treeitem]').length") > 3
+    assert browser.messages() == []
+    assert browser.requests() == [pages[name].as_uri()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_search_finds_a_layer_and_shows_its_mask(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    layer = MODELS[name][2]
+    browser.open(pages[name])
+    _search(browser, layer)
+    assert f"{layer}.weight" in browser.run(PANEL)
+    browser.wait(lambda: browser.run("const i = document.querySelector('.mask img'); return i.complete"))
+    width, height = browser.run(
+        "const i = document.querySelector('.mask img'); return [i.naturalWidth, i.naturalHeight]"
+    )
+    assert width > 1
+    assert height > 1
+    assert browser.run("return document.querySelectorAll('[aria-selected=true][role=treeitem]').length") == 1
+    assert browser.messages() == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_toggle_changes_the_picture(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name])
+    after = browser.picture()
+    browser.click(".segmented input[value=before]")
+    before = browser.picture()
+    assert before != after
+    browser.click(".segmented input[value=after]")
+    assert browser.messages() == []
+    assert browser.run("return document.querySelector('.segmented input[value=after]').checked")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_narrow_screen_needs_no_sideways_scrolling(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name], size=NARROW)
+    _search(browser, MODELS[name][2])
+    for tab in ("graph", "layers", "passes"):
+        browser.click(f"#tab-{tab}")
+        assert browser.run(OVERFLOW) <= 0, tab
+    assert browser.messages() == []
+
+
+def test_keyboard_alone_is_enough(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["resnet18"])
+    browser.press("\ue004")  # Tab
+    assert browser.run(FOCUSED) == "Skip to the content"
+    browser.press("/")
+    assert browser.run("return document.activeElement.id") == "search"
+    browser.press("layer2.0.conv1", "\ue007")
+    assert browser.run("return document.activeElement.getAttribute('role')") == "treeitem"
+    assert browser.run(FOCUSED).startswith("conv1")
+    browser.press("\ue015")  # down
+    assert not browser.run(FOCUSED).startswith("conv1")
+    browser.press("\ue012")  # left: to the block
+    assert browser.run("return document.activeElement.ariaExpanded") == "true"
+    browser.press("\ue012")  # left: closes it
+    assert browser.run("return document.activeElement.ariaExpanded") == "false"
+    browser.press("\ue007")  # Enter
+    assert "layer2.0" in browser.run(PANEL)
+    browser.press("\ue00c")  # Escape
+    assert "What was rewritten" in browser.run(PANEL)
+    browser.press("b")
+    assert browser.run("return document.querySelector('.segmented input[value=before]').checked")
+    assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_themes_follow_the_system_and_the_button(browser: Browser, pages: dict[str, Path]) -> None:
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    browser.open(pages["vit"])
+    light = browser.run(ground)
+    browser.click("#theme")
+    assert browser.run(ground) != light
+    browser.open(pages["vit"], dark=True)
+    dark = browser.run(ground)
+    assert dark != light
+    browser.click("#theme")
+    assert browser.run(ground) == light
+
+
+def test_a_legend_entry_shows_only_what_its_pass_changed(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["resnet18"])
+    assert browser.run("return document.querySelectorAll('.item.dim').length") == 0
+    browser.run(
+        "[...document.querySelectorAll('.legend button')].find((b) => b.textContent === 'shrink-saved').click()"
+    )
+    shown = browser.run("return [...document.querySelectorAll('.item.op:not(.dim) .name')].map((n) => n.textContent)")
+    assert set(shown) == {"relu"}
+
+
+HOSTILE = [
+    *HOSTILE_NAMES,
+    "</script><script>window.broken = 1</script>",
+    "\u202eright-to-left",
+    "<img src=x onerror=alert(1)>",
+]
+
+
+def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "<b>&quot;.html"
+    model = hostile(*HOSTILE)
+    fedmef_fx.inspect(model, (torch.ones(1, 2),)).to_html(page)
+    browser.open(page)
+    assert browser.messages() == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.run("return window.broken === undefined")
+    assert browser.run("return document.querySelectorAll('script').length") == 2
+    assert browser.run("return document.querySelectorAll('img, b b').length") == 0
+    for name in HOSTILE:
+        parts = "const d = JSON.parse(document.getElementById('document').textContent);"
+        assert browser.run(
+            f"{parts} return d.parameters.some((p) => p.parameter === arguments[0])", f"{name}.weight"
+        ), name
+    _search(browser, "<script>alert")
+    assert "<script>alert(1)</script>.weight" in browser.run(PANEL)
+    browser.click("#tab-layers")
+    browser.open(page, size=NARROW)
+    assert browser.run(OVERFLOW) <= 0
+
+
+def test_nothing_runs_that_is_not_the_page_itself(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    fedmef_fx.inspect(two_convolutions()).to_html(page)
+    browser.open(page)
+    inject = "const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s);"
+    # The driver's own scripts are exempt from the policy, elements that they add are not.
+    browser.run(f"{inject} document.body.append(Object.assign(new Image(), {{src: 'https://example.org/x.png'}}))")
+    assert browser.run("return window.broken === undefined")
+    assert len([message for message in browser.messages() if "Content Security Policy" in message]) == 2
