@@ -94,11 +94,11 @@ def _python_tree(parts: Sequence[tuple[tuple[str, ...], Box | Group]], prefix: s
     """Parts with their remaining paths as nested groups; modules stand where their first part does."""
     members: list[Box | Group] = []
     by_head: dict[str, list[tuple[tuple[str, ...], Box | Group]]] = {}
-    for path, part in parts:
-        by_head.setdefault(path[0], []).append((path[1:], part))
+    for (head, *rest), part in parts:
+        by_head.setdefault(head, []).append((tuple(rest), part))
     for head, inside in by_head.items():
-        members += (part for rest, part in inside if not rest)
-        deeper = [(rest, part) for rest, part in inside if rest]
+        members += (part for below, part in inside if not below)
+        deeper = [(below, part) for below, part in inside if below]
         if not deeper:
             continue
         path = f"{prefix}.{head}" if prefix else head

@@ -194,6 +194,12 @@ class Canvas {
     this.keepVisible(part);
   }
 
+  /** Give the focus to a part, or to the first one where it is not drawn. */
+  focusFirst(part) {
+    const node = this.elements.get(part) ?? this.elements.values().next().value;
+    node?.focus({ preventScroll: true });
+  }
+
   /** Classes that change without a new layout: chosen, found, dimmed. */
   mark() {
     const first = this.elements.has(this.focused) ? this.focused : this.elements.keys().next().value;

@@ -117,12 +117,14 @@ class App {
 
   setView({ when = this.when, mode = this.mode }) {
     const { selected } = this.canvas;
+    const hadFocus = this.canvas.boxes.contains(document.activeElement);
     Object.assign(this, { when, mode });
     this.showView();
     const input = this.whenControl && this.whenControl.querySelector(`input[value="${when}"]`);
     if (input) input.checked = true;
     const same = selected && this.counterpart(selected);
     this.canvas.select(same ?? null);
+    if (hadFocus) this.canvas.focusFirst(same);
     announce(`Graph ${when} the passes`);
   }
 
@@ -146,10 +148,9 @@ class App {
   }
 
   clear() {
-    const { focused } = this.canvas;
     this.canvas.hits.clear();
     this.canvas.select(null);
-    this.canvas.elements.get(focused)?.focus({ preventScroll: true });
+    this.canvas.focusFirst(this.canvas.focused);
   }
 
   /** Lead to a node; a folded one lies in the box that uses it. */
