@@ -58,7 +58,8 @@ class Changes:
         if when == "before":
             found |= {index for name in names for index in self.made.get((graph.region, name), ())}
         elif node.made_by is not None and node.made_by in self.order:
-            found |= {self.order[node.made_by], *self.rewritten.get(node.origin or "", ())}
+            origins = (node.origin or "", node.module)
+            found |= {self.order[node.made_by], *(index for name in origins for index in self.rewritten.get(name, ()))}
         return sorted(found)
 
 

@@ -61,7 +61,7 @@ class Canvas {
     this.boxes.replaceChildren(...drawn.boxes);
     this.ways.replaceChildren(
       svg("defs", {}, arrow("arrow"), arrow("arrow-skip")),
-      svg("g", { class: "plain", "marker-end": "url(#arrow)" }, drawn.plain),
+      svg("g", { class: "plain" }, drawn.plain),
       svg("g", { class: "skips" }, drawn.skips),
     );
     this.mark();
@@ -84,7 +84,7 @@ class Canvas {
     place.kids.forEach((kid) => this.collect(kid, x + kid.x, y + kid.y, level + 1, drawn));
     for (const edge of part.e) {
       const { path, skips } = route(place, edge);
-      const ends = edge[1] < 0 || part.c[edge[1]].c ? {} : { "marker-end": `url(#${skips ? "arrow-skip" : "arrow"})` };
+      const ends = edge[1] < 0 || place.kids[edge[1]].kids ? {} : { "marker-end": `url(#${skips ? "arrow-skip" : "arrow"})` };
       drawn[skips ? "skips" : "plain"].push(svg("path", { d: path, transform: `translate(${x} ${y})`, ...ends }));
     }
   }
@@ -113,7 +113,7 @@ class Canvas {
     const classes = `${kind}${part.changes.length ? " changed" : ""}`;
     const shape = node.s ? node.s[0][1].join("×") : "";
     const density = densityOf(node.weights, this.content.parameters);
-    const label = shorten(part.l, 40);
+    const label = shorten(titleOf(part), 40);
     if (kind === "op" || kind === "port") {
       return this.item(part, classes, level, [el("span", { class: "name" }, label)], { title: shape });
     }
@@ -135,7 +135,7 @@ class Canvas {
       level,
       [
         toggle,
-        el("span", { class: "name" }, shorten(part.l, 40)),
+        el("span", { class: "name" }, shorten(titleOf(part), 40)),
         el("span", { class: "sub" }, what),
         !open && density !== null && densityBar(density),
       ],

@@ -20,14 +20,14 @@ function set(node, attributes) {
 /** An HTML element; strings among the children become text. */
 function el(tag, attributes = {}, ...children) {
   const node = set(document.createElement(tag), attributes);
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
 /** An SVG element. */
 function svg(tag, attributes = {}, ...children) {
   const node = set(document.createElementNS(SVG, tag), attributes);
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 

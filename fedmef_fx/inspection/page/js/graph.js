@@ -10,6 +10,9 @@ function kindOf(node) {
   return node.weights.length ? "layer" : "op";
 }
 
+/** A number says nothing without the name of the list that it counts. */
+const titleOf = (part) => (/^\d+$/.test(part.l) && part.parent?.parent ? `${part.parent.l}.${part.l}` : part.l);
+
 /** Prepare a view of the document: parents, what is folded into what, weights of nodes and groups. */
 function prepare(view, parameters) {
   const groups = new Map();

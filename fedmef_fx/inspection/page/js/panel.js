@@ -28,8 +28,9 @@ function nodePanel(app, part) {
   const shapes = (node.s ?? []).map(([dtype, shape]) => `${dtype} [${shape.join(", ")}]`).join("   ");
   const inside = node.folded.filter((id) => app.view.nodes[id].o !== "get_attr" || !app.view.nodes[id].w);
   return [
-    heading(app, shorten(part.l, 80), node.o === "opaque" ? "a module that runs as Python" : `${node.o} ${shorten(node.x, 60)}`, part),
+    heading(app, shorten(titleOf(part), 80), node.o === "opaque" ? "a module that runs as Python" : `${node.o} ${shorten(node.x, 60)}`, part),
     part.changes.length ? el("p", { class: "chips" }, part.changes.map((index) => passChip(app, index))) : null,
+    ...node.weights.map((index) => weightSection(app.content.parameters[index])),
     node.code && section("Code", el("pre", { tabindex: "0" }, el("code", {}, shorten(node.code, 4000)))),
     section(
       "Facts",
@@ -43,7 +44,6 @@ function nodePanel(app, part) {
         ["Folded in", links(app, inside)],
       ]),
     ),
-    ...node.weights.map((index) => weightSection(app.content.parameters[index])),
   ];
 }
 
@@ -52,7 +52,7 @@ function groupPanel(app, part) {
   const sum = (key) => rows.reduce((total, row) => total + (row[key] ?? 0), 0);
   const density = densityOf(part.weights, app.content.parameters);
   return [
-    heading(app, shorten(part.l, 80), part.run === "python" ? "a module whose forward Python runs" : "a module", part),
+    heading(app, shorten(titleOf(part), 80), part.run === "python" ? "a module whose forward Python runs" : "a module", part),
     part.changes.length ? el("p", { class: "chips" }, part.changes.map((index) => passChip(app, index))) : null,
     section(
       "Facts",
