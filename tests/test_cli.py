@@ -169,6 +169,22 @@ def test_views_of_inspect(view: str, expected: str) -> None:
     assert expected in result.stdout
 
 
+def test_inspect_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "model.html"
+    data = _data("inspect", "digits_cnn", "--html", str(page))
+    assert data == {"html": str(page), "bytes": page.stat().st_size}
+    assert "<!doctype html>" in page.read_text(encoding="utf-8")[:20]
+    result = _invoke("inspect", "digits_cnn", "--html", str(tmp_path / "absent" / "model.html"))
+    assert result.exit_code == 1
+    assert "there is no directory" in result.stderr
+
+
+def test_open_needs_a_page() -> None:
+    result = _invoke("inspect", "digits_cnn", "--open")
+    assert result.exit_code == 1
+    assert "--html model.html --open" in result.stderr
+
+
 def test_inspect_the_original() -> None:
     result = _invoke("inspect", "digits_cnn", "--original", "--input", "4x1x8x8")
     assert "%conv1 = call_module[conv1](%input_1)  # f32[4,32,8,8]" in result.stdout

@@ -11,6 +11,7 @@ import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, example_input, transformed
+from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
@@ -45,16 +46,20 @@ def inspect(
         ),
     ] = View.TEXT,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
+    html: Page = None,
+    opens: Opens = False,
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON."""
+    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON, a page."""
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
     after = before if original else transformed(before, config, checkpoint=checkpoint)
     inspection = inspect_model(after, None if x is None else (x,))
+    if html is not None or opens:
+        return page_result(inspection, html, original=None if original else before, opens=opens)
     return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
 
 

@@ -1,4 +1,7 @@
-"""A headless Chromium that notes what a page complains about and what it asks the network for."""
+"""A headless Chromium that notes what a page complains about and what it asks the network for.
+
+Tests, the pictures of the docs and the benchmark of the page use it.
+"""
 
 import json
 import os
@@ -8,17 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+__all__ = ["NARROW", "WIDE", "Browser", "NoBrowserError"]
 
 WIDE, NARROW = (1280, 860), (390, 844)
 
 
-def find_chromium() -> tuple[str, str]:
-    """Paths of Chromium and of its driver; skips the test where one of them is missing."""
+class NoBrowserError(Exception):
+    """There is no Chromium, no driver of it, or no selenium; the message says what to install."""
+
+
+def _programs() -> tuple[str, str]:
+    """Paths of Chromium and of its driver."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+        raise NoBrowserError("needs Chromium and its driver: apt-get install chromium chromium-driver")
     return browser, driver
 
 
@@ -26,8 +33,11 @@ class Browser:
     """One Chromium for several pages."""
 
     def __init__(self) -> None:
-        webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'fedmef-fx[test]'")
-        browser, driver = find_chromium()
+        try:
+            from selenium import webdriver  # noqa: PLC0415 - its absence is reported
+        except ImportError as error:
+            raise NoBrowserError("needs selenium: pip install 'fedmef-fx[test]'") from error
+        browser, driver = _programs()
         options = webdriver.ChromeOptions()
         options.binary_location = browser
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.models import mobilenet_v2, resnet18
-from tests.inspection.browser import NARROW, Browser
+from tests.inspection.browser import NARROW, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,10 @@ PANEL = "return document.querySelector('.panel').innerText"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = Browser()
+    try:
+        chromium = Browser()
+    except NoBrowserError as error:
+        pytest.skip(str(error))
     yield chromium
     chromium.close()
 

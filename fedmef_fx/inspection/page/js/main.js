@@ -37,7 +37,7 @@ class App {
     const figures = [
       ["Weights active", masked.length ? percent(sum("active") / Math.max(sum("weights"), 1)) : "100 %", `${count(sum("active"))} of ${count(sum("weights"))}`],
       sum("flops_dense") && ["Operations", count(sum("flops_sparse")), `of ${count(sum("flops_dense"))} dense`],
-      sum("saved_before") && ["Saved for backward", bytes(sum("saved_after")), `of ${bytes(sum("saved_before"))} before`],
+      sum("saved_before") && ["Saved for backward", bytes(sum("saved")), `of ${bytes(sum("saved_before"))} before`],
       content.memory?.before && ["Peak memory", bytes(memoryChart(content.memory).peaks[1]), `of ${bytes(memoryChart(content.memory).peaks[0])} before`],
       content.passes.length && ["In graphs", percent(inGraph / Math.max(sum("weights"), 1)), "of the weights"],
       content.passes.length && ["Left as it was", String(refusals), refusals === 1 ? "refusal, with its reason" : "refusals, with reasons"],

@@ -88,7 +88,7 @@ function barRow(app, row) {
 }
 
 function weightSection(row) {
-  const saved = row.saved_before !== undefined && row.saved_before !== null;
+  const known = (value) => value !== undefined && value !== null;
   return el(
     "section",
     { class: "weight" },
@@ -97,7 +97,7 @@ function weightSection(row) {
       ["Shape", sizes(row.shape)],
       ["Active", row.tier === null ? `all ${count(row.weights)} (no mask)` : `${count(row.active)} of ${count(row.weights)}, ${percent(row.active / Math.max(row.weights, 1))}`],
       ["Operations", row.flops_dense ? `${count(row.flops_dense)} dense, ${count(row.flops_sparse)} sparse` : null],
-      ["Saved for backward", saved ? `${bytes(row.saved_before)} before, ${bytes(row.saved_after)} after` : null],
+      ["Saved for backward", known(row.saved) ? `${bytes(row.saved)}${known(row.saved_before) ? `, ${bytes(row.saved_before)} before` : ""}` : null],
       ["Rewritten as", row.tier && { graph: "nodes of a graph", module: "a single layer that Python calls", hook: "an opaque module: masked by hooks" }[row.tier]],
       ["Why not better", row.reason && shorten(row.reason, 400)],
     ]),

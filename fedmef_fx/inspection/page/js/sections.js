@@ -7,7 +7,7 @@ const LAYER_COLUMNS = [
   ["weights", "Weights", (row) => row.weights],
   ["active", "Active", (row) => row.active],
   ["flops", "Operations", (row) => row.flops_sparse ?? -1],
-  ["saved", "Saved bytes", (row) => row.saved_after ?? -1],
+  ["saved", "Saved bytes", (row) => row.saved ?? -1],
   ["tier", "Rewritten in", (row) => row.tier ?? ""],
   ["reason", "Why not better", (row) => row.reason],
 ];
@@ -16,7 +16,7 @@ function layersSection(app) {
   const { parameters } = app.content;
   const columns = LAYER_COLUMNS.filter(([name]) => {
     if (name === "flops") return parameters.some((row) => row.flops_dense);
-    if (name === "saved") return parameters.some((row) => row.saved_before !== undefined && row.saved_before !== null);
+    if (name === "saved") return parameters.some((row) => row.saved !== undefined && row.saved !== null);
     if (name === "reason") return parameters.some((row) => row.reason);
     if (name === "tier") return parameters.some((row) => row.tier);
     return true;
@@ -32,7 +32,7 @@ function layersSection(app) {
     weights: (row) => count(row.weights),
     active: (row) => count(row.active),
     flops: (row) => (row.flops_dense ? change(count(row.flops_dense), count(row.flops_sparse)) : "–"),
-    saved: (row) => (row.saved_before ? change(bytes(row.saved_before), bytes(row.saved_after)) : "–"),
+    saved: (row) => (row.saved_before ? change(bytes(row.saved_before), bytes(row.saved ?? 0)) : row.saved ? bytes(row.saved) : "–"),
     tier: (row) => el("span", { class: `tier ${row.tier ?? "dense"}` }, row.tier ?? "dense"),
     reason: (row) => shorten(row.reason, 300),
   };
