@@ -1,6 +1,6 @@
 """The pictures of the docs, taken from real pages in a real browser: `make docs-images`.
 
-The models are transformed and, where training is shown, trained anew. A palette of 128 colours keeps each PNG small.
+The models are transformed and, where training is shown, trained anew.
 """
 
 import io
@@ -43,12 +43,12 @@ def _pages(folder: Path) -> dict[str, Path]:
     image, ids = torch.randn(1, 3, 32, 32), torch.randint(50, (2, 6))
     model = resnet18()
     sparse = fedmef_fx.transform(model, Config(density=0.1), example_inputs=(image,))
-    fedmef_fx.inspect(sparse, (image,)).to_html(pages["resnet18"], original=model)
+    fedmef_fx.inspect(sparse, (image,)).to_html(pages["resnet18"], title="ResNet18", original=model)
     encoder = fedmef_fx.transform(Encoder(), Config(density=0.2), example_inputs=(ids,))
     fedmef_fx.inspect(encoder, (ids,)).to_html(pages["encoder"])
     history = run_demo(seed=0).history
     trained = fedmef_fx.inspect(history.model, (torch.randn(1, 1, 8, 8),))
-    trained.to_html(pages["digits"], history=history)
+    trained.to_html(pages["digits"], title="digits_cnn", history=history)
     return pages
 
 
@@ -77,8 +77,7 @@ def _take(browser: Browser, pages: dict[str, Path]) -> None:
 
 def _save(browser: Browser, name: str) -> None:
     target = FOLDER / f"{name}.png"
-    picture = Image.open(io.BytesIO(browser.picture())).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
+    Image.open(io.BytesIO(browser.picture())).convert("RGB").save(target, optimize=True)
     print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e3:.0f} kB")
 
 

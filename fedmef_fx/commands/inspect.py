@@ -59,7 +59,7 @@ def inspect(
     after = before if original else transformed(before, config, checkpoint=checkpoint)
     inspection = inspect_model(after, None if x is None else (x,))
     if html is not None or opens:
-        return page_result(inspection, html, original=None if original else before, opens=opens)
+        return page_result(inspection, html, title=model, original=None if original else before, opens=opens)
     return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
 
 

@@ -23,12 +23,15 @@ Page = Annotated[
 Opens = Annotated[bool, typer.Option("--open", help="Open the page of --html in the browser.")]
 
 
-def page_result(inspection: Inspection, path: Path | None, *, original: nn.Module | None, opens: bool) -> Result:
+def page_result(
+    inspection: Inspection, path: Path | None, *, title: str, original: nn.Module | None, opens: bool
+) -> Result:
     """Write a page and say where it is.
 
     Args:
         inspection: What it shows.
         path: Of the file.
+        title: Its heading.
         original: The model before the transformation.
         opens: Whether to open it.
 
@@ -39,7 +42,7 @@ def page_result(inspection: Inspection, path: Path | None, *, original: nn.Modul
         raise ConfigError(
             "--open: got no page to open; name its file: fedmef-fx inspect MODEL --html model.html --open"
         )
-    inspection.to_html(path, original=original)
+    inspection.to_html(path, title=title, original=original)
     if opens:
         webbrowser.open(path.resolve().as_uri())
     size = path.stat().st_size

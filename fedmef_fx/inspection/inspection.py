@@ -123,6 +123,7 @@ class Inspection:
         self,
         path: str | PathLike[str],
         *,
+        title: str | None = None,
         original: "nn.Module | Inspection | None" = None,
         memory: "MemoryPair | None" = None,
         history: "History | None" = None,
@@ -133,6 +134,7 @@ class Inspection:
 
         Args:
             path: Of the file, e.g. `model.html`.
+            title: Heading of the page. Default: the class of the model.
             original: The model before, or its inspection. Default: its graphs as they were captured, without shapes of
                 activations.
             memory: Bytes over a training step.
@@ -150,7 +152,7 @@ class Inspection:
         write_page(
             path,
             PageContent(
-                title=self.name,
+                title=title or self.name,
                 after=self.graphs,
                 before=self.original if original is None else original.graphs,
                 layers=self.layers,

@@ -1,7 +1,7 @@
 """Which passes changed a node: read from provenance and from what the passes say they rewrote."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fedmef_fx.inspection.records import GraphRecord, NodeRecord
 from fedmef_fx.pipeline import PassReport
@@ -24,13 +24,28 @@ class Changes:
     made: Mapping[tuple[str, str], frozenset[int]]
 
     @classmethod
-    def between(cls, before: Iterable[GraphRecord], after: Iterable[GraphRecord], passes: PassReport) -> "Changes":
-        """The changes that led from one version of a model to another."""
+    def between(
+        cls,
+        before: Iterable[GraphRecord],
+        after: Iterable[GraphRecord],
+        passes: PassReport,
+        parameters: Collection[str],
+    ) -> "Changes":
+        """The changes that led from one version of a model to another.
+
+        Args:
+            before: Graphs of the original.
+            after: Graphs of the model.
+            passes: What ran in between.
+            parameters: Names of the prunable parameters; what was done to one was done to its layer.
+        """
         order = {result.name.partition("{")[0]: index for index, result in enumerate(passes)}
         rewritten: dict[str, set[int]] = {}
         for index, result in enumerate(passes):
             for name in result.rewrites if result.name != "capture" else ():
                 rewritten.setdefault(name, set()).add(index)
+                if name in parameters:
+                    rewritten.setdefault(name.rpartition(".")[0], set()).add(index)
         layers = {(graph.region, node.target) for graph in before for node in graph.nodes if node.op == "call_module"}
         made: dict[tuple[str, str], set[int]] = {}
         for graph in after:

@@ -55,7 +55,7 @@ class PageContent:
 def page_document(content: PageContent) -> dict[str, Any]:
     """Everything that a page shows, as JSON values."""
     parameters = {row.parameter: index for index, row in enumerate(content.layers.rows)}
-    changes = Changes.between(content.before, content.after, content.passes)
+    changes = Changes.between(content.before, content.after, content.passes, parameters)
     views = [
         _view(view, when, parameters, changes)
         for when, graphs in (("before", content.before), ("after", content.after))
@@ -160,7 +160,7 @@ def _group(
         "c": [
             _group(member, graph, flows, ids, opaque)
             if isinstance(member, Group)
-            else {"i": opaque[member.name] if graph is None else ids[graph][member.name], "l": member.label}
+            else {"i": _id(member, graph, ids, opaque), "l": member.label}
             for member in group.members
         ],
         "at": places.cells,
@@ -168,6 +168,11 @@ def _group(
         "cols": places.columns,
         "lanes": places.lanes,
     }
+
+
+def _id(box: Box, graph: int | None, ids: Sequence[Mapping[str, int]], opaque: Mapping[str, int]) -> int:
+    at = graph if box.graph is None else box.graph
+    return opaque[box.name] if at is None else ids[at][box.name]
 
 
 def _node(

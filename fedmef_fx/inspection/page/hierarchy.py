@@ -27,10 +27,14 @@ class Box:
     Attributes:
         name: Of the node.
         label: What is written on it.
+        op: Kind of node.
+        graph: Index of the graph that the node belongs to; None where the group around it says so, or in no graph.
     """
 
     name: str
     label: str
+    op: str
+    graph: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,11 +171,12 @@ def _nest(
     for head, run in itertools.groupby(items, key=lambda item: item[1][:1]):
         inside = list(run)
         if not head:
-            members += (Box(node.name, _operation(node)) for node, _ in inside)
+            members += (Box(node.name, _operation(node), node.op) for node, _ in inside)
             continue
         path = f"{prefix}.{head[0]}" if prefix else head[0]
         if len(inside) == 1:
-            members.append(Box(inside[0][0].name, ".".join(inside[0][1])))
+            node, parts = inside[0]
+            members.append(Box(node.name, ".".join(parts), node.op))
             continue
         seen[path] = seen.get(path, 0) + 1
         key = f"{path}#{seen[path]}"

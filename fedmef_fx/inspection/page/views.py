@@ -81,13 +81,24 @@ def _view(mode: str, graphs: tuple[GraphRecord, ...], opaque: Sequence[str]) -> 
         if any(graph.region.startswith(f"{region}.") if region else graph.region for region in regions):
             fallbacks.append(dataclasses.replace(group, label=graph.region))
         else:
-            parts.append((path, group))
-    parts += [(tuple(path.split(".")), Box(f"{OPAQUE}{path}", path.rpartition(".")[2])) for path in opaque if path]
+            parts.append((path, _without_ports(group)))
+    parts += [
+        (tuple(path.split(".")), Box(f"{OPAQUE}{path}", path.rpartition(".")[2], "opaque")) for path in opaque if path
+    ]
     top = _python_tree(parts, "")
     if fallbacks:
         note = "where Python runs instead"
         top = (*top, Group("#fallbacks", "", "fallbacks", tuple(fallbacks), runs=FALLBACK, note=note))
     return View(mode, graphs, folded, Group("", "", "model", top, runs="python"))
+
+
+def _without_ports(region: Group) -> Box | Group:
+    """A region that is a single layer as this layer: its input and output go without saying."""
+    ports = {"placeholder", "output"}
+    inside = [member for member in region.members if isinstance(member, Group) or member.op not in ports]
+    if len(inside) == 1 and isinstance(inside[0], Box) and not region.note:
+        return dataclasses.replace(inside[0], label=region.label, graph=region.graph)
+    return region
 
 
 def _python_tree(parts: Sequence[tuple[tuple[str, ...], Box | Group]], prefix: str) -> tuple[Box | Group, ...]:

@@ -120,7 +120,7 @@ class Canvas {
     return this.item(part, classes, level, [
       el("span", { class: "name" }, label),
       el("span", { class: "sub" }, el("span", {}, kind === "opaque" ? "runs as Python" : shorten(node.x, 40)), shape && el("b", {}, shape)),
-      density !== null && densityBar(density),
+      density !== null && this.view.when === "after" && densityBar(density),
     ]);
   }
 
@@ -137,7 +137,7 @@ class Canvas {
         toggle,
         el("span", { class: "name" }, shorten(titleOf(part), 40)),
         el("span", { class: "sub" }, what),
-        !open && density !== null && densityBar(density),
+        !open && density !== null && this.view.when === "after" && densityBar(density),
       ],
       { "aria-expanded": String(open), on: { click: () => this.clickGroup(part), dblclick: () => this.toggle(part), focus: () => this.focus(part) } },
     );

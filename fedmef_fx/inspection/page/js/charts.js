@@ -1,10 +1,13 @@
 // Charts over time, drawn as SVG. Values can be read with the pointer and with the arrow keys.
 
 const SERIES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a94a3"];
-const BOX = { width: 640, height: 240, left: 58, right: 12, top: 12, bottom: 28 };
+const BOX = { height: 240, left: 58, right: 12, top: 12, bottom: 28 };
+
+/** Width in CSS pixels that a chart will have, so that its text keeps its size. */
+const widthOf = (isWide) => Math.max(260, Math.min(isWide ? 1160 : 560, window.innerWidth - 66));
 
 /** Round values for an axis from 0 or `low` to `high`. */
-function ticks(low, high, most = 4) {
+function ticks(low, high, most = 5) {
   const span = high - low || Math.abs(high) || 1;
   const rough = span / most;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -15,8 +18,9 @@ function ticks(low, high, most = 4) {
 }
 
 /** Scales and axes of a chart; `y` has its values' range and format, `x` the labels below. */
-function frame(name, { low, high, format }, xLabels) {
-  const { width, height, left, right, top, bottom } = BOX;
+function frame(name, { low, high, format }, xLabels, isWide = false) {
+  const width = widthOf(isWide);
+  const { height, left, right, top, bottom } = BOX;
   const y = (value) => height - bottom - ((value - low) / (high - low || 1)) * (height - top - bottom);
   const x = (share) => left + share * (width - left - right);
   const lines = ticks(low, high).map((value) => [
@@ -25,14 +29,14 @@ function frame(name, { low, high, format }, xLabels) {
   ]);
   const labels = xLabels.map(([share, text, anchor = "middle"]) => svg("text", { x: x(share), y: height - 8, "text-anchor": anchor }, text));
   const node = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": name, tabindex: "0" }, lines.flat(), labels);
-  return { node, x, y };
+  return { node, x, y, width };
 }
 
-/** Show what `describe(share)` says at the pointer, and at the place that arrow keys move to. */
-function readable(figure, { node, x }, steps, describe) {
+/** Show what `describe(share)` says at the pointer, and at the place that arrow keys move to; `first` before either. */
+function readable(figure, { node, x, width }, steps, describe, first = 1) {
   const rule = svg("line", { class: "rule", y1: BOX.top, y2: BOX.height - BOX.bottom, visibility: "hidden" });
-  const output = el("output", { class: "readout" }, "Point at the chart, or use the arrow keys.");
-  let at = 0;
+  const output = el("output", { class: "readout" }, ...describe(first));
+  let at = first;
   const show = (share) => {
     at = Math.min(1, Math.max(0, share));
     set(rule, { x1: x(at), x2: x(at), visibility: "visible" });
@@ -41,9 +45,9 @@ function readable(figure, { node, x }, steps, describe) {
   set(node, {
     on: {
       pointermove: (event) => {
-        const { left, width } = node.getBoundingClientRect();
-        const here = ((event.clientX - left) / width) * BOX.width;
-        show((here - BOX.left) / (BOX.width - BOX.left - BOX.right));
+        const place = node.getBoundingClientRect();
+        const here = ((event.clientX - place.left) / place.width) * width;
+        show((here - BOX.left) / (width - BOX.left - BOX.right));
       },
       keydown: (event) => {
         const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -80,6 +84,8 @@ function lineChart(title, series, { format, rounds, fromZero = true, marks = [] 
   return figure;
 }
 
+const peakShare = (at, totals) => at[totals.indexOf(Math.max(...totals))];
+
 /** Bytes over a training step: the categories of one model on top of one another, the total of the other as a line. */
 function memoryChart(memory) {
   const { after, before } = memory;
@@ -97,7 +103,7 @@ function memoryChart(memory) {
   };
   const draw = (shown, other, otherName) => {
     const labels = phases.map((name, index) => [(index + 0.5) / phases.length, name]);
-    const chart = frame("Bytes over a training step", { low: 0, high, format: bytes }, labels);
+    const chart = frame("Bytes over a training step", { low: 0, high, format: bytes }, labels, true);
     const at = [...spread(shown), 1];
     let below = at.map(() => 0);
     shown.categories.forEach(([name, values], index) => {
@@ -117,7 +123,7 @@ function memoryChart(memory) {
     readable(figure, chart, shown.moments.length, (share) => {
       const moment = Math.max(at.slice(0, -1).findLastIndex((start) => start <= share + 1e-9), 0);
       return [el("b", {}, shorten(shown.moments[moment], 60)), ...shown.categories.map(([name, values]) => el("span", {}, `${name} ${bytes(values[moment])}`)), el("b", {}, bytes(total(shown)[moment]))];
-    });
+    }, peakShare(at, total(shown)));
     return figure;
   };
   return { after: () => draw(after, before, "total before"), before: before && (() => draw(before, after, "total after")), peaks: [before && Math.max(...total(before)), Math.max(...total(after))] };

@@ -1,7 +1,7 @@
 // The graph: which boxes are open, where each one stands, and the way of each value. Rows, columns and lanes come from the
 // document; here they only get sizes, which depend on what is open.
 
-const SIZE = { layer: [212, 58], group: [212, 54], op: [150, 34], head: 34, pad: 16, row: 30, column: 26, lane: 16 };
+const SIZE = { layer: [212, 58], group: [212, 58], op: [150, 34], head: 34, pad: 16, row: 30, column: 26, lane: 16 };
 
 /** What a node is drawn as. */
 function kindOf(node) {

@@ -199,6 +199,7 @@ class App {
     };
     const choose = (part) => {
       close();
+      this.canvas.hits.clear();
       this.goToPart(part);
     };
     const look = () => {

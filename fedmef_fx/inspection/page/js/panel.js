@@ -30,7 +30,7 @@ function nodePanel(app, part) {
   return [
     heading(app, shorten(titleOf(part), 80), node.o === "opaque" ? "a module that runs as Python" : `${node.o} ${shorten(node.x, 60)}`, part),
     part.changes.length ? el("p", { class: "chips" }, part.changes.map((index) => passChip(app, index))) : null,
-    ...node.weights.map((index) => weightSection(app.content.parameters[index])),
+    ...weightSections(app, node.weights.map((index) => app.content.parameters[index])),
     node.code && section("Code", el("pre", { tabindex: "0" }, el("code", {}, shorten(node.code, 4000)))),
     section(
       "Facts",
@@ -64,7 +64,7 @@ function groupPanel(app, part) {
         ["Operations", sum("flops_dense") ? `${count(sum("flops_dense"))} dense, ${count(sum("flops_sparse"))} sparse` : null],
       ]),
     ),
-    ...(rows.length <= 2 ? rows.map(weightSection) : []),
+    ...(rows.length <= 2 ? weightSections(app, rows) : []),
     rows.length > 2 ? section("Density of its layers", el("ul", { class: "bars" }, rows.map((row) => barRow(app, row)))) : null,
   ];
 }
@@ -85,6 +85,12 @@ function barRow(app, row) {
     el("button", { type: "button", class: "link", on: { click: () => app.goToParameter(row) } }, shorten(row.parameter, 60)),
     row.tier === null ? el("span", { class: "muted" }, "dense") : densityBar(row.active / Math.max(row.weights, 1)),
   );
+}
+
+/** Weights are known as they are now, so beside the original graph they say so. */
+function weightSections(app, rows) {
+  const note = app.when === "before" && rows.some((row) => row.tier !== null);
+  return [note ? el("p", { class: "muted" }, "Its weights after the passes:") : null, ...rows.map(weightSection)];
 }
 
 function weightSection(row) {
