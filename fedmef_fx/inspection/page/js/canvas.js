@@ -249,11 +249,13 @@ class Canvas {
     this.move(x - ((x - this.x) / this.scale) * scale, y - ((y - this.y) / this.scale) * scale, scale);
   }
 
-  /** The whole width, from the top; no larger than natural size. */
+  /** The whole width from the top, but no larger than natural size and no smaller than can be read. */
   fit() {
     const [width] = this.size;
-    const scale = Math.min(1, (this.node.clientWidth - 32) / width);
-    this.move((this.node.clientWidth - width * scale) / 2, 16, Math.max(scale, 0.35));
+    const room = this.node.clientWidth;
+    const scale = Math.min(1, Math.max((room - 32) / width, 0.66));
+    const x = width * scale <= room ? (room - width * scale) / 2 : Math.min(16, room / 2 - this.view.root.place.port * scale);
+    this.move(x, 16, scale);
   }
 
   /** Everything at once. */

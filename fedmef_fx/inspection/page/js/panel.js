@@ -3,6 +3,23 @@
 /** A refusal's reason without the place, which stands beside it. */
 const reasonOf = (where, reason) => shorten(reason.startsWith(`${where}: `) ? reason.slice(where.length + 2) : reason, 400);
 
+/** Refusals that differ in the numbers of nodes only, as one entry: places, reason, pass. */
+function gathered(refusals) {
+  const entries = new Map();
+  for (const [pass, where, reason] of refusals) {
+    const text = reasonOf(where, reason);
+    const kind = `${pass} ${text.replace(/_\d+\b|\b\d+\b/g, "")}`;
+    if (entries.has(kind)) entries.get(kind).places.push(where);
+    else entries.set(kind, { pass, places: [where], text });
+  }
+  return [...entries.values()];
+}
+
+function refusalItem({ pass, places, text }, withPass) {
+  const [first, ...rest] = places;
+  return el("li", {}, el("b", {}, shorten(first, 60)), rest.length ? el("span", { class: "muted", title: shorten(places.join(", "), 2000) }, ` and ${rest.length} like it`) : null, ` ${text}`, withPass ? el("span", { class: "muted" }, ` ${pass}`) : null);
+}
+
 const facts = (rows) =>
   el("dl", { class: "facts" }, rows.filter((row) => row && row[1] !== null && row[1] !== undefined && row[1] !== "").map(([term, value]) => [el("dt", {}, term), el("dd", {}, value)]));
 
@@ -151,7 +168,8 @@ function histogramFigure(row) {
 
 function overviewPanel(app) {
   const { passes } = app.content;
-  const refused = passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason]));
+  const refused = gathered(passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason])));
+  const total = passes.reduce((sum, pass) => sum + pass.refusals.length, 0);
   const most = Math.max(...passes.map((pass) => pass.rewrites), 1);
   return [
     heading(app, "What was rewritten", "Choose a box for its code, shapes, mask and weights."),
@@ -160,9 +178,9 @@ function overviewPanel(app) {
           el("li", {}, passChip(app, index), el("span", { class: "meter" }, el("i", { style: { width: `${(pass.rewrites / most) * 100}%`, background: passColour(index) } })), el("b", {}, String(pass.rewrites)))))
       : el("p", { class: "muted" }, "The model is not transformed: these are its own nodes."),
     refused.length
-      ? section(`Left as it was (${refused.length})`, el("ul", { class: "refusals" }, refused.slice(0, 12).map(([pass, where, reason]) => el("li", {}, el("b", {}, shorten(where, 60)), ` ${reasonOf(where, reason)}`, el("span", { class: "muted" }, ` ${pass}`)))))
+      ? section(`Left as it was (${total})`, el("ul", { class: "refusals" }, refused.slice(0, 12).map((entry) => refusalItem(entry, true))))
       : null,
-    refused.length > 12 ? el("button", { type: "button", class: "link", on: { click: () => app.openTab("passes") } }, `All ${refused.length} with reasons`) : null,
+    refused.length > 12 ? el("button", { type: "button", class: "link", on: { click: () => app.openTab("passes") } }, `All ${total} with reasons`) : null,
     section("Keys", el("p", { class: "keys" }, ...[["/", "search"], ["↑ ↓", "go through"], ["→ ←", "open, close"], ["Enter", "details"], ["+ − 0", "zoom"], ["b", "before, after"]].map(([key, what]) => el("span", {}, el("kbd", {}, key), ` ${what}`)))),
   ];
 }
