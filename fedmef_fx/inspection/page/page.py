@@ -20,7 +20,19 @@ from fedmef_fx.inspection.page.data import PageContent, page_document
 
 __all__ = ["page_html", "write_page"]
 
-_SCRIPTS: Final = ("dom.js", "format.js", "graph.js", "canvas.js", "panel.js", "charts.js", "sections.js", "main.js")
+_SCRIPTS: Final = (
+    "dom.js",
+    "format.js",
+    "graph.js",
+    "canvas.js",
+    "pan.js",
+    "panel.js",
+    "charts.js",
+    "sections.js",
+    "search.js",
+    "theme.js",
+    "main.js",
+)
 _ESCAPES: Final = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 _LONGEST_TITLE: Final = 200
 

@@ -5,15 +5,18 @@ class App {
     this.content = content;
     content.views.forEach((view) => prepare(view, content.parameters));
     this.when = "after";
-    this.mode = content.views.find((view) => view.when === "after").mode;
-    this.canvas = new Canvas(content, (part) => this.describe(part));
-    this.panel = el("aside", { class: "panel", "aria-label": "Details" });
     this.heads();
+    setUpTheme();
+    this.hasGraph = content.views.length > 0;
+    this.panel = el("aside", { class: "panel", "aria-label": "Details" });
+    this.canvas = new Canvas(content, (part) => this.describe(part));
+    if (this.hasGraph) this.mode = content.views.find((view) => view.when === "after").mode;
     this.tabs();
-    this.search();
-    this.theme();
     document.addEventListener("keydown", (event) => this.shortcut(event));
-    window.addEventListener("resize", () => this.canvas.view && this.canvas.move(this.canvas.x, this.canvas.y));
+    byId("search").parentElement.hidden = !this.hasGraph;
+    if (!this.hasGraph) return;
+    setUpSearch(this);
+    window.addEventListener("resize", () => this.canvas.move(this.canvas.x, this.canvas.y));
     this.showView();
     this.canvas.fit();
     this.describe(null);
@@ -27,32 +30,22 @@ class App {
 
   heads() {
     const { content } = this;
-    const rows = content.parameters;
-    const sum = (key) => rows.reduce((total, row) => total + (row[key] ?? 0), 0);
     byId("title").textContent = shorten(content.title, 80);
-    const masked = rows.filter((row) => row.tier !== null);
-    byId("subtitle").textContent = content.passes.length ? `rewritten by ${content.passes.length - 1} passes` : "not transformed";
-    const refusals = content.passes.reduce((total, pass) => total + pass.refusals.length, 0);
-    const inGraph = rows.filter((row) => row.tier === "graph").reduce((total, row) => total + row.weights, 0);
-    const figures = [
-      ["Weights active", masked.length ? percent(sum("active") / Math.max(sum("weights"), 1)) : "100 %", `${count(sum("active"))} of ${count(sum("weights"))}`],
-      sum("flops_dense") && ["Operations", count(sum("flops_sparse")), `of ${count(sum("flops_dense"))} dense`],
-      sum("saved_before") && ["Saved for backward", bytes(sum("saved")), `of ${bytes(sum("saved_before"))} before`],
-      content.memory?.before && ["Peak memory", bytes(memoryChart(content.memory).peaks[1]), `of ${bytes(memoryChart(content.memory).peaks[0])} before`],
-      content.passes.length && ["In graphs", percent(inGraph / Math.max(sum("weights"), 1)), "of the weights"],
-      content.passes.length && ["Left as it was", String(refusals), refusals === 1 ? "refusal, with its reason" : "refusals, with reasons"],
-    ].filter(Boolean);
-    byId("stats").replaceChildren(...figures.map(([term, value, rest]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("b", {}, value), el("span", {}, ` ${rest}`)))));
+    const passes = content.passes.length;
+    byId("subtitle").textContent = passes ? `rewritten by ${passes - 1} passes` : content.views.length ? "not transformed" : "two states of one model";
+    const figures = content.views.length ? figuresOf(content) : comparedFigures(content.comparison);
+    byId("stats").replaceChildren(...figures.filter(Boolean).map(([term, value, rest]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("b", {}, value), el("span", {}, ` ${rest}`)))));
   }
 
   tabs() {
     const { content } = this;
     const list = [
-      ["graph", "Graph", () => this.graphSection()],
+      this.hasGraph && ["graph", "Graph", () => this.graphSection()],
       content.parameters.length && ["layers", "Layers", () => layersSection(this)],
       content.passes.length && ["passes", "Passes", () => passesSection(this)],
       content.memory && ["memory", "Memory", () => memorySection(this)],
       content.history && ["training", "Training", () => trainingSection(this)],
+      content.comparison && ["compare", "Comparison", () => compareSection(this)],
     ].filter(Boolean);
     this.panels = new Map();
     const buttons = list.map(([name, label, build], index) => {
@@ -71,7 +64,7 @@ class App {
       next.focus();
     });
     byId("main").replaceChildren(...[...this.panels.values()].map(({ panel }) => panel));
-    this.openTab("graph");
+    this.openTab(list[0][0]);
   }
 
   openTab(name) {
@@ -181,114 +174,14 @@ class App {
     this.panel.replaceChildren(heading(this, shorten(row.parameter, 80), "read by no graph", null), weightSection(row));
   }
 
-  search() {
-    const input = byId("search");
-    const list = byId("results");
-    let found = [];
-    let at = 0;
-    const mark = () => {
-      [...list.children].forEach((option, index) => option.setAttribute("aria-selected", String(index === at)));
-      if (found.length) input.setAttribute("aria-activedescendant", `result-${at}`);
-      else input.removeAttribute("aria-activedescendant");
-      list.children[at]?.scrollIntoView({ block: "nearest" });
-    };
-    const close = () => {
-      list.hidden = true;
-      input.setAttribute("aria-expanded", "false");
-      input.removeAttribute("aria-activedescendant");
-    };
-    const choose = (part) => {
-      close();
-      this.canvas.hits.clear();
-      this.goToPart(part);
-    };
-    const look = () => {
-      const all = input.value.trim() ? this.find(input.value.trim().toLowerCase()) : [];
-      this.canvas.hits = new Set(all.map(({ part }) => part));
-      this.canvas.mark();
-      found = all.slice(0, 12);
-      at = 0;
-      const options = found.map(({ part, label, sub }, index) =>
-        el("div", { id: `result-${index}`, role: "option", on: { pointerdown: (event) => event.preventDefault(), click: () => choose(part) } }, el("b", {}, shorten(label, 56)), el("span", {}, shorten(sub, 56))));
-      list.replaceChildren(...options, all.length > found.length ? el("p", {}, `and ${all.length - found.length} more`) : "", input.value.trim() && !all.length ? el("p", {}, "Nothing of that name in this view") : "");
-      list.hidden = !input.value.trim();
-      input.setAttribute("aria-expanded", String(!list.hidden));
-      announce(input.value.trim() ? `${all.length} found` : "");
-      mark();
-    };
-    set(input, {
-      on: {
-        input: look,
-        focus: () => input.value && look(),
-        blur: close,
-        keydown: (event) => {
-          if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-            event.preventDefault();
-            at = (at + (event.key === "ArrowDown" ? 1 : -1) + found.length) % Math.max(found.length, 1);
-            mark();
-          } else if (event.key === "Enter" && found[at]) {
-            choose(found[at].part);
-            this.canvas.elements.get(found[at].part)?.focus({ preventScroll: true });
-          } else if (event.key === "Escape") {
-            input.value = "";
-            look();
-            input.blur();
-          }
-        },
-      },
-    });
-  }
-
-  /** Parts whose names hold a text, the best first: whole names, then starts, then the rest; stand-ins last. */
-  find(text) {
-    const found = new Map();
-    const offer = (part, names, label, sub) => {
-      const ranks = names.filter((name) => name.toLowerCase().includes(text)).map((name) => {
-        const other = name.toLowerCase();
-        return other === text ? 0 : other.startsWith(text) ? 1 : 2;
-      });
-      if (!part || !ranks.length) return;
-      const rank = Math.min(...ranks) + (inFallback(part) ? 10 : 0);
-      if (!found.has(part) || found.get(part).rank > rank) found.set(part, { part, label, sub, rank });
-    };
-    for (const group of this.view.groups.values()) {
-      if (group.parent) offer(group, [group.p, group.l], group.p || group.l, `module, ${group.boxes} nodes`);
-    }
-    for (const node of this.view.nodes) {
-      const part = node.part ?? this.view.nodes[(node.h ?? [])[0]]?.part;
-      const isLayer = node.part && node.weights.length;
-      const reads = node.o === "get_attr" || node.o === "call_module";
-      const sub = node.part ? node.x : `${node.x}, folded into ${part?.l ?? "nothing"}`;
-      offer(part, [node.n, node.m ?? "", reads ? node.x : ""], isLayer ? node.m || node.n : node.n, sub);
-    }
-    return [...found.values()].sort((a, b) => a.rank - b.rank || a.label.length - b.label.length);
-  }
-
-  theme() {
-    const root = document.documentElement;
-    const button = byId("theme");
-    const system = window.matchMedia("(prefers-color-scheme: dark)");
-    const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-    const label = () => {
-      button.textContent = isDark() ? "☀" : "☾";
-      button.setAttribute("aria-pressed", String(isDark()));
-    };
-    button.addEventListener("click", () => {
-      root.dataset.theme = isDark() ? "light" : "dark";
-      label();
-    });
-    system.addEventListener("change", label);
-    label();
-  }
-
   shortcut(event) {
     const typing = event.target instanceof HTMLInputElement && event.target.type !== "radio";
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-    const inGraph = document.body.dataset.tab === "graph";
+    const inGraph = this.hasGraph && document.body.dataset.tab === "graph";
     const both = this.content.views.some((view) => view.when === "before");
     const acts = {
-      "/": () => byId("search").focus(),
-      Escape: () => this.clear(),
+      "/": this.hasGraph && (() => byId("search").focus()),
+      Escape: inGraph && (() => this.clear()),
       "+": inGraph && (() => this.canvas.zoom(1.25)),
       "-": inGraph && (() => this.canvas.zoom(0.8)),
       0: inGraph && (() => this.canvas.fit()),
@@ -300,9 +193,30 @@ class App {
   }
 }
 
-/** Whether a part lies in the group of layers that stand in for graphs. */
-function inFallback(part) {
-  return part.run === "fallback" || Boolean(part.parent && inFallback(part.parent));
+/** What stands above everything: name, value, and what it is compared with. */
+function figuresOf({ parameters, passes, memory, saved }) {
+  const sum = (key) => parameters.reduce((total, row) => total + (row[key] ?? 0), 0);
+  const weights = Math.max(sum("weights"), 1);
+  const refusals = passes.reduce((total, pass) => total + pass.refusals.length, 0);
+  const inGraph = parameters.filter((row) => row.tier === "graph").reduce((total, row) => total + row.weights, 0);
+  const peaks = memory ? memoryChart(memory).peaks : [];
+  return [
+    ["Weights active", percent(sum("active") / weights), `${count(sum("active"))} of ${count(sum("weights"))}`],
+    sum("flops_dense") && ["Operations", count(sum("flops_sparse")), `of ${count(sum("flops_dense"))} dense`],
+    saved?.[1] && ["Saved for backward", bytes(saved[0]), `of ${bytes(saved[1])} before`],
+    peaks[0] && ["Peak memory", bytes(peaks[1]), `of ${bytes(peaks[0])} before`],
+    passes.length && ["In graphs", percent(inGraph / weights), "of the weights"],
+    passes.length && ["Left as it was", String(refusals), refusals === 1 ? "refusal, with its reason" : "refusals, with reasons"],
+  ];
+}
+
+function comparedFigures({ total }) {
+  return [
+    ["Overlap of masks", percent(total.overlap), "of the active weights"],
+    ["Grown", count(total.grown), `of ${count(total.active_after)} active`],
+    ["Pruned", count(total.pruned), `of ${count(total.active_before)} active before`],
+    isKnown(total.relative_distance) && ["Distance", percent(total.relative_distance), "of the norm before"],
+  ];
 }
 
 new App(JSON.parse(byId("document").textContent));

@@ -1,53 +1,72 @@
 // The views beside the graph: layers, passes and coverage, memory, training.
 
-const LAYER_COLUMNS = [
-  ["parameter", "Layer", (row) => row.parameter],
-  ["shape", "Shape", (row) => row.weights],
-  ["density", "Density", (row) => row.active / Math.max(row.weights, 1)],
-  ["weights", "Weights", (row) => row.weights],
-  ["active", "Active", (row) => row.active],
-  ["flops", "Operations", (row) => row.flops_sparse ?? -1],
-  ["saved", "Saved bytes", (row) => row.saved ?? -1],
-  ["tier", "Rewritten in", (row) => row.tier ?? ""],
-  ["reason", "Why not better", (row) => row.reason],
-];
+const isKnown = (value) => value !== undefined && value !== null;
+const parameterLink = (app, row) => el("button", { type: "button", class: "link", on: { click: () => app.goToParameter(row) } }, shorten(row.parameter, 60));
+
+/**
+ * A table that its headings sort.
+ * @param {Array} columns name, heading, value to sort by, content of a cell, whether any row has it
+ */
+function sortable(label, allColumns, rows) {
+  const columns = allColumns.filter(([, , , , isShown = true]) => isShown);
+  const body = el("tbody");
+  let [sortedBy, direction] = [null, 1];
+  const headers = columns.map(([name, title, value]) =>
+    el("th", { scope: "col", class: `c-${name}`, "aria-sort": "none" }, el("button", { type: "button", on: { click: () => sort(name, value) } }, title)));
+  const fill = (shown) => body.replaceChildren(...shown.map((row) => el("tr", {}, columns.map(([name, , , cell]) => el("td", { class: `c-${name}` }, cell(row))))));
+  const sort = (name, value) => {
+    [sortedBy, direction] = [name, sortedBy === name ? -direction : 1];
+    const order = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b) * direction;
+    fill([...rows].sort((a, b) => order(value(a), value(b))));
+    headers.forEach((header, index) => header.setAttribute("aria-sort", columns[index][0] !== name ? "none" : direction > 0 ? "ascending" : "descending"));
+  };
+  fill(rows);
+  const table = el("table", { class: "data" }, el("thead", {}, el("tr", {}, headers)), body);
+  return el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": label }, table);
+}
 
 function layersSection(app) {
   const { parameters } = app.content;
-  const columns = LAYER_COLUMNS.filter(([name]) => {
-    if (name === "flops") return parameters.some((row) => row.flops_dense);
-    if (name === "saved") return parameters.some((row) => row.saved !== undefined && row.saved !== null);
-    if (name === "reason") return parameters.some((row) => row.reason);
-    if (name === "tier") return parameters.some((row) => row.tier);
-    return true;
-  });
-  const body = el("tbody");
-  let sorted = [null, 1];
-  const headers = columns.map(([name, title, value]) =>
-    el("th", { scope: "col", class: `c-${name}`, "aria-sort": "none" }, el("button", { type: "button", on: { click: () => sort(name, value) } }, title)));
-  const cell = {
-    parameter: (row) => el("button", { type: "button", class: "link", on: { click: () => app.goToParameter(row) } }, shorten(row.parameter, 60)),
-    shape: (row) => row.shape.join("×"),
-    density: (row) => densityBar(row.active / Math.max(row.weights, 1)),
-    weights: (row) => count(row.weights),
-    active: (row) => count(row.active),
-    flops: (row) => (row.flops_dense ? change(count(row.flops_dense), count(row.flops_sparse)) : "–"),
-    saved: (row) => (row.saved_before ? change(bytes(row.saved_before), bytes(row.saved ?? 0)) : row.saved ? bytes(row.saved) : "–"),
-    tier: (row) => el("span", { class: `tier ${row.tier ?? "dense"}` }, row.tier ?? "dense"),
-    reason: (row) => shorten(row.reason, 300),
-  };
-  const fill = (rows) => body.replaceChildren(...rows.map((row) => el("tr", {}, columns.map(([name]) => el("td", { class: `c-${name}` }, cell[name](row))))));
-  const sort = (name, value) => {
-    sorted = [name, sorted[0] === name ? -sorted[1] : 1];
-    const order = (a, b) => (typeof a === "string" ? a.localeCompare(b) : a - b) * sorted[1];
-    fill([...parameters].sort((a, b) => order(value(a), value(b))));
-    headers.forEach((header, index) => header.setAttribute("aria-sort", columns[index][0] !== name ? "none" : sorted[1] > 0 ? "ascending" : "descending"));
-  };
-  fill(parameters);
-  const table = el("table", { class: "data layers" }, el("thead", {}, el("tr", {}, headers)), body);
+  const density = (row) => row.active / Math.max(row.weights, 1);
+  const some = (test) => parameters.some(test);
+  const saved = (row) => (isKnown(row.saved_before) ? change(bytes(row.saved_before), bytes(row.saved ?? 0)) : isKnown(row.saved) ? bytes(row.saved) : "–");
+  const columns = [
+    ["parameter", "Layer", (row) => row.parameter, (row) => parameterLink(app, row)],
+    ["shape", "Shape", (row) => row.weights, (row) => row.shape.join("×")],
+    ["density", "Density", density, (row) => densityBar(density(row))],
+    ["weights", "Weights", (row) => row.weights, (row) => count(row.weights)],
+    ["active", "Active", (row) => row.active, (row) => count(row.active)],
+    ["flops", "Operations", (row) => row.flops_sparse ?? -1, (row) => (row.flops_dense ? change(count(row.flops_dense), count(row.flops_sparse)) : "–"), some((row) => row.flops_dense)],
+    ["saved", "Saved bytes", (row) => row.saved ?? -1, saved, some((row) => isKnown(row.saved))],
+    ["tier", "Rewritten in", (row) => row.tier ?? "", (row) => el("span", { class: `tier ${row.tier ?? "dense"}` }, row.tier ?? "dense"), some((row) => row.tier)],
+    ["reason", "Why not better", (row) => row.reason, (row) => shorten(row.reason, 300), some((row) => row.reason)],
+  ];
   return [
     intro("Layers", "What sparsity does to each weight. Choose a name to see its mask in the graph; choose a heading to sort."),
-    el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "Table of layers" }, table),
+    sortable("Table of layers", columns, parameters),
+  ];
+}
+
+function compareSection(app) {
+  const { before, after, parameters, total, only_before, only_after } = app.content.comparison;
+  const known = new Map(app.content.parameters.map((row) => [row.parameter, row]));
+  const masked = parameters.filter((row) => row.is_masked);
+  const rows = masked.length ? masked : parameters;
+  const columns = [
+    ["parameter", "Layer", (row) => row.parameter, (row) => (known.has(row.parameter) ? parameterLink(app, known.get(row.parameter)) : shorten(row.parameter, 60))],
+    ["density", "Overlap of masks", (row) => row.overlap, (row) => densityBar(row.overlap, "of the weights that are active in either are active in both"), masked.length > 0],
+    ["grown", "Grown", (row) => row.grown, (row) => count(row.grown), masked.length > 0],
+    ["pruned", "Pruned", (row) => row.pruned, (row) => count(row.pruned), masked.length > 0],
+    ["active", "Active", (row) => row.active_after, (row) => change(count(row.active_before), count(row.active_after))],
+    ["distance", "Distance", (row) => row.distance ?? -1, (row) => (isKnown(row.distance) ? decimal(row.distance) : "–")],
+    ["relative", "of the norm", (row) => row.relative_distance ?? -1, (row) => (isKnown(row.relative_distance) ? percent(row.relative_distance) : "–")],
+  ];
+  const only = [[before, only_before], [after, only_after]].filter(([, names]) => names.length);
+  const summary = masked.length ? `${percent(total.overlap)} of the active weights are the same (Jaccard); ${count(total.grown)} grown, ${count(total.pruned)} pruned.` : "Neither side has masks: all weights are active.";
+  return [
+    intro("Comparison", `From ${shorten(before, 80)} to ${shorten(after, 80)}. ${summary}`),
+    sortable("What changed per layer", columns, rows),
+    ...only.map(([name, names]) => el("p", { class: "muted only" }, `Only in ${shorten(name, 80)}: ${names.map((other) => shorten(other, 60)).join(", ")}`)),
   ];
 }
 
