@@ -19,7 +19,12 @@ class Canvas {
     this.y = 0;
     this.grounds = el("div", { class: "layer-grounds", "aria-hidden": "true" });
     this.ways = svg("svg", { class: "layer-ways", "aria-hidden": "true" });
-    this.boxes = el("div", { class: "layer-boxes", role: "tree", "aria-label": "Graph", on: { keydown: (event) => this.key(event) } });
+    this.boxes = el("div", {
+      class: "layer-boxes",
+      role: "tree",
+      "aria-label": "Graph",
+      on: { keydown: (event) => this.key(event) },
+    });
     this.stage = el("div", { class: "stage" }, this.grounds, this.ways, this.boxes);
     this.node = el("div", { class: "canvas" }, this.stage);
     pannable(this);
@@ -72,7 +77,14 @@ class Canvas {
     Object.assign(part, { place, x, y });
     if (part.parent) {
       const node = part.c ? this.groupElement(place, level) : this.boxElement(place, level);
-      set(node, { style: { left: `${x}px`, top: `${y}px`, width: `${place.w}px`, height: `${place.kids ? SIZE.head : place.h}px` } });
+      set(node, {
+        style: {
+          left: `${x}px`,
+          top: `${y}px`,
+          width: `${place.w}px`,
+          height: `${place.kids ? SIZE.head : place.h}px`,
+        },
+      });
       this.elements.set(part, node);
       drawn.boxes.push(node);
     }
@@ -84,7 +96,8 @@ class Canvas {
     place.kids.forEach((kid) => this.collect(kid, x + kid.x, y + kid.y, level + 1, drawn));
     for (const edge of part.e) {
       const { path, skips } = route(place, edge);
-      const ends = edge[1] < 0 || place.kids[edge[1]].kids ? {} : { "marker-end": `url(#${skips ? "arrow-skip" : "arrow"})` };
+      const ends =
+        edge[1] < 0 || place.kids[edge[1]].kids ? {} : { "marker-end": `url(#${skips ? "arrow-skip" : "arrow"})` };
       drawn[skips ? "skips" : "plain"].push(svg("path", { d: path, transform: `translate(${x} ${y})`, ...ends }));
     }
   }
@@ -119,7 +132,12 @@ class Canvas {
     }
     return this.item(part, classes, level, [
       el("span", { class: "name" }, label),
-      el("span", { class: "sub" }, el("span", {}, kind === "opaque" ? "runs as Python" : shorten(node.x, 40)), shape && el("b", {}, shape)),
+      el(
+        "span",
+        { class: "sub" },
+        el("span", {}, kind === "opaque" ? "runs as Python" : shorten(node.x, 40)),
+        shape && el("b", {}, shape),
+      ),
       density !== null && this.view.when === "after" && densityBar(density),
     ]);
   }
@@ -127,8 +145,14 @@ class Canvas {
   groupElement({ part, kids }, level) {
     const open = Boolean(kids);
     const density = densityOf(part.weights, this.content.parameters);
-    const toggle = el("span", { class: "chevron", "aria-hidden": "true", on: { click: (event) => this.toggleBy(event, part) } });
-    const what = [part.run === "python" ? "Python" : "", part.note ?? "", `${part.boxes} nodes`].filter(Boolean).join(" · ");
+    const toggle = el("span", {
+      class: "chevron",
+      "aria-hidden": "true",
+      on: { click: (event) => this.toggleBy(event, part) },
+    });
+    const what = [part.run === "python" ? "Python" : "", part.note ?? "", `${part.boxes} nodes`]
+      .filter(Boolean)
+      .join(" · ");
     return this.item(
       part,
       `group ${part.run}${open ? " open" : ""}${part.changes.length ? " changed" : ""}`,
@@ -139,7 +163,10 @@ class Canvas {
         el("span", { class: "sub" }, what),
         !open && density !== null && this.view.when === "after" && densityBar(density),
       ],
-      { "aria-expanded": String(open), on: { click: () => this.clickGroup(part), dblclick: () => this.toggle(part), focus: () => this.focus(part) } },
+      {
+        "aria-expanded": String(open),
+        on: { click: () => this.clickGroup(part), dblclick: () => this.toggle(part), focus: () => this.focus(part) },
+      },
     );
   }
 
@@ -254,7 +281,8 @@ class Canvas {
     const [width] = this.size;
     const room = this.node.clientWidth;
     const scale = Math.min(1, Math.max((room - 32) / width, 0.66));
-    const x = width * scale <= room ? (room - width * scale) / 2 : Math.min(16, room / 2 - this.view.root.place.port * scale);
+    const x =
+      width * scale <= room ? (room - width * scale) / 2 : Math.min(16, room / 2 - this.view.root.place.port * scale);
     this.move(x, 16, scale);
   }
 
@@ -279,21 +307,4 @@ class Canvas {
     const inside = left >= 0 && top >= 0 && right <= this.node.clientWidth && bottom <= this.node.clientHeight;
     if (!inside) this.centre(part);
   }
-}
-
-function arrow(id) {
-  const shape = svg("path", { d: "M0 0L6 3L0 6z", class: id });
-  return svg("marker", { id, markerWidth: 6, markerHeight: 6, refX: 5.5, refY: 3, orient: "auto", markerUnits: "userSpaceOnUse" }, shape);
-}
-
-/** The passes that changed something, as colours one below the other. */
-function stripe(changes) {
-  const parts = changes.map((index) => el("i", { style: { background: passColour(index) } }));
-  return el("span", { class: "stripe", "aria-hidden": "true" }, parts);
-}
-
-/** A share as a bar and a number; `meaning` is said after the number. */
-function densityBar(density, meaning = "of the weights are active") {
-  const bar = el("i", { style: { width: `${Math.max(density * 100, 1)}%` } });
-  return el("span", { class: "density", title: `${percent(density)} ${meaning}` }, el("span", {}, bar), el("em", {}, percent(density)));
 }

@@ -11,13 +11,20 @@ function kindOf(node) {
 }
 
 /** A number says nothing without the name of the list that it counts. */
-const titleOf = (part) => (/^\d+$/.test(part.l) && part.parent?.parent ? `${part.parent.l}.${part.l}` : part.l);
+const titleOf = (part) => (/^\d+(\.|$)/.test(part.l) && part.parent?.parent ? `${part.parent.l}.${part.l}` : part.l);
 
 /** Prepare a view of the document: parents, what is folded into what, weights of nodes and groups. */
-function prepare(view, parameters) {
+function prepare(view) {
   const groups = new Map();
   for (const [id, node] of view.nodes.entries()) {
-    Object.assign(node, { id, inputs: node.in ?? [], users: [], folded: [], weights: node.w ?? [], changes: node.ch ?? [] });
+    Object.assign(node, {
+      id,
+      inputs: node.in ?? [],
+      users: [],
+      folded: [],
+      weights: node.w ?? [],
+      changes: node.ch ?? [],
+    });
   }
   for (const node of view.nodes) {
     for (const input of node.inputs) view.nodes[input].users.push(node.id);
@@ -151,9 +158,24 @@ function route(place, [source, target, column, lane]) {
   const gap = (above, share) => bottomOf(above) + (topOf(above + 1) - bottomOf(above)) * share;
   if (column === null && lane === null) {
     const y = gap(from, 0.5);
-    return { path: roundedPath([[x1, y1], [x1, y], [x2, y], [x2, topOf(to)]]), skips: false };
+    return {
+      path: roundedPath([
+        [x1, y1],
+        [x1, y],
+        [x2, y],
+        [x2, topOf(to)],
+      ]),
+      skips: false,
+    };
   }
   const x = lane === null ? ports[column] : lanes[lane];
-  const points = [[x1, y1], [x1, gap(from, 0.35)], [x, gap(from, 0.35)], [x, gap(to - 1, 0.6)], [x2, gap(to - 1, 0.6)], [x2, topOf(to)]];
+  const points = [
+    [x1, y1],
+    [x1, gap(from, 0.35)],
+    [x, gap(from, 0.35)],
+    [x, gap(to - 1, 0.6)],
+    [x2, gap(to - 1, 0.6)],
+    [x2, topOf(to)],
+  ];
   return { path: roundedPath(points), skips: true };
 }

@@ -3,7 +3,7 @@
 class App {
   constructor(content) {
     this.content = content;
-    content.views.forEach((view) => prepare(view, content.parameters));
+    content.views.forEach(prepare);
     this.when = "after";
     this.heads();
     setUpTheme();
@@ -32,9 +32,19 @@ class App {
     const { content } = this;
     byId("title").textContent = shorten(content.title, 80);
     const passes = content.passes.length;
-    byId("subtitle").textContent = passes ? `rewritten by ${passes - 1} passes` : content.views.length ? "not transformed" : "two states of one model";
+    byId("subtitle").textContent = passes
+      ? `rewritten by ${passes - 1} passes`
+      : content.views.length
+        ? "not transformed"
+        : "two states of one model";
     const figures = content.views.length ? figuresOf(content) : comparedFigures(content.comparison);
-    byId("stats").replaceChildren(...figures.filter(Boolean).map(([term, value, rest]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("b", {}, value), el("span", {}, ` ${rest}`)))));
+    byId("stats").replaceChildren(
+      ...figures
+        .filter(Boolean)
+        .map(([term, value, rest]) =>
+          el("div", {}, el("dt", {}, term), el("dd", {}, el("b", {}, value), el("span", {}, ` ${rest}`))),
+        ),
+    );
   }
 
   tabs() {
@@ -49,8 +59,26 @@ class App {
     ].filter(Boolean);
     this.panels = new Map();
     const buttons = list.map(([name, label, build], index) => {
-      const panel = el("div", { id: `panel-${name}`, class: `view view-${name}`, role: "tabpanel", "aria-labelledby": `tab-${name}`, hidden: index > 0 });
-      const button = el("button", { id: `tab-${name}`, type: "button", role: "tab", "aria-controls": `panel-${name}`, "aria-selected": String(index === 0), tabindex: index ? "-1" : "0", on: { click: () => this.openTab(name) } }, label);
+      const panel = el("div", {
+        id: `panel-${name}`,
+        class: `view view-${name}`,
+        role: "tabpanel",
+        "aria-labelledby": `tab-${name}`,
+        hidden: index > 0,
+      });
+      const button = el(
+        "button",
+        {
+          id: `tab-${name}`,
+          type: "button",
+          role: "tab",
+          "aria-controls": `panel-${name}`,
+          "aria-selected": String(index === 0),
+          tabindex: index ? "-1" : "0",
+          on: { click: () => this.openTab(name) },
+        },
+        label,
+      );
       this.panels.set(name, { panel, button, build });
       return button;
     });
@@ -85,26 +113,69 @@ class App {
     const { content, canvas } = this;
     const both = content.views.some((view) => view.when === "before");
     const modes = [...new Set(content.views.filter((view) => view.when === "after").map((view) => view.mode))];
-    this.whenControl = both && segmented("Version", [["before", "Before"], ["after", "After"]], "after", (value) => this.setView({ when: value }));
-    const mode = modes.length > 1 && segmented("Mode", modes.map((name) => [name, name === "eval" ? "Eval" : "Train"]), this.mode, (value) => this.setView({ mode: value }));
-    const legend = el("div", { class: "legend", role: "group", "aria-label": "Colours of passes; choose one to see only what it changed" }, content.passes.map((pass, index) => this.legendChip(pass, index)));
-    const tool = (text, label, act) => el("button", { type: "button", class: "tool", "aria-label": label, title: label, on: { click: act } }, text);
-    const tools = el("div", { class: "tools", role: "group", "aria-label": "Zoom" },
-      tool("+", "Zoom in", () => canvas.zoom(1.25)), tool("−", "Zoom out", () => canvas.zoom(0.8)), tool("⤢", "Show everything", () => canvas.fitAll()),
-      tool("⊞", "Open every module", () => canvas.setAll(true)), tool("⊟", "Close every module", () => canvas.setAll(false)));
+    this.whenControl =
+      both &&
+      segmented(
+        "Version",
+        [
+          ["before", "Before"],
+          ["after", "After"],
+        ],
+        "after",
+        (value) => this.setView({ when: value }),
+      );
+    const mode =
+      modes.length > 1 &&
+      segmented(
+        "Mode",
+        modes.map((name) => [name, name === "eval" ? "Eval" : "Train"]),
+        this.mode,
+        (value) => this.setView({ mode: value }),
+      );
+    const legend = el(
+      "div",
+      { class: "legend", role: "group", "aria-label": "Colours of passes; choose one to see only what it changed" },
+      content.passes.map((pass, index) => this.legendChip(pass, index)),
+    );
+    const tool = (text, label, act) =>
+      el("button", { type: "button", class: "tool", "aria-label": label, title: label, on: { click: act } }, text);
+    const tools = el(
+      "div",
+      { class: "tools", role: "group", "aria-label": "Zoom" },
+      tool("+", "Zoom in", () => canvas.zoom(1.25)),
+      tool("−", "Zoom out", () => canvas.zoom(0.8)),
+      tool("⤢", "Show everything", () => canvas.fitAll()),
+      tool("⊞", "Open every module", () => canvas.setAll(true)),
+      tool("⊟", "Close every module", () => canvas.setAll(false)),
+    );
     canvas.node.append(tools);
-    return [el("div", { class: "bar" }, this.whenControl, mode, legend), el("div", { class: "split" }, canvas.node, this.panel)];
+    return [
+      el("div", { class: "bar" }, this.whenControl, mode, legend),
+      el("div", { class: "split" }, canvas.node, this.panel),
+    ];
   }
 
   legendChip(pass, index) {
     if (pass.name === "capture") return null;
-    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "false", style: { "--pass": passColour(index) }, on: { click: () => this.onlyPass(index, chip) } }, el("i", { "aria-hidden": "true" }), pass.name);
+    const chip = el(
+      "button",
+      {
+        type: "button",
+        class: "chip",
+        "aria-pressed": "false",
+        style: { "--pass": passColour(index) },
+        on: { click: () => this.onlyPass(index, chip) },
+      },
+      el("i", { "aria-hidden": "true" }),
+      pass.name,
+    );
     return chip;
   }
 
   onlyPass(index, chip) {
     this.canvas.onlyPass = this.canvas.onlyPass === index ? null : index;
-    for (const other of chip.parentElement.children) other.setAttribute("aria-pressed", String(other === chip && this.canvas.onlyPass !== null));
+    for (const other of chip.parentElement.children)
+      other.setAttribute("aria-pressed", String(other === chip && this.canvas.onlyPass !== null));
     this.canvas.mark();
   }
 
@@ -163,7 +234,10 @@ class App {
 
   goToParameter(row) {
     const index = this.content.parameters.indexOf(row);
-    const reader = () => this.view.nodes.filter((other) => other.part && other.weights.includes(index)).sort((a, b) => inFallback(a.part) - inFallback(b.part))[0];
+    const reader = () =>
+      this.view.nodes
+        .filter((other) => other.part && other.weights.includes(index))
+        .sort((a, b) => inFallback(a.part) - inFallback(b.part))[0];
     let node = reader();
     if (!node && this.when === "before") {
       this.setView({ when: "after" });
@@ -206,7 +280,11 @@ function figuresOf({ parameters, passes, memory, saved }) {
     saved?.[1] && ["Saved for backward", bytes(saved[0]), `of ${bytes(saved[1])} before`],
     peaks[0] && ["Peak memory", bytes(peaks[1]), `of ${bytes(peaks[0])} before`],
     passes.length && ["In graphs", percent(inGraph / weights), "of the weights"],
-    passes.length && ["Left as it was", String(refusals), refusals === 1 ? "refusal, with its reason" : "refusals, with reasons"],
+    passes.length && [
+      "Left as it was",
+      String(refusals),
+      refusals === 1 ? "refusal, with its reason" : "refusals, with reasons",
+    ],
   ];
 }
 

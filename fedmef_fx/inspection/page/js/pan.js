@@ -31,7 +31,9 @@ function pannable(canvas) {
         dragged = true;
         const other = [...touching].find(([id]) => id !== event.pointerId)?.[1];
         if (other) {
-          const ratio = Math.hypot(now[0] - other[0], now[1] - other[1]) / (Math.hypot(last[0] - other[0], last[1] - other[1]) || 1);
+          const ratio =
+            Math.hypot(now[0] - other[0], now[1] - other[1]) /
+            (Math.hypot(last[0] - other[0], last[1] - other[1]) || 1);
           canvas.zoom(ratio, (now[0] + other[0]) / 2, (now[1] + other[1]) / 2);
         } else {
           canvas.move(canvas.x + now[0] - last[0], canvas.y + now[1] - last[1]);
@@ -42,8 +44,12 @@ function pannable(canvas) {
       pointercancel: (event) => touching.delete(event.pointerId),
     },
   });
-  canvas.node.addEventListener("click", (event) => {
-    if (dragged) event.stopPropagation();
-    dragged = false;
-  }, true);
+  canvas.node.addEventListener(
+    "click",
+    (event) => {
+      if (dragged) event.stopPropagation();
+      dragged = false;
+    },
+    true,
+  );
 }

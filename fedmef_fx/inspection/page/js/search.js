@@ -29,8 +29,22 @@ function setUpSearch(app) {
     found = all.slice(0, 12);
     at = 0;
     const options = found.map(({ part, label, sub }, index) =>
-      el("div", { id: `result-${index}`, role: "option", on: { pointerdown: (event) => event.preventDefault(), click: () => choose(part) } }, el("b", {}, shorten(label, 56)), el("span", {}, shorten(sub, 56))));
-    list.replaceChildren(...options, all.length > found.length ? el("p", {}, `and ${all.length - found.length} more`) : "", input.value.trim() && !all.length ? el("p", {}, "Nothing of that name in this view") : "");
+      el(
+        "div",
+        {
+          id: `result-${index}`,
+          role: "option",
+          on: { pointerdown: (event) => event.preventDefault(), click: () => choose(part) },
+        },
+        el("b", {}, shorten(label, 56)),
+        el("span", {}, shorten(sub, 56)),
+      ),
+    );
+    list.replaceChildren(
+      ...options,
+      all.length > found.length ? el("p", {}, `and ${all.length - found.length} more`) : "",
+      input.value.trim() && !all.length ? el("p", {}, "Nothing of that name in this view") : "",
+    );
     list.hidden = !input.value.trim();
     input.setAttribute("aria-expanded", String(!list.hidden));
     announce(input.value.trim() ? `${all.length} found` : "");
@@ -63,10 +77,12 @@ function setUpSearch(app) {
 function findParts(view, text) {
   const found = new Map();
   const offer = (part, names, label, sub) => {
-    const ranks = names.filter((name) => name.toLowerCase().includes(text)).map((name) => {
-      const other = name.toLowerCase();
-      return other === text ? 0 : other.startsWith(text) ? 1 : 2;
-    });
+    const ranks = names
+      .filter((name) => name.toLowerCase().includes(text))
+      .map((name) => {
+        const other = name.toLowerCase();
+        return other === text ? 0 : other.startsWith(text) ? 1 : 2;
+      });
     if (!part || !ranks.length) return;
     const rank = Math.min(...ranks) + (inFallback(part) ? 10 : 0);
     if (!found.has(part) || found.get(part).rank > rank) found.set(part, { part, label, sub, rank });
