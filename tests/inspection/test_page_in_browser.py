@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config
+from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.inspection.page import MemoryPair, Timeline
 from fedmef_fx.models import mobilenet_v2, resnet18
-from tests.inspection.browser import NARROW, Browser, NoBrowserError
+from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
 
 pytestmark = pytest.mark.slow
@@ -95,6 +97,17 @@ def test_toggle_changes_the_picture(browser: Browser, pages: dict[str, Path], na
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_details_are_text_that_people_can_read(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    browser.open(pages[name])
+    boxes = browser.run("return document.querySelectorAll('.item').length")
+    for index in range(0, boxes, 3):
+        browser.run(f"document.querySelectorAll('.item')[{index}]?.click()")
+        shown = browser.run(PANEL)
+        assert not {"[object", "undefined", "NaN", "null"} & set(shown.replace(" ", "\n").split("\n"))
+    assert browser.messages() == []
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_narrow_screen_needs_no_sideways_scrolling(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name], size=NARROW)
     _search(browser, MODELS[name][2])
@@ -149,6 +162,53 @@ def test_a_legend_entry_shows_only_what_its_pass_changed(browser: Browser, pages
     )
     shown = browser.run("return [...document.querySelectorAll('.item.op:not(.dim) .name')].map((n) => n.textContent)")
     assert set(shown) == {"relu", "avgpool"}
+
+
+def test_memory_and_training_can_be_read_by_keyboard(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    after = _timeline({"weights": (8, 8, 8, 8), "saved": (0, 4, 4, 0)})
+    before = _timeline({"weights": (8, 8, 8, 8), "saved": (0, 40, 40, 0)})
+    rounds = [_round(0, accuracy=0.5), _round(1, accuracy=0.75, churn={"conv1.weight": 3})]
+    memory = MemoryPair(after=after, before=before)
+    fedmef_fx.inspect(two_convolutions()).to_html(page, memory=memory, history=History(rounds))
+    for size in (WIDE, NARROW):
+        browser.open(page, size=size)
+        browser.click("#tab-memory")
+        assert browser.run(OVERFLOW) <= 0
+        assert "Peak 12 B instead of 48 B: 75 % less" in browser.run("return document.body.innerText")
+        browser.run("document.querySelector('.view-memory .chart').focus()")
+        browser.press(*["\ue014"] * 4)  # right
+        assert "saved 0 B" in browser.run("return document.querySelector('.view-memory output').textContent")
+        picture = browser.picture()
+        browser.click(".view-memory input[value=before]")
+        assert browser.picture() != picture
+        browser.click("#tab-training")
+        assert browser.run(OVERFLOW) <= 0
+        assert "accuracy 75 %" in browser.run("return document.querySelector('.view-training output').textContent")
+        assert "conv1.weight" in browser.run("return document.querySelector('.view-training table').textContent")
+    assert browser.messages() == []
+
+
+def _timeline(categories: dict[str, tuple[int, ...]]) -> Timeline:
+    phases = (("forward", 0), ("backward", 2))
+    return Timeline(moments=("conv1", "relu1", "conv2", "conv1"), phases=phases, categories=categories)
+
+
+def _round(index: int, *, accuracy: float, churn: dict[str, int] | None = None) -> RoundRecord:
+    return RoundRecord(
+        round_index=index,
+        adjusted=bool(churn),
+        clients=(0,),
+        train_loss=1.0,
+        test_loss=None,
+        test_accuracy=accuracy,
+        density=0.5,
+        bytes_down=10,
+        bytes_up=10,
+        seconds=0.1,
+        peak_saved_bytes=5,
+        churn=churn or {},
+    )
 
 
 HOSTILE = [
