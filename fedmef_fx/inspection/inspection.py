@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import networkx
 
     from fedmef_fx.federated.history import History
-    from fedmef_fx.inspection.page.timeline import MemoryPair
+    from fedmef_fx.inspection.page.timeline import StepMemory
 
 __all__ = ["Inspection", "inspect"]
 
@@ -125,7 +125,8 @@ class Inspection:
         *,
         title: str | None = None,
         original: "nn.Module | Inspection | None" = None,
-        memory: "MemoryPair | None" = None,
+        memory: "StepMemory | None" = None,
+        memory_before: "StepMemory | None" = None,
         history: "History | None" = None,
     ) -> None:
         """Write a page: the graph, the mask, weights and costs of every layer, and what passes did and refused.
@@ -137,14 +138,15 @@ class Inspection:
             title: Heading of the page. Default: the class of the model.
             original: The model before, or its inspection. Default: its graphs as they were captured, without shapes of
                 activations.
-            memory: Bytes over a training step.
+            memory: Report of a training step of this model, with its timeline.
+            memory_before: The same of the original.
             history: Of a federated training: accuracy, losses, traffic and mask churn over the rounds.
 
         Raises:
             CaptureError: The original cannot be traced.
             ConfigError: The file cannot be written, or the original does not accept the example inputs.
         """
-        from fedmef_fx.inspection.page import PageContent, write_page  # noqa: PLC0415 - only its users should wait
+        from fedmef_fx.inspection.page import MemoryPair, PageContent, write_page  # noqa: PLC0415 - only its users should wait
 
         if isinstance(original, nn.Module):
             args, kwargs = self._example
@@ -158,7 +160,7 @@ class Inspection:
                 layers=self.layers,
                 weights=self.weights,
                 passes=self.passes,
-                memory=memory,
+                memory=MemoryPair.of(memory, memory_before),
                 history=history,
             ),
         )

@@ -19,9 +19,11 @@ from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.history import History, RoundRecord
 from fedmef_fx.inspection import Inspection, inspect
+from fedmef_fx.inspection.page import Timeline
 from fedmef_fx.inspection.page.mask_image import png
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from tests.inspection.models import HOSTILE_NAMES, hostile, linear, two_convolutions
+from tests.inspection.steps import Step, step_memory
 
 ROUND = RoundRecord(
     round_index=0,
@@ -178,6 +180,19 @@ def test_history_stands_in_the_page(tmp_path: Path) -> None:
     inspect(linear()).to_html(tmp_path / "page.html", history=History([ROUND], {"method": "fedmef"}))
     (written,) = _document(tmp_path / "page.html")["history"]["rounds"]
     assert written["churn"] == {"fc.weight": 3}
+
+
+def test_long_step_keeps_its_phases_and_its_peak() -> None:
+    short, long = Timeline.of(step_memory(saved=4)), Timeline.of(step_memory(saved=4, repeats=1000))
+    assert short is not None
+    assert long is not None
+    assert short.phases == (("forward", 0), ("backward", 2))
+    assert short.categories == {"weights": (8, 8, 8, 8), "saved": (0, 4, 4, 0)}
+    assert short.moments == ("conv1, op", "relu1, op", "relu1, op", "model, op")
+    assert len(long.moments) <= 600 + 2
+    assert max(long.categories["saved"]) == 4
+    assert [name for name, _ in long.phases] == ["forward", "backward"]
+    assert Timeline.of(Step(())) is None
 
 
 def test_hostile_names_end_no_element(tmp_path: Path) -> None:

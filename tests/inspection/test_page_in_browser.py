@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.federated.history import History, RoundRecord
-from fedmef_fx.inspection.page import MemoryPair, Timeline
+from fedmef_fx.inspection.page import write_comparison
 from fedmef_fx.models import mobilenet_v2, resnet18
 from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
+from tests.inspection.steps import Compared, step_memory
 
 pytestmark = pytest.mark.slow
 
@@ -166,11 +167,10 @@ def test_a_legend_entry_shows_only_what_its_pass_changed(browser: Browser, pages
 
 def test_memory_and_training_can_be_read_by_keyboard(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    after = _timeline({"weights": (8, 8, 8, 8), "saved": (0, 4, 4, 0)})
-    before = _timeline({"weights": (8, 8, 8, 8), "saved": (0, 40, 40, 0)})
+    after, before = step_memory(saved=4), step_memory(saved=40)
     rounds = [_round(0, accuracy=0.5), _round(1, accuracy=0.75, churn={"conv1.weight": 3})]
-    memory = MemoryPair(after=after, before=before)
-    fedmef_fx.inspect(two_convolutions()).to_html(page, memory=memory, history=History(rounds))
+    found = fedmef_fx.inspect(two_convolutions())
+    found.to_html(page, memory=after, memory_before=before, history=History(rounds))
     for size in (WIDE, NARROW):
         browser.open(page, size=size)
         browser.click("#tab-memory")
@@ -189,11 +189,6 @@ def test_memory_and_training_can_be_read_by_keyboard(browser: Browser, tmp_path:
     assert browser.messages() == []
 
 
-def _timeline(categories: dict[str, tuple[int, ...]]) -> Timeline:
-    phases = (("forward", 0), ("backward", 2))
-    return Timeline(moments=("conv1", "relu1", "conv2", "conv1"), phases=phases, categories=categories)
-
-
 def _round(index: int, *, accuracy: float, churn: dict[str, int] | None = None) -> RoundRecord:
     return RoundRecord(
         round_index=index,
@@ -209,6 +204,23 @@ def _round(index: int, *, accuracy: float, churn: dict[str, int] | None = None) 
         peak_saved_bytes=5,
         churn=churn or {},
     )
+
+
+def test_comparison_is_a_page_of_its_own(browser: Browser, tmp_path: Path) -> None:
+    write_comparison(tmp_path / "page.html", Compared())
+    for size in (WIDE, NARROW):
+        browser.open(tmp_path / "page.html", size=size)
+        shown = browser.run("return document.body.innerText")
+        assert "From round 1 to <b>round 2</b>" in shown
+        assert "50 % of the active weights are the same (Jaccard); 1 grown, 1 pruned." in shown
+        assert browser.run("return document.querySelectorAll('tbody tr').length") == 2
+        names = "return [...document.querySelectorAll('tbody td:first-child')].map((cell) => cell.textContent)"
+        assert browser.run(names) == ["a.weight", "b.weight"]
+        browser.click("th.c-density button")
+        assert browser.run(names) == ["b.weight", "a.weight"]
+        assert browser.run("return document.querySelector('th.c-density').ariaSort") == "ascending"
+        assert browser.run(OVERFLOW) <= 0
+    assert browser.messages() == []
 
 
 HOSTILE = [

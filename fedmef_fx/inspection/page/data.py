@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fedmef_fx.inspection.graph_text import node_text
 from fedmef_fx.inspection.page.changes import Changes
@@ -19,7 +19,7 @@ from fedmef_fx.pipeline import PassReport
 if TYPE_CHECKING:
     from fedmef_fx.federated.history import History
 
-__all__ = ["PageContent", "page_document"]
+__all__ = ["Compared", "PageContent", "page_document"]
 
 # All pictures together take about 1 MB of the page: 4 bits a pixel, which noise fills almost completely, and base64.
 _PIXELS: Final = 1_500_000
@@ -40,16 +40,26 @@ class PageContent:
         passes: What the passes did and refused.
         memory: Bytes over a training step.
         history: Rounds of a training.
+        comparison: What changed from one state of a model to another.
     """
 
     title: str
-    after: Sequence[GraphRecord]
-    before: Sequence[GraphRecord]
-    layers: Table
-    weights: Sequence[WeightRecord]
-    passes: PassReport
+    after: Sequence[GraphRecord] = ()
+    before: Sequence[GraphRecord] = ()
+    layers: Table = dataclasses.field(default_factory=lambda: Table(()))
+    weights: Sequence[WeightRecord] = ()
+    passes: PassReport = dataclasses.field(default_factory=lambda: PassReport(()))
     memory: MemoryPair | None = None
     history: "History | None" = None
+    comparison: "Compared | None" = None
+
+
+class Compared(Protocol):
+    """Two states of one model side by side."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values: `before`, `after` (names), `parameters`, `total`, `only_before`, `only_after`."""
+        ...
 
 
 def page_document(content: PageContent) -> dict[str, Any]:
@@ -84,6 +94,7 @@ def page_document(content: PageContent) -> dict[str, Any]:
             "before": content.memory.before and content.memory.before.as_dict(),
         },
         "history": _history(content.history),
+        "comparison": content.comparison and content.comparison.as_dict(),
     }
 
 

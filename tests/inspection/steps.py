@@ -1,0 +1,66 @@
+"""Reports that pages draw: a training step, and two states of a model, with numbers chosen by hand."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    phase: str
+    path: str
+    op: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    site: Site
+    live: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    timeline: tuple[Event, ...]
+
+
+def step_memory(*, saved: int, repeats: int = 1) -> Step:
+    """Two operations forward and two backward; 8 bytes of weights all the time."""
+    moments = [("forward", "conv1", 0), ("forward", "relu1", saved), ("backward", "relu1", saved), ("backward", "", 0)]
+    events = [
+        Event(Site(phase, path, "op"), (8, 0, 0, 0, 0, kept, 0))
+        for phase, path, kept in moments
+        for _ in range(repeats)
+    ]
+    return Step(tuple(events))
+
+
+class Compared:
+    """Two layers, one of which changed half of its mask."""
+
+    def as_dict(self) -> dict[str, Any]:
+        changed = _row("b.weight", kept=2, active=3)
+        return {
+            "before": "round 1",
+            "after": "<b>round 2</b>",
+            "parameters": [_row("a.weight", kept=4, active=4), changed],
+            "total": {**changed, "parameter": "total"},
+            "only_before": [],
+            "only_after": ["c.bias"],
+        }
+
+
+def _row(name: str, *, kept: int, active: int) -> dict[str, Any]:
+    return {
+        "parameter": name,
+        "shape": [2, 4],
+        "weights": 8,
+        "is_masked": True,
+        "active_before": active,
+        "active_after": active,
+        "kept": kept,
+        "grown": active - kept,
+        "pruned": active - kept,
+        "overlap": kept / (2 * active - kept),
+        "distance": 0.5,
+        "norm_before": 2.0,
+        "relative_distance": 0.25,
+    }
