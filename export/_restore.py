@@ -17,11 +17,12 @@ from torch import fx, nn
 from fedmef_fx.emit import restore_classes
 from fedmef_fx.errors import ExportError
 from fedmef_fx.gradient_masks import is_own_hook
-from fedmef_fx.model import HOLDER, forget_load_hooks, mask_name
+from fedmef_fx.model import HOLDER, mask_name
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
 from fedmef_fx.passes._sites import SITES
 from fedmef_fx.program import Program, Region
+from fedmef_fx.state_dicts import forget_load_hooks
 
 __all__ = ["restore_model"]
 

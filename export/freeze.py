@@ -26,6 +26,7 @@ from fedmef_fx.export._restore import restore_model
 from fedmef_fx.export._weights import erase_unread, fold_weights
 from fedmef_fx.model import is_transformed
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
+from fedmef_fx.passes.pack_weights import unpack_weights
 from fedmef_fx.program import Program, Region
 
 __all__ = ["freeze"]
@@ -66,6 +67,7 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     duplicate = copy.deepcopy(model).eval()
     program = program_of(duplicate)
+    unpack_weights(program)
     whole = next((region for region in program.regions if _runs_the_model(region)), None)
     if whole is None:
         return restore_model(program)

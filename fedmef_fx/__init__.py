@@ -7,7 +7,7 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.api import ExportReport, export_onnx, freeze, transform
+from fedmef_fx.api import ExportReport, export_onnx, freeze, inspect_onnx, transform
 from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
@@ -15,6 +15,7 @@ from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.inspection import inspect
 from fedmef_fx.model import coverage, density, masks, report, set_masks
+from fedmef_fx.state_dicts import dense_state_dict
 
 if TYPE_CHECKING:
     from fedmef_fx import federated
@@ -28,12 +29,14 @@ __all__ = [
     "Extrusion",
     "FedmefError",
     "coverage",
+    "dense_state_dict",
     "density",
     "export_onnx",
     "federated",
     "freeze",
     "growth_candidates",
     "inspect",
+    "inspect_onnx",
     "load",
     "masks",
     "memory",

@@ -5,25 +5,29 @@ import fnmatch
 import functools
 import inspect as python_inspect
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_seed, leaf_regions
 from fedmef_fx.config import Config
-from fedmef_fx.emit import RegionTable, emit
+from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
+from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
+from fedmef_fx.inspection.pass_observer import PassObserver
 from fedmef_fx.inspection.records import record_graphs
-from fedmef_fx.model import Transformation, is_transformed, keep_masks_on_load
+from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
+from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
@@ -31,9 +35,21 @@ from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
 from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
+from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
-__all__ = ["ExportReport", "export_onnx", "extend_region", "freeze", "memory_passes", "passes_of", "transform"]
+__all__ = [
+    "ExportReport",
+    "FileInspection",
+    "export_onnx",
+    "extend_region",
+    "freeze",
+    "inspect_onnx",
+    "memory_passes",
+    "pack_weights",
+    "passes_of",
+    "transform",
+]
 
 
 def transform(
@@ -42,6 +58,9 @@ def transform(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    print_after: Collection[str] | Literal["all"] = (),
+    stop_after: str | None = None,
+    printer: Callable[[str], object] | None = None,
 ) -> nn.Module:
     """Rewrite a model for FedMef: masked weights, normalised sparse convolutions, pruned saved activations.
 
@@ -54,14 +73,19 @@ def transform(
         example_inputs: Positional arguments of one call, as a tuple. With them the model is specialised to the
             optional arguments they give, and the capture is checked against the original in both modes.
         example_kwargs: Keyword arguments of that call.
+        print_after: Names of passes after which the graphs are printed as text ("capture" for those before the first
+            pass), or "all".
+        stop_after: Name of the last pass to run. The result runs and trains, with what was rewritten until then;
+            without masks after "capture" and "functionalize-weights".
+        printer: Called with each text; None prints on stderr.
 
     Returns:
         A `torch.fx.GraphModule` where one graph serves both modes and all calls, otherwise a module of the model's own
         class (a subclass of it) that holds traced regions and keeps its Python forward for the rest.
 
     Raises:
-        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, or
-            a model wrapped for distributed training.
+        ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, a
+            model wrapped for distributed training, or a pass of `print_after` or `stop_after` that does not run.
 
     Example:
         >>> import torch, fedmef_fx
@@ -71,6 +95,9 @@ def transform(
         0.5
     """
     config = config or Config()
+    observer = PassObserver(
+        [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
+    )
     model, notices = _unwrapped(model)
     _check_model(model, config)
     original_mode = {name: module.training for name, module in model.named_modules()}
@@ -98,9 +125,13 @@ def transform(
         time.perf_counter() - start,
     )
     program.facts.original = record_graphs(program)
-    reports = Pipeline(passes_of(config), after_pass=Verifier.of(program)).run(program)
+    observer.after("capture", program)
+    steps = [step for step in passes_of(config) if step.name in observer.runs]
+    reports = Pipeline(steps, after_pass=observer.beside(Verifier.of(program))).run(program)
     program.facts.reports = PassReport((capture, *reports))
-    result = emit(program, extend=functools.partial(extend_region, config=config))
+    # What is captured later would go through all passes.
+    extend = functools.partial(extend_region, config=config) if stop_after is None else None
+    result = emit(program, extend=extend)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -127,6 +158,28 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
         table.add(region)
 
 
+def pack_weights(model: nn.Module) -> PassResult:
+    """Store the masked weights of a transformed model packed, in place: `Config.weight_storage` for a finished model.
+
+    Masked parameters become other objects, so optimizers have to be made afterwards.
+
+    Args:
+        model: A transformed model. One that is packed already stays as it is.
+
+    Returns:
+        Which weights were packed, and which were not and why; `fedmef_fx.report(model)` has it, too.
+
+    Raises:
+        ConfigError: `model` was not made by `transform`.
+    """
+    program = program_of(model)
+    (result,) = Pipeline([PackWeights()]).run(program)
+    recompile(model)
+    program.facts.config = program.facts.config.replace(weight_storage="packed")
+    program.facts.reports = PassReport((*program.facts.reports, result))
+    return result
+
+
 def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
@@ -137,7 +190,8 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
         if config.residual == "rescale":
             steps.append(RescaleResiduals())
-    return (*steps, *memory_passes(config))
+    steps += memory_passes(config)
+    return (*steps, PackWeights()) if config.weight_storage == "packed" else tuple(steps)
 
 
 def memory_passes(config: Config) -> tuple[Pass, ...]:

@@ -10,11 +10,13 @@ Loading validates everything first and copies then: a model is never half loaded
 
 import hashlib
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import safetensors
@@ -26,14 +28,23 @@ from fedmef_fx.atomic import check_target, replacing
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.memory import bitmap_nbytes, pack_bits, unpack_bits
-from fedmef_fx.model import is_transformed, mask_name, masked_parameters, set_masks, transformation_of
+from fedmef_fx.model import (
+    bitmap_name,
+    is_transformed,
+    mask_name,
+    masked_parameters,
+    set_masks,
+    transformation_of,
+)
 
-__all__ = ["load", "save"]
+__all__ = ["StoredTensor", "load", "read_tensors", "save"]
 
 _FORMAT: Final = "fedmef_fx checkpoint"
 _VERSION: Final = 1
 _FUNCTION_FIELDS: Final = ("normalization", "nsconv_statistics", "residual")
 """Fields of `Config` that change what a model computes from the same tensors."""
+_DESCRIBED: Final = re.compile(r"\w{1,20}\[((?:\d{1,15}(?:, )?){0,16})\]")
+_MOST_ELEMENTS: Final = 2**30  # of one tensor: what a hostile file may claim costs at most so many bytes
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -66,16 +77,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         tensors[f"state/{name}"] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    for name, (parameter, mask) in masked_parameters(model).items():
+    for name, entry in masked_parameters(model).items():
         first = ties.get(name, name)
         del tensors[f"state/{first}"]
-        tensors[f"active/{first}"] = parameter.detach()[mask].cpu()
-        tensors[f"mask/{first}"] = _deflate(pack_bits(mask.cpu()))
+        tensors[f"active/{first}"] = entry.values().cpu()
+        tensors[f"mask/{first}"] = _deflate(entry.buffer.cpu() if entry.is_packed else pack_bits(entry.buffer.cpu()))
     metadata = {
         "format": _FORMAT,
         "version": str(_VERSION),
         "config": config.to_json(),
-        "architecture": json.dumps(_architecture(state)),
+        "architecture": json.dumps(_architecture(state, _dense_shapes(model, ties))),
         "tied": json.dumps(ties),
     }
     metadata["digest"] = _digest(tensors, metadata)
@@ -118,21 +129,24 @@ def load(
         from fedmef_fx.api import transform  # noqa: PLC0415 -- it imports the passes, which import the core
 
         original, _ = _state(model)
-        _check_architecture(_architecture(original), {k: v for k, v in architecture.items() if k in original})
+        known = {name: entry for name, entry in architecture.items() if name in original}
+        _check_architecture(_architecture(original, {}), known)
         model = transform(model, config, example_inputs=example_inputs, example_kwargs=example_kwargs)
     state, own_ties = _state(model)
-    _check_architecture(_architecture(state), architecture)
+    _check_architecture(_architecture(state, _dense_shapes(model, own_ties)), architecture)
     if own_ties != ties:
         raise CheckpointError(f"load: tied parameters are {ties} in the checkpoint, {own_ties} in the model")
     _check_function(transformation_of(model).config, config)
     masks = _masks(tensors, model, own_ties)
     values = {name: _value(tensors, name, tensor, masks.get(name)) for name, tensor in state.items()}
 
-    by_name = {name: masks[own_ties.get(name, name)] for name in masked_parameters(model)}
-    set_masks(model, by_name)
+    entries = masked_parameters(model)
+    set_masks(model, {name: masks[own_ties.get(name, name)] for name in entries})
+    for name, entry in entries.items():
+        entry.write(values[own_ties.get(name, name)])
     with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(values[name])
+        for name in state.keys() - masks.keys():
+            state[name].copy_(values[name])
     return model
 
 
@@ -141,11 +155,12 @@ def _named_error(call: str) -> Any:
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A model's live tensors without masks, each under its first name, and its other names: alias -> first name.
+    """A model's live tensors, each under its first name, and its other names: alias -> first name.
 
-    Non-persistent buffers are not part of it.
+    Masks, bitmaps and non-persistent buffers are not part of it.
     """
-    masks = {mask_name(name) for name in masked_parameters(model)} if is_transformed(model) else set()
+    entries = masked_parameters(model) if is_transformed(model) else {}
+    masks = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in entries.items()}
     state: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -164,9 +179,15 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, ties
 
 
-def _architecture(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Type and shape of each tensor, e.g. `float32[64, 3]`."""
-    return {name: f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.") for name, tensor in state.items()}
+def _architecture(state: Mapping[str, Tensor], dense: Mapping[str, torch.Size]) -> dict[str, str]:
+    """Type and shape of each tensor, e.g. `float32[64, 3]`; of a packed weight the shape of the dense one."""
+    described = {name: f"{tensor.dtype}{list(dense.get(name, tensor.shape))}" for name, tensor in state.items()}
+    return {name: text.removeprefix("torch.") for name, text in described.items()}
+
+
+def _dense_shapes(model: nn.Module, ties: Mapping[str, str]) -> dict[str, torch.Size]:
+    """The dense shapes of masked weights, by first name."""
+    return {ties.get(name, name): entry.shape for name, entry in masked_parameters(model).items()}
 
 
 def _check_architecture(own: Mapping[str, str], stored: Mapping[str, str]) -> None:
@@ -202,7 +223,7 @@ def _bytes(data: bytes) -> Tensor:
 
 def _masks(tensors: Mapping[str, Tensor], model: nn.Module, ties: Mapping[str, str]) -> dict[str, Tensor]:
     """The stored masks by first name, checked against those that the model has."""
-    own = {ties.get(name, name): entry.mask for name, entry in masked_parameters(model).items()}
+    own = _dense_shapes(model, ties)
     stored = {key.removeprefix("mask/") for key in tensors if key.startswith("mask/")}
     if own.keys() != stored:
         name = sorted(own.keys() ^ stored)[0]
@@ -211,7 +232,7 @@ def _masks(tensors: Mapping[str, Tensor], model: nn.Module, ties: Mapping[str, s
             f"load: {name} has a mask in {where} only; load into the original model, which is then transformed with "
             "the checkpoint's configuration"
         )
-    return {name: _inflate(name, tensors[f"mask/{name}"], mask.shape) for name, mask in own.items()}
+    return {name: _inflate(name, tensors[f"mask/{name}"], shape) for name, shape in own.items()}
 
 
 def _inflate(name: str, packed: Tensor, shape: torch.Size) -> Tensor:
@@ -228,17 +249,13 @@ def _inflate(name: str, packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _value(tensors: Mapping[str, Tensor], name: str, own: Tensor, mask: Tensor | None) -> Tensor:
-    """The dense value of a stored tensor."""
+    """A stored tensor; of a masked parameter its active values."""
     stored = tensors.get(f"state/{name}" if mask is None else f"active/{name}")
     shape = own.shape if mask is None else torch.Size([int(mask.sum())])
     if stored is None or stored.shape != shape or stored.dtype != own.dtype:
         got = "nothing" if stored is None else f"{stored.dtype}{list(stored.shape)}"
         raise CheckpointError(f"load: damaged: {name} holds {got}; expected {own.dtype}{list(shape)}")
-    if mask is None:
-        return stored
-    dense = torch.zeros(own.shape, dtype=own.dtype)
-    dense[mask] = stored
-    return dense
+    return stored
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -274,7 +291,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all tensors with their names, types and shapes, and of the other metadata."""
     digest = hashlib.sha256()
     described = {key: value for key, value in metadata.items() if key != "digest"}
-    digest.update(json.dumps([described, _architecture(tensors)], sort_keys=True).encode())
+    digest.update(json.dumps([described, _architecture(tensors, {})], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -295,3 +312,50 @@ def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"load: the checkpoint's {key} is a {type(value).__name__}; expected an object")
     return value
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint.
+
+    Attributes:
+        values: `[active]`, the active values in row-major order; all values where there is no mask.
+        mask: Boolean, of the tensor's shape; None where it has none.
+        shape: Its shape.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    shape: torch.Size
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """The tensors of a file that `save` wrote, without a model to load them into; tied ones under their first name.
+
+    Raises:
+        CheckpointError: No checkpoint, or a damaged one.
+    """
+    tensors, metadata = _read(Path(path))
+    found = {}
+    for name, described in _json(metadata, "architecture").items():
+        shape = _stated_shape(name, described)
+        packed, values = tensors.get(f"mask/{name}"), tensors.get(f"state/{name}")
+        mask = None
+        if packed is not None:
+            mask, values = _inflate(name, packed, shape), tensors.get(f"active/{name}")
+        expected = shape.numel() if mask is None else int(mask.sum())
+        if values is None or values.numel() != expected:
+            got = "nothing" if values is None else f"{values.numel()} values"
+            raise CheckpointError(f"load: damaged: {name} holds {got}; expected {expected} values")
+        found[name] = StoredTensor(values.reshape(-1), mask, shape)
+    return found
+
+
+def _stated_shape(name: str, described: object) -> torch.Size:
+    """The shape in a text such as `float32[64, 3]`."""
+    match = _DESCRIBED.fullmatch(described) if isinstance(described, str) else None
+    if match is None:
+        raise CheckpointError(f"load: damaged: {name} is described as {described!r:.80}; expected e.g. float32[64, 3]")
+    sizes = [int(size) for size in match[1].split(",") if size.strip()]
+    if math.prod(sizes) > _MOST_ELEMENTS:
+        raise CheckpointError(f"load: {name} claims the shape {sizes}; expected at most {_MOST_ELEMENTS:,} elements")
+    return torch.Size(sizes)

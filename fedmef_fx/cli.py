@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fedmef_fx.commands.bench import bench
+from fedmef_fx.commands.compare import compare
 from fedmef_fx.commands.demo import demo
 from fedmef_fx.commands.doctor import doctor
 from fedmef_fx.commands.export import export
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # what is not a FedmefError is a bug, whose traceback is wanted as it is
     rich_markup_mode=None,
 )
-for _command in (demo, train, export, inspect, memory, bench, doctor):
+for _command in (demo, train, export, inspect, compare, memory, bench, doctor):
     app.command()(_command)
 
 

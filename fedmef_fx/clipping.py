@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.model import is_ignored, is_transformed, masked_parameters
+from fedmef_fx.model import MaskedParameter, is_ignored, is_transformed, masked_parameters
+from fedmef_fx.ops.rows import Rows, SegmentRows, packed_rows
 
 __all__ = ["clip_gradients"]
 
@@ -51,7 +52,7 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
     if not (math.isfinite(eps) and eps >= 0):
         raise ConfigError(f"clip_gradients: eps: got {eps!r}; expected a number >= 0")
     entries = masked_parameters(model).values() if is_transformed(model) else ()
-    masks = {id(entry.parameter): entry.mask for entry in entries}
+    masked = {id(entry.parameter): entry for entry in entries}
     seen: set[int] = set()
     clipped = []
     for name, module in model.named_modules():
@@ -61,16 +62,19 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
             if parameter.grad is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if (mask := masks.get(id(parameter))) is not None:
-                parameter.grad.mul_(mask)
-            unit = 1 if isinstance(module, _TRANSPOSED) else 0
+            entry, unit = masked.get(id(parameter)), 1 if isinstance(module, _TRANSPOSED) else 0
+            if entry is not None and entry.is_packed:
+                clipped.append(_clip_packed(entry, parameter.grad, ratio=ratio, eps=eps, unit=unit))
+                continue
+            if entry is not None:
+                parameter.grad.mul_(entry.buffer)
             clipped.append(_clip(parameter, parameter.grad, ratio=ratio, eps=eps, unit=unit))
     return int(torch.stack([count.cpu() for count in clipped]).sum()) if clipped else 0
 
 
 def _clip(weight: Tensor, gradient: Tensor, *, ratio: float, eps: float, unit: int) -> Tensor:
     """Clip one parameter's gradient; the number of clipped units, on its device."""
-    is_vector = sum(size > 1 for size in weight.shape) <= 1
+    is_vector = _is_vector(weight.shape)
     over = [axis for axis in range(weight.dim()) if is_vector or axis != unit]
     # In single precision at least: squares of small gradients vanish in float16.
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -78,5 +82,25 @@ def _clip(weight: Tensor, gradient: Tensor, *, ratio: float, eps: float, unit: i
     norm = torch.linalg.vector_norm(gradient, dim=over, keepdim=True, dtype=dtype)
     exceeds = norm > largest
     gradient.mul_(torch.where(exceeds, largest / norm, 1.0).to(gradient.dtype))
+    count: Tensor = exceeds.sum()
+    return count
+
+
+def _is_vector(shape: torch.Size) -> bool:
+    return sum(size > 1 for size in shape) <= 1
+
+
+def _clip_packed(entry: MaskedParameter, gradient: Tensor, *, ratio: float, eps: float, unit: int) -> Tensor:
+    """`_clip` on active values."""
+    values = entry.parameter.detach()
+    if _is_vector(entry.shape):
+        rows: Rows = SegmentRows(torch.tensor([values.numel()], device=values.device), entry.numel)
+    else:
+        rows = packed_rows(entry.buffer, entry.shape, axis=unit)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    largest = rows.square_norm(values.to(dtype)).sqrt_().clamp_min_(eps).mul_(ratio)
+    norm = rows.square_norm(gradient.to(dtype)).sqrt_()
+    exceeds = norm > largest
+    gradient.mul_(rows.spread(torch.where(exceeds, largest / norm, 1.0)).to(gradient.dtype))
     count: Tensor = exceeds.sum()
     return count

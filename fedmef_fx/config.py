@@ -41,7 +41,10 @@ class Config:
             tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
-        weight_storage: `"dense"`: parameters keep their shape.
+        weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
+            masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
+            its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
+            read stay dense, see `docs/memory-packed-weights.md`.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
@@ -71,7 +74,7 @@ class Config:
     activation_sparsity: float = 0.9
     threshold_sample: int = 8192
     threshold_interval: int = 8
-    weight_storage: Literal["dense"] = "dense"
+    weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10

@@ -20,7 +20,7 @@ from fedmef_fx.model import HOLDER, transformation_of
 from fedmef_fx.program import GraphMode, Program, Region, Role
 from fedmef_fx.signature import AnyCall, AnyTensors, Call, Signature
 
-__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "restore_classes", "tables_in"]
+__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "recompile", "restore_classes", "tables_in"]
 
 _TABLE: Final = "_fedmef_regions"
 _KEPT_BY_ROOT: Final = (
@@ -229,6 +229,16 @@ def program_of(model: nn.Module) -> Program:
             signature = None if isinstance(entry.signature, AnyCall) else entry.signature
             regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
     return Program(model, regions, facts)
+
+
+def recompile(model: nn.Module) -> None:
+    """Let a transformed model run its graphs as they are now."""
+    if isinstance(model, fx.GraphModule):
+        model.recompile()
+    for _, table in tables_in(model):
+        for entry in table.entries:
+            for compiled in entry.graphs.values():
+                compiled.recompile()
 
 
 def restore_classes(model: nn.Module) -> None:

@@ -21,11 +21,35 @@ from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.model import MaskedParameter, masked_parameters, transformation_of
-from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
 from fedmef_fx.sparsity.schedule import adjustment_count
+from fedmef_fx.sparsity.selection import magnitudes, smallest_positions
 
 __all__ = ["Extrusion"]
+
+
+class _Places:
+    """Where the marked weights of a parameter stand in it as it is stored.
+
+    Attributes:
+        entry: The parameter.
+    """
+
+    def __init__(self, entry: MaskedParameter, positions: Tensor) -> None:
+        self.entry = entry
+        self._positions = positions
+        self._found = positions
+        self._version: int | None = None
+
+    def now(self) -> Tensor:
+        """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
+        if not self.entry.is_packed:
+            return self._positions
+        version = self.entry.buffer._version
+        if version != self._version:  # the topology changed: every value may have another place
+            found = self.entry.places(self._positions)
+            self._found, self._version = found[found >= 0], version
+        return self._found
 
 
 class Extrusion:
@@ -115,6 +139,7 @@ class Extrusion:
         if unknown:
             raise ConfigError(f"Extrusion: counts: {unknown[0]!r} has no mask; masked parameters: {', '.join(names)}")
         self._counts = None if counts is None else dict(counts)
+        self._places: dict[str, _Places] = {}
         self._handles: list[RemovableHandle] = []
         self._initial_rates: list[float] = []
         self._replaced: list[tuple[dict[str, Any], Any, Any]] = []
@@ -123,9 +148,10 @@ class Extrusion:
         if self._handles:
             raise ConfigError("Extrusion: got entered twice; expected one `with` block at a time for an instance")
         self.marked = {
-            name: lowest_magnitude(entry.parameter, entry.mask, self._count(name, entry))
+            name: entry.positions()[smallest_positions(magnitudes(entry.values()), self._count(name, entry))]
             for name, entry in self._entries.items()
         }
+        self._places = {name: _Places(self._entries[name], positions) for name, positions in self.marked.items()}
         self.step = 0
         self.learning_rate = None
         self._initial_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -134,10 +160,9 @@ class Extrusion:
             self._optimizer.register_step_post_hook(self._after_step),
         ]
         if self.strength > 0:
-            for name, positions in self.marked.items():
-                parameter = self._entries[name].parameter
-                hook = functools.partial(self._extrude, parameter, positions)
-                handle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            for places in self._places.values():
+                hook = functools.partial(self._extrude, places)
+                handle = places.entry.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
                 self._handles.append(handle)
         return self
 
@@ -152,8 +177,8 @@ class Extrusion:
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, as they are now; 0 before the first entry."""
         squares = [
-            torch.take(self._entries[name].parameter.detach(), positions).float().square().sum()
-            for name, positions in self.marked.items()
+            torch.take(places.entry.parameter.detach(), places.now()).float().square().sum()
+            for places in self._places.values()
         ]
         if not squares:
             return 0.0
@@ -162,16 +187,15 @@ class Extrusion:
     def _count(self, name: str, entry: MaskedParameter) -> int:
         if self._counts is not None:
             return self._counts.get(name, 0)
-        active = int(entry.mask.sum())
+        active = entry.active
         # In round 0 the schedule is at its start whenever it stops.
         stop = 1 if self._stop is None else self._stop
-        return adjustment_count(
-            active, entry.mask.numel() - active, round_index=self._round_index, stop=stop, rate=self._rate
-        )
+        return adjustment_count(active, entry.numel - active, round_index=self._round_index, stop=stop, rate=self._rate)
 
-    def _extrude(self, parameter: nn.Parameter, positions: Tensor, gradient: Tensor) -> Tensor:
+    def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
-        term = torch.take(parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
+        positions = places.now()
+        term = torch.take(places.entry.parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
         if self._scaler is not None:
             term = self._scaler.scale(term)
         # Out of place: autograd may hand the same gradient tensor to other parts of the graph.

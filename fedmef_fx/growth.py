@@ -69,11 +69,16 @@ def growth_candidates(
             "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
         )
     requests = {
-        name: (entry.mask, number)
+        name: (entry.buffer, number)
         for (name, entry), number in zip(entries.items(), _numbers(model, entries, k), strict=True)
     }
+    shapes = {name: entry.shape for name, entry in entries.items()}
     seen = 0
-    with _unchanged(model, entries), collecting(requests) as collector, _gradients_dropped(model, entries, collector):
+    with (
+        _unchanged(model, entries),
+        collecting(requests, packed_shapes=shapes) as collector,
+        _gradients_dropped(model, entries, collector),
+    ):
         for batch in batches:
             with collector.batch(float(_batch_size(batch) or 1)), torch.enable_grad():
                 _backward(model, loss_fn(model, batch))
@@ -94,8 +99,8 @@ def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | 
             )
         return [k.get(name, 0) for name in entries]
     rate = transformation_of(model).config.adjustment_rate
-    active = [int(entry.mask.sum()) for entry in entries.values()]
-    inactive = [entry.mask.numel() - count for entry, count in zip(entries.values(), active, strict=True)]
+    active = [entry.active for entry in entries.values()]
+    inactive = [entry.numel - count for entry, count in zip(entries.values(), active, strict=True)]
     # The count of round 0 is the schedule's largest, wherever it stops.
     return [
         adjustment_count(count, rest, round_index=0, stop=1, rate=rate)
@@ -162,7 +167,7 @@ def _gradients_dropped(
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, entries: Mapping[str, MaskedParameter]) -> Iterator[None]:
     """Put back buffers, thresholds and random state; masks are left out, a forward pass does not change them."""
-    masks = {id(entry.mask) for entry in entries.values()}
+    masks = {id(entry.buffer) for entry in entries.values()}
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()

@@ -1,22 +1,23 @@
 """What a transformed model knows about itself: its prunable parameters, masks, coverage and pass reports.
 
 A transformation adds two things to a model's module tree: next to each masked parameter `weight` a boolean buffer
-`weight_mask`, and one child module `fedmef` (`Transformation`) with the configuration and the facts. Both travel with
-`deepcopy`, `.to()` and `state_dict`; nothing else is needed to train on.
+`weight_mask`, or a bitmap `weight_bitmap` where the weight is packed (`masked`), and one child module `fedmef`
+(`Transformation`) with the configuration and the facts. Both travel with `deepcopy`, `.to()` and `state_dict`; nothing
+else is needed to train on.
 """
 
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.pipeline import PassReport
-from fedmef_fx.sparsity.optimizer_state import forget_state
 
 if TYPE_CHECKING:
     from fedmef_fx.inspection.records import GraphRecord
@@ -29,12 +30,11 @@ __all__ = [
     "Tier",
     "Transformation",
     "apply_masks",
+    "bitmap_name",
     "coverage",
     "density",
-    "forget_load_hooks",
     "is_ignored",
     "is_transformed",
-    "keep_masks_on_load",
     "mask_name",
     "masked_parameters",
     "masks",
@@ -61,6 +61,7 @@ class PrunableParameter:
         masked: Whether it has a mask.
         region: Path of the traced region that holds it, None outside the graph tier.
         region_modules: Number of modules with weights in that region; 1 is a leaf on its own.
+        packed_shape: Shape of the weight where it is stored packed; None where it is stored dense.
     """
 
     name: str
@@ -70,6 +71,7 @@ class PrunableParameter:
     masked: bool = True
     region: str | None = None
     region_modules: int = 0
+    packed_shape: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,13 +96,6 @@ class Coverage:
         lines = [f"{'parameter':{width}s}  {'weights':>10s}  tier    reason"]
         lines += [f"{row.name:{width}s}  {row.numel:10d}  {row.tier or 'dense':6s}  {row.reason}" for row in self.rows]
         return "\n".join([*lines, f"graph fraction {self.graph_fraction:.3f}"])
-
-
-class MaskedParameter(NamedTuple):
-    """A parameter and the boolean mask of the same shape that rules it (True = active)."""
-
-    parameter: nn.Parameter
-    mask: Tensor
 
 
 class Transformation(nn.Module):
@@ -147,11 +142,6 @@ def transformation_of(model: nn.Module) -> Transformation:
     return holder
 
 
-def mask_name(parameter: str) -> str:
-    """The name of the mask buffer of a parameter: `conv1.weight` -> `conv1.weight_mask`."""
-    return f"{parameter}_mask"
-
-
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
@@ -172,13 +162,24 @@ def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
         weight.mul_(getattr(owner, mask_name(leaf)))
 
 
-def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
-    """Every masked parameter with its mask, by original name: the live tensors, not copies."""
+def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) -> dict[str, MaskedParameter]:
+    """Every masked parameter with its mask or bitmap, by original name: the live tensors, not copies.
+
+    Args:
+        model: A transformed model.
+        facts: What is known about it; None for what it has itself. A model on its way through passes has nothing yet.
+    """
     found = {}
-    for name, fact in transformation_of(model).prunable.items():
-        if fact.masked:
-            owner, leaf = _owner(model, name)
-            found[name] = MaskedParameter(getattr(owner, leaf), getattr(owner, mask_name(leaf)))
+    for name, fact in (facts or transformation_of(model)).prunable.items():
+        if not fact.masked:
+            continue
+        owner, leaf = _owner(model, name)
+        parameter = getattr(owner, leaf)
+        if fact.packed_shape is None:
+            found[name] = MaskedParameter(parameter, getattr(owner, mask_name(leaf)), parameter.shape)
+        else:
+            shape = torch.Size(fact.packed_shape)
+            found[name] = MaskedParameter(parameter, getattr(owner, bitmap_name(leaf)), shape)
     return found
 
 
@@ -187,14 +188,15 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors are copies; `set_masks` changes a model's masks. Empty when the density is 1.
     """
-    return {name: entry.mask.clone() for name, entry in masked_parameters(model).items()}
+    entries = masked_parameters(model)
+    return {name: entry.mask if entry.is_packed else entry.mask.clone() for name, entry in entries.items()}
 
 
 def density(model: nn.Module) -> float:
     """Active share of the prunable weights that have masks, 0 to 1; 1 when there are no masks."""
     entries = masked_parameters(model).values()
-    total = sum(entry.mask.numel() for entry in entries)
-    return sum(int(entry.mask.sum()) for entry in entries) / total if total else 1.0
+    total = sum(entry.numel for entry in entries)
+    return sum(entry.active for entry in entries) / total if total else 1.0
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -207,12 +209,12 @@ def report(model: nn.Module) -> PassReport:
     return transformation_of(model).reports
 
 
-@torch.no_grad()
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Change the topology of a transformed model in place, without tracing again.
 
-    Weights that stay active keep their value, pruned and grown ones become 0. Optimizers that hold the parameters
-    stay valid: before their next step the momentum of pruned and grown weights becomes 0, that of the others stays.
+    Weights that stay active keep their value, pruned and grown ones become 0. Parameters stay the same objects, and
+    optimizers that hold them stay valid: before their next step the momentum of pruned and grown weights becomes 0,
+    that of the others stays. A packed parameter changes its size with its number of active weights.
 
     Args:
         model: A transformed model.
@@ -225,14 +227,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         _check_mask(entries, name, mask)
     for name, mask in masks.items():
-        parameter, current = entries[name]
-        new = mask.to(current.device)
-        survivors = current & new
-        parameter.mul_(survivors)
-        if parameter.grad is not None:
-            parameter.grad.mul_(survivors)
-        current.copy_(new)
-        forget_state(parameter, keep=survivors)
+        entries[name].change(mask)
 
 
 def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor) -> None:
@@ -240,46 +235,18 @@ def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor)
         raise ConfigError(
             f"set_masks: {name!r} has no mask in this model; masked parameters: {', '.join(entries) or 'none'}"
         )
-    expected = entries[name].mask
-    if mask.dtype != torch.bool or mask.shape != expected.shape:
+    expected = entries[name].shape
+    if mask.dtype != torch.bool or mask.shape != expected:
         raise ConfigError(
             f"set_masks: {name!r}: got {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
-            f"{tuple(expected.shape)}"
+            f"{tuple(expected)}"
         )
 
 
-@torch.no_grad()
 def apply_masks(model: nn.Module) -> None:
     """Set every masked weight to 0, e.g. after weights were written from outside."""
-    for parameter, mask in masked_parameters(model).values():
-        parameter.mul_(mask)
-
-
-def keep_masks_on_load(model: nn.Module) -> None:
-    """Let `load_state_dict` take dictionaries of the original model, which have no masks, and keep masked weights 0."""
-    model.register_load_state_dict_pre_hook(_supply_masks)  # type: ignore[no-untyped-call]  # torch's own
-    model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
-
-
-def forget_load_hooks(model: nn.Module) -> None:
-    """Undo `keep_masks_on_load`."""
-    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_supply_masks, _mask_after_load):
-                del hooks[key]
-
-
-def _supply_masks(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    # A dictionary of the original model: its weights get the masks that this model has now.
-    kept = {id(entry.mask) for entry in masked_parameters(model).values()}
-    # Under all its names: a module that stands at two places has its parameters, and its masks, twice in a dictionary.
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if id(buffer) in kept:
-            state_dict.setdefault(prefix + name, buffer)
-
-
-def _mask_after_load(model: nn.Module, _: object) -> None:
-    apply_masks(model)
+    for entry in masked_parameters(model).values():
+        entry.clear_masked()
 
 
 def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from fedmef_fx.errors import VerificationError
-from fedmef_fx.model import mask_name
+from fedmef_fx.memory.bitmap import bitmap_nbytes, count_bits
+from fedmef_fx.model import masked_parameters
 from fedmef_fx.pipeline import Pass, PassResult
 from fedmef_fx.program import Program, provenance
 
@@ -114,40 +115,39 @@ def _training_flags_are_kept(before: _Snapshot, after: _Snapshot, _: Program, __
 
 
 def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
-    for name, fact in program.facts.prunable.items():
-        if not fact.masked:
-            continue
-        weight = program.model.get_parameter(name)
-        mask = program.model.get_buffer(mask_name(name))
-        if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
-            yield f"the mask of {name} is {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+    for name, (weight, buffer, shape) in _stored(program).items():
+        fits = buffer.dtype == torch.bool and buffer.shape == weight.shape == shape
+        if program.facts.prunable[name].packed_shape is not None:
+            fits = buffer.dtype == torch.uint8 and buffer.shape == (bitmap_nbytes(shape.numel()),)
+            fits = fits and weight.shape == (count_bits(buffer.cpu().numpy()),)
+        if not fits or buffer.device != weight.device:
+            yield f"the mask of {name} is {buffer.dtype} {tuple(buffer.shape)} on {buffer.device}"
+
+
+def _stored(program: Program) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Size]]:
+    """Parameter, mask or bitmap, and dense shape by name."""
+    entries = masked_parameters(program.model, facts=program.facts)
+    return {name: (entry.parameter, entry.buffer, entry.shape) for name, entry in entries.items()}
 
 
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
     guarded = set(program.facts.guarded)  # may be read without a mask where the region does not hold it
-    masked = {
-        id(program.model.get_parameter(n)): n
-        for n, fact in program.facts.prunable.items()
-        if fact.masked and n not in guarded
-    }
+    stored = _stored(program).items()
+    masked = {id(weight): (n, buffer) for n, (weight, buffer, _) in stored if n not in guarded}
     for region, _mode, graph in program.graphs():
         for node in graph.find_nodes(op="get_attr"):
-            name = masked.get(id(region.tensor(node)))
+            name, buffer = masked.get(id(region.tensor(node)), (None, None))
             if name is None:
                 continue
             for user in node.users:
-                if not any(_is_mask(region.attribute(str(a.target)), program, name) for a in _attributes_of(user)):
+                if not any(region.attribute(str(a.target)) is buffer for a in _attributes_of(user)):
                     yield f"node {user.name} reads {name} without its mask"
 
 
 def _attributes_of(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
-
-
-def _is_mask(found: object, program: Program, parameter: str) -> bool:
-    return found is program.model.get_buffer(mask_name(parameter))
 
 
 def _inserted_nodes_have_provenance(before: _Snapshot, _: _Snapshot, program: Program, __: PassResult) -> Iterator[str]:

@@ -28,7 +28,7 @@ from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import GraphMode, Program, Region, set_provenance
 
-__all__ = ["PruneActivations"]
+__all__ = ["PruneActivations", "geometry_of", "prune_layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PruneActivations:
                 elif isinstance(x, fx.Node) and x not in packed:
                     packed[x] = self._pack(region, mode, x)
                 name = node.name
-                self._rewrite(region, node, packed.get(x) if isinstance(x, fx.Node) else None, geometry)
+                prune_layer(node, packed.get(x) if isinstance(x, fx.Node) else None, geometry, by=self.name)
                 rewrites.append(region.full_name(name))
         return PassResult(self.name, tuple(rewrites), tuple(dict.fromkeys(refusals)))
 
@@ -82,7 +82,7 @@ class PruneActivations:
         if node.target is F.linear:
             return {}
         weight = None if target is None else region.owner.get_parameter(target)
-        return _geometry(node, weight)
+        return geometry_of(node, weight)
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
         name = x.name if mode == "both" else f"{x.name}_{mode}"
@@ -93,17 +93,30 @@ class PruneActivations:
         set_provenance(node, by=self.name, origin=x.name)
         return node
 
-    def _rewrite(self, region: Region, node: fx.Node, packed: fx.Node | None, geometry: dict[str, Any]) -> None:
-        x, stored, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        weight, gain, mask, form = _stored_weight(stored)
-        op = pruned_linear if node.target is F.linear else pruned_convolution
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(op, (x, packed, weight, bias, gain, mask), {**geometry, **form})
-        node.replace_all_uses_with(new)
-        set_provenance(new, by=self.name, origin=node.name)
-        node.graph.erase_node(node)
-        if isinstance(stored, fx.Node) and not stored.users and stored.target in (masked_weight, nsconv_weight):
-            stored.graph.erase_node(stored)
+
+def prune_layer(node: fx.Node, packed: fx.Node | None, geometry: dict[str, Any], *, by: str) -> fx.Node:
+    """Rule 1 for one layer.
+
+    Args:
+        node: The functional convolution or linear layer.
+        packed: Where its input is packed; None for an input that it keeps itself.
+        geometry: From `geometry_of`; empty for a linear layer.
+        by: The pass, for provenance.
+
+    Returns:
+        The node that takes its place.
+    """
+    x, stored, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    weight, gain, mask, form = _stored_weight(stored)
+    op = pruned_linear if node.target is F.linear else pruned_convolution
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(op, (x, packed, weight, bias, gain, mask), {**geometry, **form})
+    node.replace_all_uses_with(new)
+    set_provenance(new, by=by, origin=node.name)
+    node.graph.erase_node(node)
+    if isinstance(stored, fx.Node) and not stored.users and stored.target in (masked_weight, nsconv_weight):
+        stored.graph.erase_node(stored)
+    return new
 
 
 def _stored_weight(node: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -116,7 +129,13 @@ def _stored_weight(node: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     return node, None, None, {}
 
 
-def _geometry(node: fx.Node, weight: nn.Parameter | None) -> dict[str, Any] | str:
+def geometry_of(node: fx.Node, weight: nn.Parameter | None) -> dict[str, Any] | str:
+    """The static geometry of a functional convolution as options of `pruned_convolution`, or why it has none.
+
+    Args:
+        node: The convolution.
+        weight: Its dense weight; None where it is no parameter.
+    """
     given, dims = bound(node), CONVOLUTIONS[node.target]  # type: ignore[index]  # a convolution's function
     options: dict[str, Any] = {}
     for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):

@@ -5,7 +5,8 @@ Two branches of unit variance, not correlated, add up to variance 2; BatchNorm u
 Rule: `a + b`, where a or b comes straight from a layer with an NSConv kernel -> `(a + b) * (1 / sqrt(2))`. Sums that
 no NSConv feeds are left alone: what normalises them is still there.
 
-Refused: regions whose Python forward may run for other calls, because there the sum stays as it is.
+Refused: regions whose Python forward may run for other calls, because there the sum stays as it is; `a += b` where
+something reads a afterwards, which would see the sum without the factor.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from typing import ClassVar, Final
 from torch import fx
 
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.passes._nodes import ADDITIONS, layers, without_views
+from fedmef_fx.passes._nodes import ADDITIONS, is_inplace, is_view, layers, without_views
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, set_provenance
 
@@ -45,6 +46,9 @@ class RescaleResiduals:
                     refusals[name] = Refusal(
                         name, "the model's Python code may run for other calls, without the factor"
                     )
+                elif _is_seen_elsewhere(region, node):
+                    name = region.full_name(node.name)
+                    refusals[name] = Refusal(name, "it is written into a tensor that others read")
                 else:
                     self._rewrite(node)
                     rewrites[region.full_name(node.name)] = None
@@ -65,6 +69,14 @@ class RescaleResiduals:
             scaled = node.graph.call_function(operator.mul, (node, _FACTOR))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
         set_provenance(scaled, by=self.name, origin=node.name)
+
+
+def _is_seen_elsewhere(region: Region, node: fx.Node) -> bool:
+    """Whether a sum lies in the storage of a term that has other readers."""
+    term = node.args[0]
+    if not is_inplace(region, node) or not isinstance(term, fx.Node):
+        return False
+    return len(term.users) > 1 or is_view(region, term)
 
 
 def _is_nsconv(node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
 """Shrink what autograd keeps for operations that need no activation in their backward.
 
 Rules
-1. ReLU, ReLU6, LeakyReLU -> `sign_relu`: 1 bit per element. It works in place where its input belongs to it alone.
+1. ReLU, ReLU6, LeakyReLU -> `sign_relu`: 1 bit per element. It works in place where its input belongs to it alone, and
+   so does its backward where a single layer makes its gradient.
 2. Max pooling -> `max_pool`: one byte per result instead of the input and 8-byte indices.
 3. Average and adaptive average pooling -> `avg_pool`, `adaptive_avg_pool`: shapes only.
 4. Dropout -> `bit_dropout`, or a `BitDropout` site where it is a module that follows the mode: 1 bit per element.
@@ -15,6 +16,7 @@ in-place activation whose input has other users, pooling that returns indices.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_view, layers, without_views
+from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, single_user
 from fedmef_fx.passes._saves import kept_by, kept_tensors
 from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
@@ -73,6 +75,8 @@ class ShrinkSaved:
                     continue
                 if op is sign_relu and _may_write(region, node, kept):
                     options["inplace"] = True
+                if op is sign_relu and _gradient_is_fresh(node):
+                    options["inplace_gradient"] = True
                 self._rewrite(region, node, op, options)
                 rewrites.append(region.full_name(node.name))
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
@@ -228,9 +232,15 @@ def _owns_input(region: Region, node: fx.Node) -> bool:
 def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
     """Whether a node may write into its input: nothing else reads or keeps it, and its producer does not either."""
     x = node.args[0] if node.args else None
-    if not isinstance(x, fx.Node) or len(x.users) != 1 or is_view(region, x) or x in kept:
+    if not isinstance(x, fx.Node) or len(x.users) != 1 or is_view(region, x) or x in kept or x.op != "call_function":
         return False
-    if without_views(region, x) is not x or x.op != "call_function":
-        return False
+    if is_inplace(region, x):  # the sum of `a += b` lies in a, which may have other readers
+        return x.target is operator.iadd and _may_write(region, x, kept)
     makes_new = x in set(layers(x.graph)) or x.target in ADDITIONS
-    return makes_new or (not kept_by(region, x).output and x.target in (torch.mul,))
+    return makes_new or (not kept_by(region, x).output and x.target in (operator.mul, torch.mul))
+
+
+def _gradient_is_fresh(node: fx.Node) -> bool:
+    """Whether the gradient of a node's result is a tensor that nobody else holds: a single layer makes it."""
+    reader = single_user(node)
+    return reader is not None and is_layer(reader) and reader.args[0] is node

@@ -12,6 +12,10 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# Also for the processes that tests start: numba compiles for seconds in each that has no cache yet. Its kernels give
+# the same bits, which tests/memory/test_backends.py holds.
+os.environ.setdefault("FEDMEF_FX_BACKEND", "numpy")
+
 
 def pytest_configure() -> None:
     # The order in which torch adds up floats depends on the number of threads: the same everywhere.

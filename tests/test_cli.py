@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from fedmef_fx.cli import app
 
-COMMANDS = ["demo", "train", "export", "inspect", "memory", "bench", "doctor"]
+COMMANDS = ["demo", "train", "export", "inspect", "compare", "memory", "bench", "doctor"]
 PROGRAM = [sys.executable, "-c", "from fedmef_fx.cli import main; main()"]
 
 MODELS = """
@@ -116,6 +116,9 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         (["train", "--device", "abacus"], "--device: got 'abacus'"),
         (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
         (["export", "digits_cnn", "absent/model.onnx"], "absent"),
+        (["inspect", "absent.onnx"], "absent.onnx: cannot be read"),
+        (["compare", "absent.safetensors", "absent.safetensors"], "absent.safetensors: cannot be read"),
+        (["compare", "zoo_of_tests.py", "zoo_of_tests.py"], "zoo_of_tests.py"),
     ],
 )
 def test_what_fails_says_why_in_one_line_and_is_exit_code_1(arguments: list[str], message: str) -> None:
@@ -157,6 +160,7 @@ def test_ignore_and_gamma_reach_the_configuration() -> None:
     [
         ("text", "%pruned_convolution = call_function[pruned_convolution](%input_1, None,"),
         ("table", "conv4.weight"),
+        ("table", "saved before"),
         ("diff", "-%conv1 = call_module[conv1](%input_1)"),
         ("passes", "stays dense: an input of the model"),
         ("coverage", "graph fraction 1.000"),
@@ -179,10 +183,43 @@ def test_inspect_writes_a_page(tmp_path: Path) -> None:
     assert "there is no directory" in result.stderr
 
 
+def test_compare_writes_a_page(tmp_path: Path) -> None:
+    import fedmef_fx  # noqa: PLC0415
+    from fedmef_fx.models import digits_cnn  # noqa: PLC0415
+
+    fedmef_fx.save(fedmef_fx.transform(digits_cnn()), tmp_path / "a.safetensors")
+    state = str(tmp_path / "a.safetensors")
+    data = _data("compare", state, state, "--html", "rounds.html")
+    assert data["bytes"] == Path("rounds.html").stat().st_size
+
+
+def test_onnx_files_have_no_page() -> None:
+    result = _invoke("inspect", "model.onnx", "--html", "page.html")
+    assert result.exit_code == 2
+    assert "there is no page for an ONNX file" in result.stderr.replace("\n", " ")
+
+
 def test_open_needs_a_page() -> None:
     result = _invoke("inspect", "digits_cnn", "--open")
     assert result.exit_code == 1
-    assert "--html model.html --open" in result.stderr
+    assert "--html page.html --open" in result.stderr
+
+
+def test_inspect_prints_between_the_passes_on_stderr() -> None:
+    arguments = ["inspect", "zoo_of_tests:build", "--print-after", "insert-masks", "--print-after", "capture"]
+    result = _invoke(*arguments, "--stop-after", "insert-masks", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("# after")] == [
+        "# after capture",
+        "# after insert-masks",
+    ]
+    passes = json.loads(result.stdout)["passes"]
+    assert [entry["name"].partition("{")[0] for entry in passes][-1] == "insert-masks"
+    everything = _invoke("inspect", "zoo_of_tests:build", "--print-after-all").stderr
+    assert everything.count("# after ") > 4
+    wrong = _invoke("inspect", "zoo_of_tests:build", "--print-after", "x-ray")
+    assert wrong.exit_code == 1
+    assert "expected a pass of this configuration: capture, functionalize-weights" in wrong.stderr
 
 
 def test_inspect_the_original() -> None:
@@ -279,6 +316,10 @@ def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
     again = _data(*arguments, "--rounds", "2")
     assert again == data, "a finished run is not run again"
 
+    comparison = _data("compare", "run", "run/model.safetensors")
+    assert comparison["total"]["overlap"] == 1
+    assert "conv1.weight" in _invoke("compare", "run", "run/model.safetensors").stdout
+
     other = _invoke(*arguments, "--rounds", "3")
     assert other.exit_code == 1
     assert "--restart" in other.stderr
@@ -293,6 +334,11 @@ def test_export(tmp_path: Path) -> None:
     report = _data("export", "digits_cnn", "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size == report["bytes"]
     assert report["parity"]["max_abs"] < 1e-4
+    document = _data("inspect", "model.onnx")
+    assert document["nbytes"] == report["bytes"]
+    assert "conv4.weight" in _invoke("inspect", "model.onnx", "--view", "table").stdout
+    assert "= Conv(input, conv1.weight)" in _invoke("inspect", "model.onnx").stdout
+    assert _invoke("inspect", "model.onnx", "--view", "diff").exit_code == 2
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from fedmef_fx import growth
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError, DataError, PassError
 from fedmef_fx.growth import growth_candidates
+from fedmef_fx.memory import pack_bits
 from fedmef_fx.model import HOLDER, PrunableParameter, Transformation, masks, register_mask
+from fedmef_fx.ops import growth as ops_growth
 from fedmef_fx.ops.growth import collecting, is_collecting, offer
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.sparsity import largest_inactive
@@ -383,3 +386,24 @@ def test_backward_in_threads_of_autograd_is_collected_on_an_accelerator():
         assert torch.equal(result[name].positions.cpu(), expected[name].positions)
         # Kernels add in another order.
         torch.testing.assert_close(result[name].values.cpu(), expected[name].values, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    mask=st.lists(st.booleans(), min_size=1, max_size=70),
+    k=st.integers(1, 20),
+    packed=st.booleans(),
+)
+def test_positions_are_right_wherever_blocks_end(mask: list[bool], k: int, packed: bool) -> None:
+    active = torch.tensor(mask)
+    gradient = torch.randperm(len(mask)).float() + 1
+    buffer = pack_bits(active) if packed else active
+    with (
+        mock.patch.object(ops_growth, "_BLOCK", 16),
+        collecting({"w": (buffer, k)}, packed_shapes={"w": active.shape}) as collector,
+        collector.batch(1.0),
+    ):
+        offer(buffer, gradient)
+    found = collector.candidates()["w"]
+    expected = largest_inactive(gradient, active, min(k, int((~active).sum())))
+    assert torch.equal(found.positions, expected.positions)
+    assert torch.equal(found.values, expected.values)

@@ -7,9 +7,12 @@ Plain `torch.fx.symbolic_trace` is silently wrong for many real models; this tra
 3. Factories (`torch.zeros`, `torch.rand`, ...) whose arguments are traced values, and all random ones, become nodes.
 4. Optional arguments are specialised to their defaults, and the graph asserts that; a proxy is never None.
 5. A trace that consumes random numbers, or changes attributes or buffers of the model, is undone and refused.
+6. `a += b` writes into a, for others may hold a too.
 """
 
+import functools
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,12 +65,28 @@ def as_graphs(module: nn.Module, graphs: Mapping[GraphMode, fx.Graph]) -> dict[G
     return dict(graphs)
 
 
+class _Proxy(fx.Proxy):
+    """A proxy with in-place operators; those of torch.fx make new tensors, which others that hold a do not see."""
+
+    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
+    __isub__ = functools.partialmethod(_in_place, operator.isub)
+    __imul__ = functools.partialmethod(_in_place, operator.imul)
+    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
+
+
 class _SymbolicTracer(BaseTracer):
     """Traces with proxies that know no values."""
 
     def __init__(self, specialized: Mapping[str, object]) -> None:
         super().__init__()
         self.specialized = specialized
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The proxy of a node."""
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -28,6 +28,9 @@ _TRANSFORM: Final[dict[str, Any]] = {
         float | None,
         typer.Option("--activation-sparsity", "--gamma", help="Share of saved activations that is dropped, [0, 1)."),
     ],
+    "weight_storage": Annotated[
+        str | None, typer.Option(help="Where masked weights live: dense with masks, or packed as active values alone.")
+    ],
     "ignore": Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Module to leave alone, by name or glob; may be repeated.")
     ],

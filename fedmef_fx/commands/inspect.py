@@ -1,24 +1,38 @@
 """`fedmef-fx inspect`: what a transformation does to a model."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from torch import nn
 
 import fedmef_fx
+from fedmef_fx.api import FileInspection
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, example_input, transformed
+from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
 from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.models import REFERENCE_MODELS
+from fedmef_fx.printable import visible
 
 __all__ = ["inspect"]
+
+_FILE_SUFFIX: Final = ".onnx"
+
+ModelNameOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{', '.join(REFERENCE_MODELS)}, package.module:callable, which is imported from the current directory or "
+        f"as installed and called without arguments; or a file, *{_FILE_SUFFIX}.",
+    ),
+]
 
 
 class View(StrEnum):
@@ -34,9 +48,9 @@ class View(StrEnum):
 
 @command
 @takes_config()
-def inspect(
+def inspect(  # noqa: PLR0913 -- each is an option of the command line
     *,
-    model: ModelName,
+    model: ModelNameOrFile,
     view: Annotated[
         View,
         typer.Option(
@@ -45,6 +59,14 @@ def inspect(
             "rewritten. dot: for Graphviz."
         ),
     ] = View.TEXT,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS", help="Print the graphs after this pass on stderr; may be repeated."),
+    ] = None,
+    print_after_all: Annotated[
+        bool, typer.Option("--print-after-all", help="Print the graphs after every pass on stderr.")
+    ] = False,
+    stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no pass after this one.")] = None,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
     html: Page = None,
     opens: Opens = False,
@@ -53,14 +75,52 @@ def inspect(
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON, a page."""
+    """Show the graph of a model after the transformation: text, table, diff, DOT, JSON, a page; or an ONNX file."""
+    if model.endswith(_FILE_SUFFIX):
+        if html is not None or opens:
+            raise typer.BadParameter(
+                "there is no page for an ONNX file; expected --view text or table", param_hint="--html"
+            )
+        return _inspect_file(model, view)
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
-    after = before if original else transformed(before, config, checkpoint=checkpoint)
+    after = before
+    if not original:
+        wanted = "all" if print_after_all else tuple(print_after or ())
+        after = transformed(
+            before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
+        )
     inspection = inspect_model(after, None if x is None else (x,))
     if html is not None or opens:
-        return page_result(inspection, html, title=model, original=None if original else before, opens=opens)
-    return Result(inspection.to_json(), lambda console: _show(console, view, inspection, after=after, before=before))
+        compared = None if original else before
+        return page_result(html, lambda path: inspection.to_html(path, title=model, original=compared), opens=opens)
+    compared = before if as_json and x is not None and not original else None
+    return Result(
+        inspection.to_json(compared), lambda console: _show(console, view, inspection, after=after, before=before)
+    )
+
+
+def _inspect_file(path: str, view: View) -> Result:
+    if view not in (View.TEXT, View.TABLE):
+        raise typer.BadParameter(f"got {view.value}; expected text or table for an ONNX file", param_hint="--view")
+    inspection = fedmef_fx.inspect_onnx(path)
+    return Result(inspection.to_json(), lambda console: _show_file(console, view, inspection))
+
+
+def _show_file(console: Console, view: View, inspection: FileInspection) -> None:
+    if view is View.TEXT:
+        typer.echo(str(inspection))
+        return
+    show_table(console, ("", ""), inspection.summary())
+    console.print()
+    headings, rows = inspection.cells()
+    show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - inspection.words())
+    console.print()
+    show_table(console, *inspection.node_cells())
+
+
+def _print_text(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Module, before: nn.Module) -> None:
@@ -72,10 +132,11 @@ def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Mod
         case View.DOT:
             typer.echo(inspection.to_dot())
         case View.TABLE:
-            headings, rows = inspection.table().cells()
-            words = {"parameter", "shape", "tier", "reason"}
-            numbers = frozenset(i for i, heading in enumerate(headings) if heading not in words)
-            show_table(console, headings, rows, numbers=numbers)
+            table = inspection.table(None if after is before or not inspection.has_example else before)
+            headings, rows = table.cells()
+            show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - table.words())
+            for notice in inspection.notices:
+                console.print(visible(notice))
         case View.PASSES:
             show_passes(console, inspection.passes)
         case View.COVERAGE:

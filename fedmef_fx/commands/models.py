@@ -4,9 +4,9 @@ import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 import typer
@@ -108,9 +108,30 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def transformed(model: nn.Module, config: Config, *, checkpoint: Path | None) -> nn.Module:
-    """A model transformed as a checkpoint says, with its weights and masks, or as a configuration says."""
-    return fedmef_fx.transform(model, config) if checkpoint is None else fedmef_fx.load(checkpoint, model)
+def transformed(
+    model: nn.Module,
+    config: Config,
+    *,
+    checkpoint: Path | None,
+    print_after: Collection[str] | Literal["all"] = (),
+    stop_after: str | None = None,
+    printer: Callable[[str], object] | None = None,
+) -> nn.Module:
+    """A model transformed as a checkpoint says, with its weights and masks, or as a configuration says.
+
+    Args:
+        model: The original.
+        config: The configuration.
+        checkpoint: The checkpoint; None for none. The passes that it asks for can be neither printed nor stopped.
+        print_after: As in `fedmef_fx.transform`.
+        stop_after: Likewise.
+        printer: Likewise.
+    """
+    if checkpoint is None:
+        return fedmef_fx.transform(model, config, print_after=print_after, stop_after=stop_after, printer=printer)
+    if print_after or stop_after:
+        raise ConfigError("--checkpoint: cannot be looked at between the passes; leave out --print-after, --stop-after")
+    return fedmef_fx.load(checkpoint, model)
 
 
 def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | None:

@@ -67,6 +67,9 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
         bool,
         typer.Option("--resume/--restart", help="Continue an interrupted run of the same settings, or start over."),
     ] = True,
+    keep_rounds: Annotated[
+        bool, typer.Option("--keep-rounds", help="Keep a checkpoint of every round, for `fedmef-fx compare`.")
+    ] = False,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
@@ -97,6 +100,7 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
             method=method,
             checkpoint_dir=output / "rounds",
             resume=resume,
+            keep_rounds=keep_rounds,
             progress=lambda record: bar.reach(record.round_index + 1, round_note(record)),
             device=_device(device),
         )

@@ -8,6 +8,7 @@ from seed, round and client. A SHA-256 digest tells a damaged file from a sound 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,15 @@ from fedmef_fx.federated.history import RoundRecord
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 
-__all__ = ["FILE_NAME", "Checkpoint", "clear_leftovers", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "FILE_NAME",
+    "Checkpoint",
+    "clear_leftovers",
+    "load_checkpoint",
+    "read_state_file",
+    "round_file_name",
+    "save_checkpoint",
+]
 
 FILE_NAME: Final = "federation.safetensors"
 
@@ -48,8 +57,13 @@ class Checkpoint:
     settings: Mapping[str, Any]
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE_NAME) -> None:
     """Write a checkpoint over the earlier one.
+
+    Args:
+        directory: Where; it exists.
+        checkpoint: What.
+        name: Of the file.
 
     Raises:
         CheckpointError: The file cannot be written.
@@ -64,15 +78,21 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         "known": {str(client): version for client, version in checkpoint.known.items()},
         "rounds": [dataclasses.asdict(record) for record in checkpoint.rounds],
         "settings": dict(checkpoint.settings),
+        "shapes": {name: list(mask.shape) for name, mask in state.masks.items()},
     }
     metadata = {"format": _FORMAT, "kind": "checkpoint", "digest": _digest(tensors, fields), **fields}
-    with replacing(directory / FILE_NAME, error=CheckpointError) as temporary:
+    with replacing(directory / name, error=CheckpointError) as temporary:
         temporary.write_bytes(encode(tensors, metadata))
+
+
+def round_file_name(finished: int) -> str:
+    """The name under which the model after so many rounds is kept."""
+    return f"round-{finished:05d}.safetensors"
 
 
 def clear_leftovers(directory: Path) -> None:
     """Remove the unfinished files of runs that were killed while they wrote a checkpoint."""
-    for path in directory.glob(f".{FILE_NAME}.*.tmp"):
+    for path in (*directory.glob(f".{FILE_NAME}.*.tmp"), *directory.glob(".round-*.tmp")):
         path.unlink(missing_ok=True)
 
 
@@ -104,18 +124,67 @@ def load_checkpoint(directory: Path, schema: Schema) -> Checkpoint | None:
         ) from error
 
 
-def _parse(data: bytes, schema: Schema) -> Checkpoint:
+def read_state_file(path: Path) -> ModelState:
+    """The model of a checkpoint, without a model whose architecture says what to expect.
+
+    Args:
+        path: A file that `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: A file that cannot be read, is damaged, or something else.
+    """
+    try:
+        tensors, fields = _decoded(path.read_bytes())
+        shapes = _stated_shapes(fields.get("shapes"))
+        masks = {name: _mask(tensors, name, shape) for name, shape in shapes.items()}
+        values = {name: tensors.pop(f"value/{name}") for name in masks}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path}: got no tensor {error}; expected one per mask") from error
+    except (CheckpointError, WireError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    for name, mask in masks.items():
+        if values[name].shape != (int(mask.sum()),):
+            raise CheckpointError(
+                f"{path}: {name}: got {list(values[name].shape)} values for {int(mask.sum())} weights"
+            )
+    dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items()}
+    return ModelState(fields.get("version", 0), masks, values, dense)
+
+
+def _stated_shapes(entry: object) -> dict[str, torch.Size]:
+    if not isinstance(entry, dict) or not all(map(_is_shape, entry.values())):
+        raise CheckpointError("got no shapes of the masks; expected a checkpoint that this version of fedmef_fx wrote")
+    return {name: torch.Size(sizes) for name, sizes in entry.items()}
+
+
+def _is_shape(sizes: object) -> bool:
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        return False
+    return math.prod(sizes) < 2**48  # more overflows
+
+
+def _decoded(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an undamaged checkpoint."""
     tensors, fields = decode(data)
     if (fields.pop("format", None), fields.pop("kind", None)) != (_FORMAT, "checkpoint"):
         raise CheckpointError("got another kind of file, or one of another version of fedmef_fx; expected a checkpoint")
     if fields.pop("digest", None) != _digest(tensors, fields):
         raise CheckpointError("the digest does not fit the content: the file is damaged")
+    return tensors, fields
+
+
+def _mask(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    numel = shape.numel()
+    bits = _take(tensors, f"mask/{name}", TensorSpec(torch.Size([bitmap_nbytes(numel)]), torch.uint8))
+    return unpack_bits(bits, numel).reshape(shape)
+
+
+def _parse(data: bytes, schema: Schema) -> Checkpoint:
+    tensors, fields = _decoded(data)
     # From here on the content is what `save_checkpoint` wrote; it may still be another model's.
-    masks = {}
-    for name, spec in schema.masked.items():
-        numel = spec.shape.numel()
-        bits = _take(tensors, f"mask/{name}", TensorSpec(torch.Size([bitmap_nbytes(numel)]), torch.uint8))
-        masks[name] = unpack_bits(bits, numel).reshape(spec.shape)
+    masks = {name: _mask(tensors, name, spec.shape) for name, spec in schema.masked.items()}
     values = {
         name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].sum())]), spec.dtype))
         for name, spec in schema.masked.items()

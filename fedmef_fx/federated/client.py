@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+from fedmef_fx.api import pack_weights
 from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
 from fedmef_fx.federated.state import ModelState, Schema, load_state
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
@@ -17,7 +18,7 @@ class Client:
     """The client side of a federation.
 
     Args:
-        model: A transformed model, made like the server's; it is trained in place.
+        model: A transformed model, made like the server's; it is trained in place, and stored as `training` says.
         training: How to train.
         loss_fn: Mean loss of a batch of outputs and targets.
         received: What was received in an earlier life, if anything.
@@ -36,6 +37,8 @@ class Client:
         received: ModelState | None = None,
     ) -> None:
         self.received = received
+        if training.weight_storage == "packed":
+            pack_weights(model)
         self._model = model
         self._training = training
         self._loss_fn = loss_fn

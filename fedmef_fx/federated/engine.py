@@ -17,7 +17,13 @@ from fedmef_fx.api import transform
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated.batches import sample_count
-from fedmef_fx.federated.checkpoint import Checkpoint, clear_leftovers, load_checkpoint, save_checkpoint
+from fedmef_fx.federated.checkpoint import (
+    Checkpoint,
+    clear_leftovers,
+    load_checkpoint,
+    round_file_name,
+    save_checkpoint,
+)
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.history import History, RoundRecord
@@ -43,6 +49,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     loss_fn: LossFunction = F.cross_entropy,
     checkpoint_dir: str | Path | None = None,
     resume: bool = True,
+    keep_rounds: bool = False,
     progress: Callable[[RoundRecord], None] | None = None,
     device: torch.device | str | None = None,
 ) -> History:
@@ -65,6 +72,9 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         checkpoint_dir: Where the run is saved after every round; made if it is missing. One run at a time.
         resume: Continue from the checkpoint there, bit for bit as if the run had never been interrupted. It has to
             belong to the same settings; data, loss function and test set are not compared. False starts over.
+        keep_rounds: Keep a checkpoint of the model as it was before the first round and after each, as
+            `round-00000.safetensors` and so on in `checkpoint_dir`, to compare rounds with
+            `fedmef_fx.inspection.compare`; each takes as much space as the checkpoint.
         progress: Called with every finished round.
         device: Where to train and evaluate; None for where the model is.
 
@@ -93,8 +103,14 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     settings = _settings(network, method, training, rounds=rounds, clients_per_round=clients_per_round, sizes=sizes)
     history = History(settings=settings, model=network)
     directory = None if checkpoint_dir is None else _directory(checkpoint_dir)
+    if keep_rounds and directory is None:
+        raise ConfigError(
+            "federated.run: keep_rounds=True needs a directory; expected checkpoint_dir='run' or the like"
+        )
     if directory is not None and resume:
         _resume(directory, server, history)
+    if directory is not None and keep_rounds and not history.rounds:
+        save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
     # receiver has, so whatever was received last, by any client, fills it in.
     received = server.state if history.rounds else None
@@ -104,12 +120,18 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         record = _round(server, client, {index: clients[index] for index in chosen}, test=test, loss_fn=loss_fn)
         history.rounds.append(record)
         if directory is not None:
-            rounds_so_far = tuple(history.rounds)
-            save_checkpoint(directory, Checkpoint(server.state, server.changed, server.known, rounds_so_far, settings))
+            checkpoint = _checkpoint(server, history)
+            save_checkpoint(directory, checkpoint)
+            if keep_rounds:
+                save_checkpoint(directory, checkpoint, name=round_file_name(len(history.rounds)))
         if progress is not None:
             progress(record)
     network.eval()
     return history
+
+
+def _checkpoint(server: Server, history: History) -> Checkpoint:
+    return Checkpoint(server.state, server.changed, server.known, tuple(history.rounds), history.settings)
 
 
 def _round(

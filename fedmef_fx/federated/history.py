@@ -9,7 +9,8 @@ from typing import Any, Final, Self, get_args, get_type_hints
 from torch import nn
 
 from fedmef_fx.atomic import check_target, replacing
-from fedmef_fx.errors import CheckpointError, ConfigError
+from fedmef_fx.errors import CheckpointError
+from fedmef_fx.notebook import fragment, html_table
 
 __all__ = ["History", "RoundRecord"]
 
@@ -156,22 +157,56 @@ class History:
             raise CheckpointError(f"{path}: {error}") from error
 
     def plot(self, path: str | Path) -> None:
-        """Draw accuracy, losses, traffic and memory over the rounds; the suffix says the format, e.g. `.png`, `.svg`.
+        """Draw accuracy, losses, traffic, memory and churn over the rounds, as .png, .svg or .pdf by the suffix.
 
         Raises:
-            ConfigError: matplotlib is not installed, or it cannot write such a file.
+            ConfigError: matplotlib is not installed, another format, or a file that cannot be written.
         """
-        try:
-            from fedmef_fx.federated.plotting import plot_history  # noqa: PLC0415 - only its users should wait
-        except ImportError as error:
-            raise ConfigError("History.plot: needs matplotlib; install it: pip install 'fedmef-fx[viz]'") from error
+        from fedmef_fx.federated.plotting import plot_history  # noqa: PLC0415 - imports this module
+
         plot_history(self.rounds, Path(path))
+
+    def churn(self) -> dict[str, list[int]]:
+        """Parameter name -> weights that changed places in each adjustment round, in order."""
+        adjusted = [record.churn for record in self.rounds if record.adjusted]
+        names = dict.fromkeys(name for churn in adjusted for name in churn)
+        return {name: [churn.get(name, 0) for churn in adjusted] for name in names}
+
+    def _repr_html_(self) -> str:
+        headings = ("round", "adjusted", "clients", "train loss", "test loss", "accuracy", "density", "down", "up")
+        rows = [_cells(record) for record in self.rounds]
+        tables = [html_table((*headings, "saved peak", "seconds"), rows, left={1}, caption=self._caption())]
+        if churn := self.churn():
+            adjusted = [f"round {record.round_index}" for record in self.rounds if record.adjusted]
+            moved = [(name, *map(str, counts)) for name, counts in churn.items()]
+            tables.append(html_table(("weights moved", *adjusted), moved, left={0}))
+        return fragment(*tables)
+
+    def _caption(self) -> str:
+        sent = f"{_bytes(self.bytes_down)} down, {_bytes(self.bytes_up)} up"
+        return f"{len(self.rounds)} rounds, {sent}, {self.seconds:.2f} s"
 
     def __str__(self) -> str:
         lines = ["round  adj  clients  train loss  test loss  accuracy  density     down       up  saved peak  seconds"]
         lines += [_line(record) for record in self.rounds]
         total = f"{_bytes(self.bytes_down):>9s}{_bytes(self.bytes_up):>9s}{'':12s}{self.seconds:9.2f}"
         return "\n".join([*lines, f"{'total':61s}{total}"])
+
+
+def _cells(record: RoundRecord) -> tuple[str, ...]:
+    return (
+        str(record.round_index),
+        "*" if record.adjusted else "",
+        str(len(record.clients)),
+        f"{record.train_loss:.4f}",
+        "-" if record.test_loss is None else f"{record.test_loss:.4f}",
+        "-" if record.test_accuracy is None else f"{record.test_accuracy:.4f}",
+        f"{record.density:.4f}",
+        _bytes(record.bytes_down),
+        _bytes(record.bytes_up),
+        _bytes(record.peak_saved_bytes),
+        f"{record.seconds:.2f}",
+    )
 
 
 def _line(record: RoundRecord) -> str:

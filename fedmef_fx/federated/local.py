@@ -50,6 +50,9 @@ class LocalTraining:
             rate decays can the rate floor of extrusion act.
         round_schedule: The rate over the rounds of a run: `"constant"`, or `"cosine"` down to 0 after the last.
         growth_batches: Batches from which growth candidates are computed; None for all local data.
+        weight_storage: How a `Client` stores its masked weights: `"packed"`, the active values alone with their
+            gradients and optimizer state, however its model came; `"dense"` leaves its model as it came. The results
+            are the same up to rounding.
 
     Raises:
         ConfigError: A value out of range; the message gives the field, the value and the range.
@@ -64,6 +67,7 @@ class LocalTraining:
     schedule: Literal["constant", "cosine"] = "constant"
     round_schedule: Literal["constant", "cosine"] = "constant"
     growth_batches: int | None = None
+    weight_storage: Literal["packed", "dense"] = "packed"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -122,10 +122,10 @@ class Server:
     def _adjust(self, updates: list[Update], counts: Mapping[str, int]) -> dict[str, int]:
         """Prune the lowest averaged magnitudes and grow, at 0, where the averaged gradients are largest."""
         adjusted, churn = {}, {}
-        for name, (parameter, mask) in masked_parameters(self.model).items():
+        for name, entry in masked_parameters(self.model).items():
             gradient = average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])
-            adjusted[name] = adjust_mask(parameter, mask, gradient, counts[name])
-            churn[name] = int((adjusted[name] & ~mask).sum())
+            adjusted[name] = adjust_mask(entry.dense(), entry.mask, gradient, counts[name])
+            churn[name] = int((adjusted[name] & ~entry.mask).sum())
         set_masks(self.model, adjusted)
         return churn
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.container import DTYPES
-from fedmef_fx.model import masked_parameters, set_masks
+from fedmef_fx.model import masked_parameters, masks, set_masks
 
 __all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state"]
 
@@ -53,7 +53,8 @@ class Schema:
         Raises:
             ConfigError: A tensor of a dtype that cannot be exchanged.
         """
-        masked = {name: TensorSpec.of(entry.parameter) for name, entry in masked_parameters(model).items()}
+        entries = masked_parameters(model)
+        masked = {name: TensorSpec(entry.shape, entry.parameter.dtype) for name, entry in entries.items()}
         schema = cls(masked, {name: TensorSpec.of(tensor) for name, tensor in _dense_tensors(model).items()})
         for name, spec in (schema.masked | schema.dense).items():  # type: ignore[operator]  # both are dicts
             if spec.dtype not in DTYPES.values():
@@ -82,7 +83,7 @@ class ModelState:
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors without a mask, by name; a tied one once."""
     # By identity: `features.1.weight` must never be taken for a part of `features.10.weight`.
-    excluded = {id(tensor) for entry in masked_parameters(model).values() for tensor in entry}
+    excluded = {id(tensor) for entry in masked_parameters(model).values() for tensor in (entry.parameter, entry.buffer)}
     persistent = model.state_dict(keep_vars=True).keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name in persistent and id(tensor) not in excluded}
@@ -99,8 +100,8 @@ def read_state(model: nn.Module, *, version: int) -> ModelState:
     entries = masked_parameters(model)
     return ModelState(
         version,
-        masks={name: entry.mask.cpu().clone() for name, entry in entries.items()},
-        values={name: entry.parameter.detach()[entry.mask].cpu() for name, entry in entries.items()},
+        masks={name: mask.cpu() for name, mask in masks(model).items()},
+        values={name: entry.values().cpu() for name, entry in entries.items()},
         dense={name: tensor.detach().cpu().clone() for name, tensor in _dense_tensors(model).items()},
     )
 
@@ -115,8 +116,7 @@ def load_state(model: nn.Module, state: ModelState) -> None:
     """
     entries = masked_parameters(model)
     set_masks(model, {n: m for n, m in state.masks.items() if not torch.equal(m, entries[n].mask.cpu())})
-    for name, (parameter, mask) in entries.items():
-        values = state.values[name].to(parameter.device)
-        parameter.copy_(torch.zeros_like(parameter).masked_scatter_(mask, values))
+    for name, entry in entries.items():
+        entry.write(state.values[name])
     for name, tensor in _dense_tensors(model).items():
         tensor.copy_(state.dense[name])

@@ -24,7 +24,7 @@ from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.program import Program, Region
 
-__all__ = ["positions_by_parameter"]
+__all__ = ["parameter_behind", "positions_by_parameter", "weights_of"]
 
 _TRANSPOSED: Final = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
 _LAYERS: Final[frozenset[Callable[..., Any]]] = _TRANSPOSED | {F.conv1d, F.conv2d, F.conv3d, F.linear}
@@ -69,6 +69,11 @@ def positions_by_parameter(program: Program, tensors: Tensors) -> dict[int, floa
     return dict(total)
 
 
+def weights_of(region: Region, node: fx.Node, tensors: Tensors) -> list[nn.Parameter]:
+    """The weights that a node multiplies with, as far as its operation is known."""
+    return [use.weight for use in _uses(region, node, tensors)]
+
+
 def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     out = tensors.get(node, ())
     if len(out) != 1:
@@ -77,29 +82,32 @@ def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     if isinstance(module, _LAYER_MODULES):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         weight = module.weight if isinstance(module.weight, nn.Parameter) else None
-        yield from _layer(weight, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
+        yield from _layer(weight, None, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
     elif node.target in _LAYERS or node.target in _PRUNED_LAYERS:
         at = 2 if node.target in _PRUNED_LAYERS else 1
-        weight = _parameter(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))
+        weight = parameter_behind(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))
         x = _tensor(node.args[0] if node.args else node.kwargs.get("input"), tensors)
         transposed = node.target in _TRANSPOSED or bool(node.kwargs.get("transposed"))
-        yield from _layer(weight, x, out[0], transposed=transposed)
+        yield from _layer(weight, node.kwargs.get("packed_shape"), x, out[0], transposed=transposed)
     elif node.target in _PRODUCTS and len(node.args) == 2:
         yield from _product(region, node, tensors, out[0])
 
 
 def _layer(
-    weight: nn.Parameter | None, x: TensorRecord | None, out: TensorRecord, *, transposed: bool
+    weight: nn.Parameter | None, packed_shape: Any, x: TensorRecord | None, out: TensorRecord, *, transposed: bool
 ) -> Iterator[_Use]:
-    if weight is None or x is None or not weight.numel():
+    if weight is None or x is None:
+        return
+    shape = tuple(weight.shape) if packed_shape is None else tuple(packed_shape)
+    if not math.prod(shape):
         return
     if transposed:
-        yield _Use(weight, x.numel / weight.shape[0])
-    elif weight.dim() == 2:
-        yield _Use(weight, out.numel / weight.shape[0])
+        yield _Use(weight, x.numel / shape[0])
+    elif len(shape) == 2:
+        yield _Use(weight, out.numel / shape[0])
     else:
-        # The channel axis may be cut into groups: each result takes part in weight[0].numel() products.
-        yield _Use(weight, out.numel * math.prod(weight.shape[1:]) / weight.numel())
+        # The channel axis may be cut into groups: each result takes part in prod(shape[1:]) products.
+        yield _Use(weight, out.numel * math.prod(shape[1:]) / math.prod(shape))
 
 
 def _product(region: Region, node: fx.Node, tensors: Tensors, out: TensorRecord) -> Iterator[_Use]:
@@ -107,7 +115,7 @@ def _product(region: Region, node: fx.Node, tensors: Tensors, out: TensorRecord)
     if left is None or not left.shape:
         return
     for argument in node.args:
-        weight = _parameter(region, argument)
+        weight = parameter_behind(region, argument)
         if weight is not None and weight.numel():
             yield _Use(weight, out.numel * left.shape[-1] / weight.numel())
 
@@ -117,7 +125,7 @@ def _tensor(argument: object, tensors: Tensors) -> TensorRecord | None:
     return found[0] if len(found) == 1 else None
 
 
-def _parameter(region: Region, argument: object) -> nn.Parameter | None:
+def parameter_behind(region: Region, argument: object) -> nn.Parameter | None:
     """The parameter that a weight argument is made from, through masks, NSConv and operations on it alone."""
     while isinstance(argument, fx.Node) and argument.op != "get_attr":
         alone = argument.target in (masked_weight, nsconv_weight) or len(argument.all_input_nodes) == 1

@@ -7,7 +7,8 @@ start HTML-like markup.
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from fedmef_fx.inspection.records import GraphRecord, NodeRecord, visible
+from fedmef_fx.inspection.records import GraphRecord, NodeRecord
+from fedmef_fx.printable import shortened, visible
 
 __all__ = ["to_dot"]
 
@@ -51,14 +52,10 @@ def _label(node: NodeRecord) -> str:
     facts = [str(tensor) for tensor in node.tensors] if node.op != "output" else []
     if node.density is not None:
         facts.append(f"density {node.density:.2f}")
-    kind = node.op if node.op == "output" else f"{node.op} {_shortened(node.target)}"
-    return _quoted(*(line for line in (_shortened(node.name), kind, ", ".join(facts)) if line))
-
-
-def _shortened(text: str) -> str:
-    """Text that a box can hold; the middle is left out, because both ends of a path tell something."""
-    half = _LONGEST // 2
-    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
+    if node.saved_bytes:
+        facts.append(f"saves {node.saved_bytes} B")
+    kind = node.op if node.op == "output" else f"{node.op} {shortened(node.target, longest=_LONGEST)}"
+    return _quoted(*(line for line in (shortened(node.name, longest=_LONGEST), kind, ", ".join(facts)) if line))
 
 
 def _quoted(*lines: str) -> str:

@@ -5,26 +5,30 @@ import dataclasses
 import inspect as python_inspect
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fedmef_fx.capture import capture_graphs
+from fedmef_fx.capture import capture_graphs, capture_model, duplicate_of, leaf_regions
 from fedmef_fx.config import Config
 from fedmef_fx.emit import program_of
-from fedmef_fx.errors import ConfigError
+from fedmef_fx.errors import CaptureError, ConfigError
 from fedmef_fx.inspection.diff import text_diff
 from fedmef_fx.inspection.document import document, to_json
 from fedmef_fx.inspection.dot import to_dot
 from fedmef_fx.inspection.graph_text import graph_text
 from fedmef_fx.inspection.networkx_graph import to_networkx
+from fedmef_fx.inspection.plots import plot_sparsity
 from fedmef_fx.inspection.records import GraphRecord, record_graphs
-from fedmef_fx.inspection.shapes import observe_tensors
+from fedmef_fx.inspection.shapes import Observation, observe
 from fedmef_fx.inspection.table import Table, layer_table
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from fedmef_fx.model import Transformation, is_transformed
-from fedmef_fx.pipeline import PassReport
+from fedmef_fx.notebook import escaped, fragment, preformatted
+from fedmef_fx.pipeline import PassReport, PassResult, Refusal
 from fedmef_fx.program import Program, Region
+from fedmef_fx.signature import Call
 
 if TYPE_CHECKING:
     import networkx
@@ -41,12 +45,13 @@ class Inspection:
 
     `str()` gives the graphs as text, one line a node:
 
-        %name = op[target](arguments)  # f32[8,16,3,3] density=0.20 [pass <- what the node was made from]
+        %name = op[target](arguments)  # f32[8,16,3,3] density=0.20 saved=288 B dense [pass <- made from] @module
 
     Attributes:
         graphs: Every graph as records.
         layers: The rows that `table()` returns.
-        passes: What the passes did and refused; empty for a model that is not transformed.
+        passes: What the passes did and refused; empty for a model that is not transformed and was traced as a whole.
+        notices: What could not be found out, and why.
         name: Class of the model.
         original: Graphs of the original, as they were captured; empty for a model that is not transformed.
         weights: Snapshots of the parameters in `layers`.
@@ -55,6 +60,7 @@ class Inspection:
     graphs: tuple[GraphRecord, ...]
     layers: Table
     passes: PassReport
+    notices: tuple[str, ...]
     _example: tuple[Sequence[Any] | None, Mapping[str, Any] | None] = dataclasses.field(repr=False, compare=False)
     name: str = "model"
     original: tuple[GraphRecord, ...] = dataclasses.field(default=(), repr=False)
@@ -63,9 +69,25 @@ class Inspection:
     def __str__(self) -> str:
         return graph_text(self.graphs)
 
-    def table(self) -> Table:
-        """Per prunable parameter: shape, weights, active, density, tier, operations (with example inputs), reason."""
-        return self.layers
+    def _repr_html_(self) -> str:
+        notes = "; ".join(self.notices)
+        lines = f"{sum(len(graph.nodes) for graph in self.graphs)} nodes in {len(self.graphs)} graphs"
+        return fragment(
+            *([escaped(notes)] if notes else []), self.layers._repr_html_(), preformatted(str(self), summary=lines)
+        )
+
+    def table(self, original: "nn.Module | Inspection | None" = None) -> Table:
+        """Per prunable parameter: shape, weights, active, density, tier, operations, bytes kept for backward, reason.
+
+        Operations and bytes are known with example inputs.
+
+        Args:
+            original: The model before, or its inspection: adds what its layers keep for backward.
+
+        Raises:
+            ConfigError: The original does not accept the example inputs.
+        """
+        return self.layers if original is None else self.layers.beside(self._inspected(original).layers)
 
     def diff(self, original: "nn.Module | Inspection", *, context: int = 3) -> str:
         """What changed from the original to this model, as a unified diff of their texts.
@@ -78,13 +100,15 @@ class Inspection:
             The diff; empty when nothing changed.
 
         Raises:
-            CaptureError: The original cannot be traced.
+            CaptureError: Nothing of the original can be traced.
             ConfigError: It does not accept the example inputs.
         """
-        if not isinstance(original, Inspection):
-            args, kwargs = self._example
-            original = inspect(original, args, example_kwargs=kwargs)
-        return text_diff(str(original), str(self), context=context)
+        return text_diff(str(self._inspected(original)), str(self), context=context)
+
+    def _inspected(self, original: "nn.Module | Inspection") -> "Inspection":
+        """A model's inspection, with the example inputs of this one."""
+        args, kwargs = self._example
+        return original if isinstance(original, Inspection) else inspect(original, args, example_kwargs=kwargs)
 
     def to_networkx(self) -> "networkx.DiGraph[str]":
         """The graphs as one `networkx.DiGraph`, with edges from each node to those that read it.
@@ -95,6 +119,7 @@ class Inspection:
         - `op`, `target`, `module`, `text`: kind, what it reads or calls, module it belongs to, line of `str()`
         - `shape` (tuple of int), `dtype` (`"f32"`): of its value, if that is one tensor and known
         - `density` (float): of the masked parameter it reads
+        - `saved` (tuple of (codec, bytes)), `saved_bytes` (int): what it keeps for backward and where it counts first
         - `made_by`, `origin`: the pass that made it, and from what
         - `order` (int), `region`, `mode`: place in its graph, and which graph that is
 
@@ -106,18 +131,40 @@ class Inspection:
         """The graphs in Graphviz's DOT language; nodes that a pass made are filled with its colour."""
         return to_dot(self.graphs)
 
-    def to_json(self) -> str:
+    def plot(self, path: str | Path, *, original: "nn.Module | Inspection | None" = None) -> None:
+        """Draw the density of every layer and, with example inputs, what it keeps for backward.
+
+        Args:
+            path: The file to write; its suffix says the format: .png, .svg or .pdf.
+            original: The model before, or its inspection, to compare with.
+
+        Raises:
+            ConfigError: matplotlib is not installed, another format, or a path that cannot be written.
+        """
+        plot_sparsity(self.table(original), path, call="Inspection.plot")
+
+    @property
+    def has_example(self) -> bool:
+        """Whether the model was inspected with example inputs."""
+        return any(given is not None for given in self._example)
+
+    def to_json(self, original: "nn.Module | Inspection | None" = None) -> str:
         """Everything as JSON, the same text for the same model.
 
-        An object with these fields, version 1 of the schema:
+        The JSON Schema is `fedmef_fx.inspection.json_schema()`. An object with these fields, version 1 of the schema:
 
         - `schema`: `"fedmef-fx/inspection"`; `version`: 1
         - `graphs`: objects with `region`, `mode` and `nodes`; a node has the fields of `NodeRecord`, its `tensors` are
-          objects with `shape` and `dtype`
-        - `parameters`: objects with the fields of `LayerRow`, and `density`
+          objects with `shape` and `dtype`, its `saved` are objects with the fields of `SavedRecord`, or null
+        - `parameters`: objects with the fields of `LayerRow`, and `density`; `rest_saved`, `rest_saved_before`: bytes
+          that count for none
         - `passes`: objects with `name`, `rewrites` (names) and `refusals` (objects with `where` and `reason`)
+        - `notices`: what could not be found out, and why
+
+        Args:
+            original: The model before, or its inspection: adds what its layers keep for backward.
         """
-        return to_json(document(self.graphs, self.layers, self.passes))
+        return to_json(document(self.graphs, self.table(original), self.passes, self.notices))
 
     def to_html(
         self,
@@ -148,16 +195,14 @@ class Inspection:
         """
         from fedmef_fx.inspection.page import MemoryPair, PageContent, write_page  # noqa: PLC0415 - only its users should wait
 
-        if isinstance(original, nn.Module):
-            args, kwargs = self._example
-            original = inspect(original, args, example_kwargs=kwargs)
+        original = None if original is None else self._inspected(original)
         write_page(
             path,
             PageContent(
                 title=title or self.name,
                 after=self.graphs,
                 before=self.original if original is None else original.graphs,
-                layers=self.layers,
+                layers=self.table(original),
                 weights=self.weights,
                 passes=self.passes,
                 memory=MemoryPair.of(memory, memory_before),
@@ -177,14 +222,15 @@ def inspect(
     Args:
         model: A transformed model, or any model that can be traced; it never changes.
         example_inputs: Positional arguments of one call, as a tuple. With them a copy of the model runs once per graph,
-            in eval mode and without gradients, and shapes of activations and operations per layer are known.
+            forward only, and shapes of activations, operations per layer, and what each node keeps for backward are
+            known.
         example_kwargs: Keyword arguments of that call.
 
     Returns:
         The inspection.
 
     Raises:
-        CaptureError: The model is not transformed and cannot be traced.
+        CaptureError: The model is not transformed and nothing of it can be traced.
         ConfigError: Not a module, or example inputs that the model does not accept.
 
     Example:
@@ -200,13 +246,15 @@ def inspect(
         raise ConfigError("inspect: example_inputs is a tensor; expected a tuple of arguments: inspect(model, (x,))")
     has_example = example_inputs is not None or example_kwargs is not None
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
-    program = _program(model, args, kwargs)
-    tensors = observe_tensors(program, args, kwargs) if has_example else {}
-    layers = layer_table(program, tensors)
+    is_original = not is_transformed(model)
+    program = _captured(model, args, kwargs, has_example=has_example) if is_original else program_of(model)
+    observation = observe(program, args, kwargs, may_change=is_original) if has_example else Observation()
+    layers = layer_table(program, observation)
     return Inspection(
-        record_graphs(program, tensors),
+        record_graphs(program, observation),
         layers,
         program.facts.reports,
+        tuple(observation.notices),
         (example_inputs, example_kwargs),
         name=type(model).__name__.removeprefix("Transformed") if is_transformed(model) else type(model).__name__,
         original=program.facts.original,
@@ -214,9 +262,8 @@ def inspect(
     )
 
 
-def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    if is_transformed(model):
-        return program_of(model)
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_example: bool) -> Program:
+    """A model that is not transformed: its graph, or those of its largest parts that can be traced."""
     signature = python_inspect.signature(model.forward)
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -225,4 +272,21 @@ def _program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             f"inspect: the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from error
     duplicate = copy.deepcopy(model)  # tracing may leave constants behind
-    return Program(duplicate, [Region("", duplicate, capture_graphs(duplicate, given=given))], Transformation(Config()))
+    try:
+        return Program(duplicate, [Region("", duplicate, capture_graphs(duplicate, given=given))], _facts(()))
+    except CaptureError as error:
+        duplicate = duplicate_of(model)
+        captured = capture_model(duplicate, Call.of(duplicate, args, kwargs) if has_example else None)
+        program = Program(duplicate, captured.regions, _facts(captured.failures))
+        if not program.is_one_graph:
+            program.regions += leaf_regions(duplicate, program.regions, fallbacks=False)
+        if not program.regions:
+            raise error
+        return program
+
+
+def _facts(failures: Sequence[Refusal]) -> Transformation:
+    facts = Transformation(Config())
+    if failures:
+        facts.reports = PassReport((PassResult("capture", refusals=tuple(failures)),))
+    return facts

@@ -37,6 +37,8 @@ def _attributes(node: NodeRecord) -> dict[str, Any]:
         "shape": tensor and tensor.shape,
         "dtype": tensor and tensor.dtype,
         "density": node.density,
+        "saved": tuple((s.codec, s.nbytes) for s in node.saved if not s.counted_at) if node.saved is not None else None,
+        "saved_bytes": node.saved_bytes,
         "made_by": node.made_by,
         "origin": node.origin,
     }

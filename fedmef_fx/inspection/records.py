@@ -6,15 +6,19 @@ Each view (text, diff, networkx, DOT, JSON) reads these records, so that they ag
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.model import MaskedParameter, is_transformed, masked_parameters
+from fedmef_fx.printable import visible
 from fedmef_fx.program import GraphMode, Program, Region, join, provenance
 
-__all__ = ["GraphRecord", "NodeRecord", "Operation", "TensorRecord", "record_graphs", "visible"]
+if TYPE_CHECKING:
+    from fedmef_fx.inspection.shapes import Observation
+
+__all__ = ["GraphRecord", "NodeRecord", "Operation", "SavedRecord", "TensorRecord", "record_graphs", "visible"]
 
 Operation = Literal["placeholder", "get_attr", "call_function", "call_method", "call_module", "output"]
 
@@ -61,6 +65,25 @@ class TensorRecord:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SavedRecord:
+    """Memory that a node keeps between forward and backward.
+
+    Attributes:
+        codec: How it is stored: "dense", "packed values", "bitmap", or what else its operation announced.
+        nbytes: Its size.
+        counted_at: The earlier node that keeps the same memory and where it counts, with its graph where that is
+            another one, `region/name`; empty where it counts here.
+    """
+
+    codec: str
+    nbytes: int
+    counted_at: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.codec} of %{self.counted_at}" if self.counted_at else f"{self.nbytes} B {self.codec}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class NodeRecord:
     """One node of a graph.
 
@@ -76,6 +99,7 @@ class NodeRecord:
         made_by: The pass that made it; None for nodes of the original graph.
         origin: The node, module or parameter it was made from; None for nodes of the original graph.
         module: Path of the module it belongs to, as far as that is known; "" is the whole model.
+        saved: What it keeps for backward; None where that was not measured.
     """
 
     name: str
@@ -88,6 +112,12 @@ class NodeRecord:
     made_by: str | None = None
     origin: str | None = None
     module: str = ""
+    saved: tuple[SavedRecord, ...] | None = None
+
+    @property
+    def saved_bytes(self) -> int | None:
+        """Bytes that count at this node; None where they were not measured."""
+        return None if self.saved is None else sum(saved.nbytes for saved in self.saved if not saved.counted_at)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,34 +141,56 @@ class GraphRecord:
         return ", ".join(part for part in (self.region, mode) if part)
 
 
-def record_graphs(
-    program: Program, tensors: Mapping[fx.Node, tuple[TensorRecord, ...]] | None = None
-) -> tuple[GraphRecord, ...]:
+def record_graphs(program: Program, observation: "Observation | None" = None) -> tuple[GraphRecord, ...]:
     """The records of every graph of a program.
 
     Args:
-        program: The program; it is only read.
-        tensors: What example inputs showed about the values of nodes, see `shapes.observe_tensors`.
+        program: The program; it is only read. It may be on its way through the passes.
+        observation: What example inputs showed.
     """
-    densities = _densities(program.model)
+    densities = _densities(program)
+    saved = _saved_records(program, observation) if observation is not None else {}
+    tensors = observation.tensors if observation is not None else {}
     return tuple(
         GraphRecord(
             region.path,
             mode,
-            tuple(_record_node(region, node, (tensors or {}).get(node, ()), densities) for node in graph.nodes),
+            tuple(_record_node(region, n, tensors.get(n, ()), densities, saved.get(n)) for n in graph.nodes),
         )
         for region, mode, graph in program.graphs()
     )
 
 
-def _densities(model: nn.Module) -> dict[int, float]:
+def _densities(program: Program) -> dict[int, float]:
     """Active share by identity of the masked parameter."""
-    entries: Mapping[str, MaskedParameter] = masked_parameters(model) if is_transformed(model) else {}
-    return {id(parameter): int(mask.sum()) / max(mask.numel(), 1) for parameter, mask in entries.values()}
+    facts = None if is_transformed(program.model) else program.facts  # on its way through the passes
+    entries: Mapping[str, MaskedParameter] = masked_parameters(program.model, facts=facts)
+    return {id(entry.parameter): entry.active / max(entry.numel, 1) for entry in entries.values()}
+
+
+def _saved_records(program: Program, observation: "Observation") -> dict[fx.Node, tuple[SavedRecord, ...]]:
+    """What each node of the measured graphs keeps."""
+    counted: dict[int, tuple[fx.Graph, str, str]] = {}  # number of a storage -> graph, label, node that keeps it first
+    found = {}
+    for region, mode, graph in program.graphs():
+        label = GraphRecord(region.path, mode, ()).label
+        for node in graph.nodes if graph in observation.measured else ():
+            records = []
+            for storage in observation.kept.get(node, ()):
+                first, where, name = counted.setdefault(storage.number, (graph, label, node.name))
+                elsewhere = name if first is graph else f"{where}/{name}"
+                is_here = first is graph and name == node.name
+                records.append(SavedRecord(storage.codec, storage.nbytes, "" if is_here else elsewhere))
+            found[node] = tuple(records)
+    return found
 
 
 def _record_node(
-    region: Region, node: fx.Node, tensors: tuple[TensorRecord, ...], densities: Mapping[int, float]
+    region: Region,
+    node: fx.Node,
+    tensors: tuple[TensorRecord, ...],
+    densities: Mapping[int, float],
+    saved: tuple[SavedRecord, ...] | None,
 ) -> NodeRecord:
     tensor = region.tensor(node)
     made_by, origin = provenance(node) or (None, None)
@@ -153,6 +205,7 @@ def _record_node(
         made_by=made_by,
         origin=origin,
         module=_module_path(region, node),
+        saved=saved,
     )
 
 
@@ -177,14 +230,20 @@ def _module_path(region: Region, node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if stack:
         return join(region.path, next(reversed(stack)))
-    for argument in node.all_input_nodes:
-        if isinstance(region.tensor(argument), nn.Parameter):
-            return region.full_name(str(argument.target).rpartition(".")[0])
     origin = (provenance(node) or ("", ""))[1]
-    return origin if _is_module(region, origin) else region.path
+    read = [argument for argument in node.all_input_nodes if isinstance(region.tensor(argument), nn.Parameter)]
+    # A layer that took over a bias of another one belongs to its weight, or to what it was made from.
+    weights = [argument for argument in read if (tensor := region.tensor(argument)) is not None and tensor.dim() > 1]
+    if not weights and _is_module(region, origin):
+        return origin
+    for argument in (*weights, *read):
+        return region.full_name(str(argument.target).rpartition(".")[0])
+    return region.path
 
 
 def _is_module(region: Region, origin: str) -> bool:
+    if not origin:
+        return False
     try:
         return isinstance(region.attribute(origin.removeprefix(f"{region.path}.")), nn.Module)
     except AttributeError:
@@ -229,8 +288,3 @@ def _value(value: object) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """`f32` for torch.float32; torch's own name for types without a short one."""
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def visible(text: str) -> str:
-    """Text in one line and without control characters: what cannot be printed is written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

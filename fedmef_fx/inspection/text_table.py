@@ -1,10 +1,13 @@
 """Tables as plain text, for terminals, logs and tests."""
 
 from collections.abc import Sequence
+from typing import Final
 
-from fedmef_fx.inspection.records import visible
+from fedmef_fx.printable import shortened, visible
 
 __all__ = ["format_count", "text_table"]
+
+_LONGEST_CELL: Final = 100
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: frozenset[int] = frozenset()) -> str:
@@ -15,7 +18,7 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         rows: Cells as text, as many per row as there are headings.
         left: Columns to align on the left; the others are numbers.
     """
-    table = [list(map(visible, row)) for row in (headings, *rows)]
+    table = [[shortened(visible(cell), longest=_LONGEST_CELL) for cell in row] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

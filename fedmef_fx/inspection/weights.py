@@ -165,11 +165,11 @@ def record_weights(model: nn.Module, names: Iterable[str]) -> tuple[WeightRecord
         values = weight.to(device="cpu", dtype=torch.float32).numpy().reshape(-1)
         shape = tuple(weight.shape)
         if name in masked:
-            mask = masked[name].mask.cpu().numpy().reshape(-1)
+            entry = masked[name]
+            mask, shape = entry.mask.cpu().numpy().reshape(-1), tuple(entry.shape)
             bits = np.packbits(mask).tobytes()
-            records.append(
-                WeightRecord(name, shape, values[mask], is_sample=False, mask_bits=bits, adjustment_rate=rate)
-            )
+            values = values.copy() if entry.is_packed else values[mask]
+            records.append(WeightRecord(name, shape, values, is_sample=False, mask_bits=bits, adjustment_rate=rate))
         else:
             step = -(-values.size // _LARGEST_COPY) or 1
             copied = values[::step].copy()

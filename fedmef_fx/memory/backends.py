@@ -2,12 +2,10 @@
 
 Three implementations give the same bits: `"numpy"`, `"numba"` (the extra `fedmef-fx[fast]`) and `"torch"`.
 
-`"auto"` is `"numpy"` on the CPU and `"torch"` on every other device. It is not `"numba"` where numba happens to be
-installed: that would cost about two seconds and 150 MB of resident memory at the first step, more memory than packing
-saves on a small client, and pays in time only after some 600 million packed elements. On one core, clamping, packing
-and both ways back add about 11 % to a dense 3x3 convolution of 64 channels and 22 % to a 1x1 one with numpy, half of
-that with numba (`benchmarks/packing.py` times the kernels). So long runs ask for it: `set_backend("numba")`, or
-`FEDMEF_FX_BACKEND=numba` in the environment.
+`"auto"` is, on the CPU, `"numba"` where it is installed and `"numpy"` elsewhere; on every other device it is `"torch"`.
+The choice is made when something is first packed, not at import. numba's kernels take a third of numpy's time
+(`benchmarks/packing.py`), but its compiler stays in memory with about 130 MB: clients whose memory is what counts leave
+the extra out, or choose `set_backend("numpy")` or `FEDMEF_FX_BACKEND=numpy` in the environment.
 """
 
 import functools
@@ -97,8 +95,13 @@ class Backend(Protocol):
 
 def available_backends() -> tuple[str, ...]:
     """The names that `backend` accepts on this machine."""
-    numba = ("numba",) if importlib.util.find_spec("numba") else ()
+    numba = ("numba",) if _has_numba() else ()
     return ("numpy", *numba, "torch")
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
@@ -112,7 +115,7 @@ def _load(name: str) -> Backend:
         from fedmef_fx.memory.backend_torch import TorchBackend  # noqa: PLC0415
 
         return TorchBackend()
-    if importlib.util.find_spec("numba") is None:
+    if not _has_numba():
         raise ConfigError('backend: "numba" is not installed; pip install "fedmef-fx[fast]", or use "auto"')
     from fedmef_fx.memory.backend_numba import NumbaBackend  # noqa: PLC0415
 
@@ -162,7 +165,9 @@ def backend(name: BackendName = "auto") -> Backend:
     concrete = _checked(name, "backend")
     if concrete == "auto":
         concrete = _chosen or _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
-    return _load("numpy" if concrete == "auto" else concrete)
+    if concrete == "auto":
+        concrete = "numba" if _has_numba() else "numpy"
+    return _load(concrete)
 
 
 def backend_for(x: Tensor) -> Backend:

@@ -4,6 +4,8 @@ Element i is bit `i % 8` of byte `i // 8` (least significant first); the bits af
 bitmap of n elements takes ceil(n / 8) bytes, against n for `torch.bool` and 4 or 8 n for a list of indices.
 """
 
+from typing import Final
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
 
-__all__ = ["bitmap_nbytes", "check_bitmap", "count_bits", "pack_bits", "unpack_bits"]
+__all__ = ["bitmap_nbytes", "check_bitmap", "count_bits", "count_rows", "pack_bits", "unpack_bits"]
 
+# Elements that are counted fastest one by one: a few bytes more than what it takes to be clever.
+_SMALL: Final = 1 << 15
 _SET_BITS = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
@@ -94,6 +98,44 @@ def _unpack_on_device(bitmap: Tensor, numel: int) -> Tensor:
 
 def count_bits(bitmap: NDArray[np.uint8]) -> int:
     """Number of set bits."""
+    return int(_set_bits(bitmap).sum(dtype=np.int64))
+
+
+def _set_bits(bitmap: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Number of set bits of each byte."""
     if hasattr(np, "bitwise_count"):  # numpy 2
-        return int(np.bitwise_count(bitmap).sum(dtype=np.int64))
-    return int(_SET_BITS[bitmap].sum(dtype=np.int64))
+        counts: NDArray[np.uint8] = np.bitwise_count(bitmap)
+        return counts
+    return _SET_BITS[bitmap]
+
+
+def count_rows(bitmap: Tensor, rows: int, row_numel: int) -> Tensor:
+    """Number of set bits in each row of a matrix `[rows, row_numel]`, without making the matrix.
+
+    Args:
+        bitmap: Of the matrix, in row-major order.
+        rows: Number of rows.
+        row_numel: Elements per row.
+
+    Returns:
+        int64 `[rows]` on the device of `bitmap`.
+
+    Raises:
+        ConfigError: The bitmap is not one of the matrix.
+
+    Example:
+        >>> count_rows(pack_bits(torch.tensor([[True, False, True], [False, False, True]])), 2, 3)
+        tensor([2, 1])
+    """
+    check_bitmap(bitmap, rows * row_numel)
+    if rows * row_numel <= _SMALL:
+        return unpack_bits(bitmap, rows * row_numel).view(rows, row_numel).sum(1)
+    counts = torch.from_numpy(_set_bits(bitmap.cpu().numpy()))  # one byte per 8 elements
+    if row_numel % 8 == 0:
+        return counts.view(rows, -1).sum(1, dtype=torch.int64).to(bitmap.device)
+    # Rows begin inside of bytes: the set bits before a bit are those of the bytes before, and of its byte's lower bits.
+    before = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    edges = torch.arange(rows + 1) * row_numel
+    at = edges // 8
+    own = F.pad(bitmap.cpu(), (0, 1))[at].numpy() & ((1 << (edges % 8)) - 1).to(torch.uint8).numpy()
+    return (before[at] + torch.from_numpy(_set_bits(own))).diff().long().to(bitmap.device)

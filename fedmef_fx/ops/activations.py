@@ -21,8 +21,8 @@ __all__ = ["sign_relu"]
 
 class _SignReLU(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, high: float, slope: float, inplace: bool) -> Tensor:
-        ctx.slope = slope
+    def forward(ctx: Any, x: Tensor, high: float, slope: float, inplace: bool, inplace_gradient: bool) -> Tensor:
+        ctx.slope, ctx.inplace_gradient = slope, inplace_gradient
         if slope:
             ctx.bits = GradientBits.of(x > 0)
             out = F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
@@ -35,14 +35,21 @@ class _SignReLU(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        result = ctx.bits.apply(grad, scale_off=ctx.slope)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        result = ctx.bits.apply(grad, scale_off=ctx.slope, inplace=ctx.inplace_gradient)
         ctx.bits = None
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 @overridable
-def sign_relu(x: Tensor, *, high: float = math.inf, slope: float = 0.0, inplace: bool = False) -> Tensor:
+def sign_relu(
+    x: Tensor,
+    *,
+    high: float = math.inf,
+    slope: float = 0.0,
+    inplace: bool = False,
+    inplace_gradient: bool = False,
+) -> Tensor:
     """ReLU, ReLU6 (`high=6`) or LeakyReLU (`slope > 0`), keeping 1 bit per element for its backward.
 
     Args:
@@ -50,11 +57,12 @@ def sign_relu(x: Tensor, *, high: float = math.inf, slope: float = 0.0, inplace:
         high: Upper bound.
         slope: Slope below 0; only without an upper bound.
         inplace: Write into x. Only for an x that nothing else reads, as the graph pass proves.
+        inplace_gradient: Backward writes into the gradient of the result. Only for one that nothing else reads.
 
     Returns:
         `min(max(x, slope * x), high)`; its gradient is exact.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.leaky_relu(x, slope) if slope else x.clamp(0.0, None if high == math.inf else high)
-    result: Tensor = _SignReLU.apply(x, high, slope, inplace)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _SignReLU.apply(x, high, slope, inplace, inplace_gradient)  # type: ignore[no-untyped-call]  # torch's own
     return result

@@ -1,8 +1,9 @@
 """How dense gradients of single layers reach whoever looks for weights to grow, without being kept.
 
 The backward of a masked weight returns 0 where the mask is off, but growth needs the gradient there. An op that has
-the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it. Normally nobody collects
-and the call returns at once. Inside `collecting(...)` the collector keeps, of each registered mask,
+the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; the mask of a packed
+weight is its bitmap. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector
+keeps, of each registered mask,
 
 1. while a parameter's backward is under way: the inactive part of the gradient, added up over its uses (a tied weight
    offers once per use), until `Collector.complete` says that all uses have offered, which for a weight used once is
@@ -19,15 +20,21 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError, PassError
+from fedmef_fx.memory.backends import backend_for
+from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = ["Collector", "collecting", "is_collecting", "offer"]
+
+# Coordinates that are looked at together; a multiple of 8.
+_BLOCK: Final = 1 << 18
 
 _Key = tuple[torch.device, int, torch.Size]
 
@@ -37,15 +44,38 @@ class _Layer:
     """What is kept of one parameter; positions count its inactive coordinates only."""
 
     name: str
-    mask: Tensor  # bool; held, so that no other mask can come to lie at its address meanwhile
+    buffer: Tensor  # bool mask or bitmap; held, so that no other can come to lie at its address meanwhile
+    shape: torch.Size  # of the dense weight
     k: int
     capacity: int
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     kept: Tensor | None = None  # int64 [<= capacity], ascending
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
 
+    def inactive(self) -> Tensor:
+        """The bitmap of the inactive coordinates."""
+        if self.buffer.dtype == torch.bool:
+            return pack_bits(~self.buffer)
+        bits = ~self.buffer
+        if tail := self.shape.numel() % 8:
+            bits[-1] &= (1 << tail) - 1
+        return bits
+
+    def positions_of(self, ordinals: Tensor) -> Tensor:
+        """Flat positions of some inactive coordinates, given by their ascending numbers among all inactive ones."""
+        bits, numel = self.inactive(), self.shape.numel()
+        found, first = [ordinals[:0]], 0
+        for start in range(0, numel, _BLOCK):  # an index of all of them would be as large as two dense weights
+            count = min(_BLOCK, numel - start)
+            here = unpack_bits(bits[start // 8 : bitmap_nbytes(start + count)], count).nonzero().squeeze(1)
+            last = first + here.numel()
+            low, high = torch.searchsorted(ordinals, torch.tensor([first, last], device=ordinals.device)).tolist()
+            found.append(here[ordinals[low:high] - first] + start)
+            first = last
+        return torch.cat(found)
+
     def add(self, gradient: Tensor) -> None:
-        inactive = gradient.detach().flatten()[~self.mask.flatten()]
+        inactive = backend_for(gradient).gather(self.inactive(), gradient.detach().reshape(-1))
         inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
         self.pending = inactive if self.pending is None else self.pending.add_(inactive)
 
@@ -62,11 +92,12 @@ class _Layer:
 
     def candidates(self, total_weight: float) -> SparseGradient:
         if self.kept is None or self.sums is None:
-            nothing = torch.empty(0, device=self.mask.device)
-            return SparseGradient(nothing.long(), nothing, self.mask.numel())
+            nothing = torch.empty(0, device=self.buffer.device)
+            return SparseGradient(nothing.long(), nothing, self.shape.numel())
         chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
-        inactive = (~self.mask).flatten().nonzero().squeeze(1)
-        return SparseGradient(inactive[self.kept[chosen]], self.sums[chosen] / total_weight, self.mask.numel())
+        return SparseGradient(
+            self.positions_of(self.kept[chosen]), self.sums[chosen] / total_weight, self.shape.numel()
+        )
 
 
 class Collector:
@@ -122,14 +153,20 @@ def _key(mask: Tensor) -> _Key:
 
 
 @contextlib.contextmanager
-def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int = 4) -> Iterator[Collector]:
+def collecting(
+    requests: Mapping[str, tuple[Tensor, int]],
+    *,
+    packed_shapes: Mapping[str, torch.Size] | None = None,
+    oversampling: int = 4,
+) -> Iterator[Collector]:
     """A block in which the gradients that ops offer for some masks are collected.
 
     Blocks for different models may overlap, also in different threads.
 
     Args:
-        requests: Parameter name -> its mask (the buffer itself, boolean, True = active) and k, the number of
-            coordinates asked for.
+        requests: Parameter name -> its mask (the buffer itself, boolean, True = active; or its bitmap) and k, the
+            number of coordinates asked for.
+        packed_shapes: Shapes of the dense weights of which `requests` has the bitmap.
         oversampling: Coordinates kept between batches per coordinate asked for, >= 1; see the module's docstring.
 
     Yields:
@@ -147,7 +184,7 @@ def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int 
     """
     if oversampling < 1:
         raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
-    layers = {}
+    layers, shapes = {}, packed_shapes or {}
     for name, (mask, k) in requests.items():
         if k < 0:
             raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
@@ -155,10 +192,10 @@ def collecting(requests: Mapping[str, tuple[Tensor, int]], *, oversampling: int 
             raise ConfigError(
                 f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
             )
-        layers[name] = _Layer(name, mask, k, oversampling * k)
+        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k)
     collector = Collector(layers)
     # Empty tensors all share the address 0, and have nothing to offer.
-    registered = {_key(layer.mask): layer for layer in layers.values() if layer.mask.numel()}
+    registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}
     _COLLECTED.update(registered)
     try:
         yield collector
@@ -179,8 +216,8 @@ def offer(mask: Tensor, gradient: Tensor) -> None:
     in place afterwards.
 
     Args:
-        mask: The mask buffer of the weight, boolean.
-        gradient: Gradient of the loss with respect to the effective weight, of the mask's shape, not yet masked.
+        mask: The mask buffer of the weight, boolean, or its bitmap.
+        gradient: Gradient of the loss with respect to the effective weight, of its dense shape, not yet masked.
 
     Raises:
         PassError: A gradient of another shape: a bug of the op.
@@ -190,9 +227,9 @@ def offer(mask: Tensor, gradient: Tensor) -> None:
     layer = _COLLECTED.get(_key(mask))
     if layer is None:
         return
-    if gradient.shape != mask.shape:
+    if gradient.shape != layer.shape:
         raise PassError(
-            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(mask.shape)}, "
+            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(layer.shape)}, "
             "the shape of its mask"
         )
     layer.add(gradient)

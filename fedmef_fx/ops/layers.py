@@ -5,6 +5,8 @@ is approximate (exact when nothing was dropped) while the gradients of the input
 weight is made again in backward instead of being kept.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import PackedTensor
-from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward, recipe_of
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 
@@ -26,7 +28,9 @@ class _Layer(Protocol):
     """How a layer maps its input, and the gradients of that map."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor: ...
     def bias_gradient(self, grad: Tensor) -> Tensor: ...
 
@@ -56,14 +60,42 @@ class ConvolutionGeometry(NamedTuple):
         )
         return result
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of the weight; exact in x."""
-        result: Tensor = self._backward(grad, x, weight, (False, True, False))[1]
-        return result
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight and the bias; exact in x. torch asks for the weight, for its shape."""
+        gradients = self._backward(grad, x, weight(), (False, True, has_bias))
+        return gradients[1], gradients[2] if has_bias else None
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         """Gradient of the input; x itself is not needed, only its shape."""
-        result: Tensor = self._backward(grad, grad.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
+        if grad.is_contiguous() and grad.numel() >= x_shape.numel():
+            # torch wants an x and never looks at its values. One without memory of its own would be copied to some.
+            stand_in = grad.view(-1)[: x_shape.numel()].view(x_shape)
+            result: Tensor = self._backward(grad, stand_in, weight, (True, False, False))[0]
+            return result
+        return self._convolve_back(grad, x_shape, weight)
+
+    def _convolve_back(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """The same as a convolution: transposed for an ordinary one, ordinary for a transposed one."""
+        rest = tuple(
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, stride, padding, dilation, kernel in zip(
+                x_shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
+            )
+        )
+        output_padding = (0,) * len(rest) if self.transposed else rest
+        result: Tensor = torch.convolution(
+            grad,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            not self.transposed,
+            output_padding,
+            self.groups,
+        )
         return result
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
@@ -75,7 +107,7 @@ class ConvolutionGeometry(NamedTuple):
             grad,
             x,
             weight,
-            None,
+            [grad.shape[1]],
             self.stride,
             self.padding,
             self.dilation,
@@ -92,8 +124,11 @@ class _Linear:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_weight, self.bias_gradient(grad) if has_bias else None
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         return grad @ weight
@@ -126,33 +161,38 @@ class _PrunedLayer(Function):
     ) -> Tensor:
         dtype = _compute_dtype(x, weight)
         computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
-        if x.requires_grad or weight.requires_grad:
+        if any(ctx.needs_input_grad):
             ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
-            ctx.mask, ctx.form = stored.mask, stored.form
-            ctx.packed = packed if ctx.needs_input_grad[1] else None
-            keep_input = packed is None and ctx.needs_input_grad[1]
+            ctx.mask, ctx.form, ctx.packed_shape = stored.mask, stored.form, stored.packed_shape
+            ctx.reads_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            ctx.packed = packed if ctx.reads_input else None
+            keep_input = packed is None and ctx.reads_input
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with torch.autocast(x.device.type, enabled=False):
-            effective = effective_weight(stored).to(dtype)
+            ctx.recipe = recipe_of(stored)
+            effective = effective_weight(stored, dtype, recipe=ctx.recipe)
             return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
-        stored = StoredWeight(weight, gain, ctx.mask, ctx.form)
-        effective = effective_weight(stored).to(grad.dtype)
+        stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
+        # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
+        effective = functools.cache(lambda: effective_weight(stored, grad.dtype, recipe=ctx.recipe))
         grad_weight = grad_gain = grad_input = grad_bias = None
-        if ctx.needs_input_grad[1]:
+        if ctx.reads_input:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
             ctx.packed = None
-            dense_gradient = ctx.layer.weight_gradient(grad, dense.to(grad.dtype), effective)
+            dense_gradient, grad_bias = ctx.layer.parameter_gradients(
+                grad, dense.to(grad.dtype), effective, has_bias=ctx.needs_input_grad[3]
+            )
             del dense, x
-            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient)
+            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient, recipe=ctx.recipe)
             del dense_gradient
         if ctx.needs_input_grad[0]:
-            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective).to(ctx.x_dtype)
-        if ctx.needs_input_grad[3]:
+            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective()).to(ctx.x_dtype)
+        if ctx.needs_input_grad[3] and grad_bias is None:
             grad_bias = ctx.layer.bias_gradient(grad)
         return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
 
@@ -160,7 +200,7 @@ class _PrunedLayer(Function):
 def _apply(layer: _Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
     if not x.is_floating_point():
         raise FedmefError(
-            f"a layer with weight {tuple(stored.weight.shape)} got an input of {x.dtype}; expected a floating point "
+            f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "
             f"tensor: convert it first, e.g. x.to({stored.weight.dtype})"
         )
     result: Tensor = _PrunedLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -186,16 +226,17 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     output_padding: tuple[int, ...] = (0,),
     g: float = 1.0,
     statistics: Statistics = "active",
+    packed_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """A convolution of 1 to 3 dimensions that keeps `packed` instead of x for its backward.
 
     Args:
         x: [N, in, *size] or [in, *size].
         packed: x as it is kept; None keeps x itself.
-        weight: [out, in/groups, *kernel], or [in, out/groups, *kernel] when transposed.
+        weight: [out, in/groups, *kernel], or [in, out/groups, *kernel] when transposed; [active] when packed.
         bias: [out].
         gain: gain_i of an NSConv, [out]; None for an ordinary weight.
-        mask: Boolean, of the weight's shape.
+        mask: Boolean, of the weight's shape; the bitmap of the active weights when packed.
         stride: Per spatial dimension, as the following ones.
         padding: Zeros on both sides.
         dilation: Spacing of the kernel.
@@ -204,6 +245,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
         output_padding: Of a transposed convolution.
         g: Gain of the nonlinearity that follows an NSConv.
         statistics: Of an NSConv.
+        packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
 
     Returns:
         [N, out, *size]; the gradient of weight is exactly 0 where masked.
@@ -211,8 +253,9 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     Raises:
         FedmefError: x is not floating point.
     """
-    stored = StoredWeight(weight, gain, mask, KernelForm(g, groups, transposed, statistics))
-    dims = weight.dim() - 2
+    shape = None if packed_shape is None else torch.Size(packed_shape)
+    stored = StoredWeight(weight, gain, mask, KernelForm(g, groups, transposed, statistics), shape)
+    dims = len(stored.shape) - 2
     output_padding = output_padding if len(output_padding) == dims else output_padding * dims
     geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == dims + 1:  # without a batch dimension; the packed elements are the same
@@ -231,18 +274,20 @@ def pruned_linear(
     *,
     g: float = 1.0,
     statistics: Statistics = "active",
+    packed_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """A linear layer that keeps `packed` instead of x for its backward.
 
     Args:
         x: [..., in].
         packed: x as it is kept; None keeps x itself.
-        weight: [out, in].
+        weight: [out, in]; [active] when packed.
         bias: [out].
         gain: gain_i of a standardised weight, [out]; None for an ordinary weight.
-        mask: Boolean, of the weight's shape.
+        mask: Boolean, of the weight's shape; the bitmap of the active weights when packed.
         g: Gain of the nonlinearity that follows a standardised weight.
         statistics: Of a standardised weight.
+        packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
 
     Returns:
         [..., out]; the gradient of weight is exactly 0 where masked.
@@ -250,4 +295,6 @@ def pruned_linear(
     Raises:
         FedmefError: x is not floating point.
     """
-    return _apply(_Linear(), x, packed, bias, StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics)))
+    shape = None if packed_shape is None else torch.Size(packed_shape)
+    stored = StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics), shape)
+    return _apply(_Linear(), x, packed, bias, stored)

@@ -17,7 +17,6 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,17 +26,20 @@ from torch.autograd.function import once_differentiable
 
 from fedmef_fx.ops import growth
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.ops.rows import DenseRows, Rows, packed_rows
 
 __all__ = [
     "DEGENERATE",
     "EPS",
+    "Columns",
     "KernelForm",
-    "Standardized",
     "Statistics",
+    "centred",
     "channel_affine",
     "nsconv_kernel",
     "nsconv_kernel_backward",
     "nsconv_weight",
+    "standardize_backward",
 ]
 
 EPS = 1e-6
@@ -46,19 +48,20 @@ DEGENERATE = 1e-3
 Statistics = Literal["active", "all"]
 
 
-@dataclasses.dataclass(slots=True)
-class Standardized:
-    """A standardised kernel in rows, and what its backward needs. Rows are output channels.
+class Columns(NamedTuple):
+    """What standardising a kernel comes down to: one number per row (output channel), as columns of `ops.rows`.
+
+    A few kilobytes, from which backward makes the kernel again without taking statistics again.
 
     Attributes:
-        base: b of the module docstring, [out, fan_in].
-        scale: c_i / sqrt(max(s_i, EPS)), [out, 1].
-        normalizer: 1 / sqrt(max(s_i, EPS)), [out, 1].
-        inverse_square: 1 / s_i, 0 where the guard EPS acts, [out, 1].
-        centring: 1 / N_i where the mean is subtracted, 0 in degenerate rows, [out, 1].
+        mean: mean_i, 0 in degenerate rows.
+        scale: c_i / sqrt(max(s_i, EPS)).
+        normalizer: 1 / sqrt(max(s_i, EPS)).
+        inverse_square: 1 / s_i, 0 where the guard EPS acts.
+        centring: 1 / N_i where the mean is subtracted, 0 in degenerate rows.
     """
 
-    base: Tensor
+    mean: Tensor
     scale: Tensor
     normalizer: Tensor
     inverse_square: Tensor
@@ -81,50 +84,52 @@ def from_rows(rows: Tensor, shape: torch.Size, *, groups: int, transposed: bool)
     return grouped.transpose(1, 2).reshape(shape)
 
 
-def standardize(weight: Tensor, mask: Tensor | None, gain: Tensor, *, g: float, statistics: Statistics) -> Standardized:
-    """Standardise a kernel in rows.
+def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistics: Statistics) -> Columns:
+    """Take the statistics of a kernel.
 
     Args:
-        weight: [out, fan_in].
-        mask: Boolean, [out, fan_in]; None = all active.
+        values: The weights in the form of `rows`.
+        rows: How they are stored: dense, [out, fan_in] with a mask, or packed, [active].
         gain: [out].
         g: Gain of the nonlinearity that follows.
         statistics: Over the active weights or over all of them.
 
     Returns:
-        The kernel in factors: w_hat = base * scale.
+        The columns: w_hat = centred(values, rows, columns) * scale.
     """
-    fan_in = weight.shape[1]
-    base = weight.clone() if mask is None else torch.where(mask, weight, 0.0)
-    number = torch.full_like(weight[:, :1], fan_in) if mask is None else mask.sum(1, keepdim=True, dtype=weight.dtype)
-    counted = torch.full_like(number, fan_in) if statistics == "all" else number.clamp_min(1.0)
-    mean = base.sum(1, keepdim=True).div_(counted)
-    energy = _square_norm(base)
+    base = rows.active(values)
+    number = rows.counts(values)
+    counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
+    mean = rows.sum(base).div_(counted)
+    energy = rows.square_norm(base)
     degenerate = (number <= 1) | (energy - counted * mean.square() <= DEGENERATE**2 * energy)
     mean.masked_fill_(degenerate, 0.0)
-    base.sub_(mean)
-    if mask is not None:
-        base.mul_(mask)
+    base.sub_(rows.spread(mean))
+    rows.clear_(base)
     # Summed anew over the centred values: the difference above cancels when the mean dominates.
-    square = _square_norm(base)
+    square = rows.square_norm(base)
     if statistics == "all":
-        square.add_((fan_in - number) * mean.square())
+        square.add_((rows.fan_in - number) * mean.square())
     normalizer = square.clamp_min(EPS).rsqrt_()
-    return Standardized(
-        base=base,
-        scale=g * gain.unsqueeze(1) * normalizer,
+    return Columns(
+        mean=mean,
+        scale=g * rows.column(gain) * normalizer,
         normalizer=normalizer,
         inverse_square=torch.where(square > EPS, normalizer.square(), 0.0),
         centring=torch.where(degenerate, 0.0, counted.reciprocal()),
     )
 
 
-def _square_norm(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return norm.square_()
+def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
+    """The weights without their mean, b of the module docstring; a new tensor in the form of `rows`."""
+    base = rows.active(values).sub_(rows.spread(columns.mean))
+    rows.clear_(base)
+    return base
 
 
-def standardize_backward(kernel: Standardized, mask: Tensor | None, grad: Tensor, *, g: float) -> tuple[Tensor, Tensor]:
+def standardize_backward(
+    base: Tensor, columns: Columns, rows: Rows, grad: Tensor, *, g: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain from the gradient of w_hat.
 
     Since ds/dw = 2 b for both kinds of statistics (the terms of the mean cancel), with h = m * grad
@@ -134,22 +139,22 @@ def standardize_backward(kernel: Standardized, mask: Tensor | None, grad: Tensor
     without the second term in degenerate rows and without the third where EPS acts.
 
     Args:
-        kernel: From `standardize` on the same weight.
-        mask: As there.
-        grad: Gradient of w_hat, [out, fan_in]; not changed.
+        base: From `centred` on the same weight.
+        columns: From `standardize` on the same weight.
+        rows: As there.
+        grad: Gradient of w_hat, in the form of `rows`; not changed.
         g: As there.
 
     Returns:
-        The gradients of weight, [out, fan_in], and gain, [out].
+        The gradients of weight, in the form of `rows`, and gain, [out].
     """
-    inner = torch.einsum("of,of->o", grad, kernel.base).unsqueeze(1)  # b is 0 where masked: no mask on grad needed
-    result = grad.clone() if mask is None else torch.where(mask, grad, 0.0)
-    result.sub_(result.sum(1, keepdim=True) * kernel.centring)
-    result.addcmul_(kernel.base, inner * kernel.inverse_square, value=-1.0)
-    result.mul_(kernel.scale)
-    if mask is not None:
-        result.mul_(mask)
-    return result, (inner * kernel.normalizer).squeeze(1) * g
+    inner = rows.inner(grad, base)  # b is 0 where masked: no mask on grad needed
+    result = rows.active(grad)
+    result.sub_(rows.spread(rows.sum(result) * columns.centring))
+    result.addcmul_(base, rows.spread(inner * columns.inverse_square), value=-1.0)
+    result.mul_(rows.spread(columns.scale))
+    rows.clear_(result)
+    return result, (inner * columns.normalizer).flatten() * g
 
 
 class KernelForm(NamedTuple):
@@ -175,45 +180,62 @@ class KernelForm(NamedTuple):
         """The inverse of `rows`."""
         return from_rows(rows, shape, groups=self.groups, transposed=self.transposed)
 
+    def dense_rows(self, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, DenseRows]:
+        """A dense kernel as values in rows, and the rows."""
+        values = self.rows(weight)
+        return values, DenseRows(None if mask is None else self.rows(mask), values.shape[1])
+
+    def packed_rows(self, bitmap: Tensor, shape: torch.Size) -> Rows:
+        """The rows of a packed kernel of a dense shape."""
+        return packed_rows(bitmap, shape, axis=1 if self.transposed else 0, groups=self.groups)
+
+    def standardize(self, values: Tensor, rows: Rows, gain: Tensor) -> Columns:
+        """`standardize` in this form."""
+        return standardize(values, rows, gain, g=self.g, statistics=self.statistics)
+
 
 class _NSConvWeight(Function):
-    """`nsconv_weight`; backward standardises again instead of keeping a second kernel."""
+    """`nsconv_weight`; backward makes the kernel again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm) -> Tensor:
         ctx.save_for_backward(weight, gain)
         ctx.mask, ctx.form = mask, form
-        return nsconv_kernel(weight, gain, mask, form)
+        ctx.columns = form.standardize(*form.dense_rows(weight, mask), gain)
+        return nsconv_kernel(weight, gain, mask, form, ctx.columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weight, gain = ctx.saved_tensors
-        grad_weight, grad_gain = nsconv_kernel_backward(weight, gain, ctx.mask, ctx.form, grad)
+        grad_weight, grad_gain = nsconv_kernel_backward(weight, gain, ctx.mask, ctx.form, grad, ctx.columns)
         return grad_weight, grad_gain, None, None
 
 
-def nsconv_kernel(weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm) -> Tensor:
-    """`nsconv_weight` without autograd."""
-    mask_rows = None if mask is None else form.rows(mask)
-    kernel = standardize(form.rows(weight), mask_rows, gain, g=form.g, statistics=form.statistics)
-    return form.kernel(kernel.base.mul_(kernel.scale), weight.shape)
+def nsconv_kernel(
+    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, columns: Columns | None = None
+) -> Tensor:
+    """`nsconv_weight` without autograd; `columns` are those of this weight, None to take them here."""
+    values, rows = form.dense_rows(weight, mask)
+    columns = columns or form.standardize(values, rows, gain)
+    return form.kernel(centred(values, rows, columns).mul_(columns.scale), weight.shape)
 
 
 def nsconv_kernel_backward(
-    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, grad: Tensor
+    weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm, grad: Tensor, columns: Columns | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `nsconv_weight` with respect to weight and gain.
 
     While growth candidates are collected, the gradient that an inactive weight would get is offered as
     scale * dL/dw_hat: the effect of the weight itself, its pull on the channel's mean and deviation left out.
     """
-    mask_rows = None if mask is None else form.rows(mask)
+    values, rows = form.dense_rows(weight, mask)
     grad_rows = form.rows(grad).to(weight.dtype)
-    kernel = standardize(form.rows(weight), mask_rows, gain, g=form.g, statistics=form.statistics)
+    columns = columns or form.standardize(values, rows, gain)
     if mask is not None and growth.is_collecting():
-        growth.offer(mask, form.kernel(grad_rows * kernel.scale, weight.shape))
-    grad_weight, grad_gain = standardize_backward(kernel, mask_rows, grad_rows, g=form.g)
+        growth.offer(mask, form.kernel(grad_rows * columns.scale, weight.shape))
+    base = centred(values, rows, columns)
+    grad_weight, grad_gain = standardize_backward(base, columns, rows, grad_rows, g=form.g)
     return form.kernel(grad_weight, weight.shape), grad_gain
 
 

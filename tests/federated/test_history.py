@@ -82,6 +82,21 @@ def test_plotting_without_matplotlib(history: History, tmp_path: Path, monkeypat
         history.plot(tmp_path / "history.png")
 
 
+def test_churn_by_layer(history: History) -> None:
+    history.rounds.append(_record(3, adjusted=True, churn={"conv.weight": 2, "fc.weight": 1}))
+    assert history.churn() == {"conv.weight": [4, 2], "fc.weight": [0, 1]}
+
+
+def test_a_notebook_shows_rounds_and_churn(history: History) -> None:
+    name = "<script>alert(1)</script>"
+    history.rounds.append(_record(3, adjusted=True, churn={"conv.weight": 2, name: 1}))
+    page = history._repr_html_()
+    assert page.count("<tr>") == 1 + 4 + 1 + 2
+    assert "<script" not in page
+    assert "37.0 kB" not in page, "four rounds by now"
+    assert "49.4 kB down" in page
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

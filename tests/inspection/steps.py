@@ -1,7 +1,8 @@
 """Reports that pages draw: a training step, and two states of a model, with numbers chosen by hand."""
 
 import dataclasses
-from typing import Any
+
+from fedmef_fx.inspection import Comparison, ParameterChange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,34 +34,20 @@ def step_memory(*, saved: int, repeats: int = 1) -> Step:
     return Step(tuple(events))
 
 
-class Compared:
+def comparison() -> Comparison:
     """Two layers, one of which changed half of its mask."""
-
-    def as_dict(self) -> dict[str, Any]:
-        changed = _row("b.weight", kept=2, active=3)
-        return {
-            "before": "round 1",
-            "after": "<b>round 2</b>",
-            "parameters": [_row("a.weight", kept=4, active=4), changed],
-            "total": {**changed, "parameter": "total"},
-            "only_before": [],
-            "only_after": ["c.bias"],
-        }
+    rows = (_change("a.weight", kept=4, active=4), _change("b.weight", kept=2, active=3))
+    return Comparison("round 1", "<b>round 2</b>", rows, only_after=("c.bias",))
 
 
-def _row(name: str, *, kept: int, active: int) -> dict[str, Any]:
-    return {
-        "parameter": name,
-        "shape": [2, 4],
-        "weights": 8,
-        "is_masked": True,
-        "active_before": active,
-        "active_after": active,
-        "kept": kept,
-        "grown": active - kept,
-        "pruned": active - kept,
-        "overlap": kept / (2 * active - kept),
-        "distance": 0.5,
-        "norm_before": 2.0,
-        "relative_distance": 0.25,
-    }
+def _change(name: str, *, kept: int, active: int) -> ParameterChange:
+    return ParameterChange(
+        name,
+        (2, 4),
+        is_masked=True,
+        active_before=active,
+        active_after=active,
+        kept=kept,
+        distance=0.5,
+        norm_before=2.0,
+    )

@@ -4,62 +4,45 @@ import json
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
 
 import fedmef_fx
 from fedmef_fx import Config
-from fedmef_fx.inspection import inspect
+from fedmef_fx.inspection import inspect, json_schema
 from tests.inspection.models import HOSTILE_NAMES, PerMode, hostile, linear, two_convolutions
 
-# Kind of each field, or of the items of a list; a tuple lists what else is allowed.
-NODE = {
-    "name": str,
-    "op": str,
-    "target": str,
-    "arguments": str,
-    "inputs": [str],
-    "tensors": [{"shape": [int], "dtype": str}],
-    "density": (float, None),
-    "made_by": (str, None),
-    "origin": (str, None),
-    "module": str,
-}
-PARAMETER = {
-    "parameter": str,
-    "shape": [int],
-    "weights": int,
-    "active": int,
-    "density": float,
-    "tier": (str, None),
-    "flops_dense": (int, None),
-    "flops_sparse": (int, None),
-    "reason": str,
-}
-SCHEMA = {
-    "schema": str,
-    "version": int,
-    "graphs": [{"region": str, "mode": str, "nodes": [NODE]}],
-    "parameters": [PARAMETER],
-    "passes": [{"name": str, "rewrites": [str], "refusals": [{"where": str, "reason": str}]}],
-}
 
-
-def _check(value: Any, kind: Any, where: str = "document") -> None:
-    match kind:
+def _closed(schema: Any) -> Any:
+    """A schema that allows no other fields, so that the tests notice fields that it does not describe."""
+    match schema:
         case dict():
-            assert value.keys() == kind.keys(), where
-            for key, expected in kind.items():
-                _check(value[key], expected, f"{where}.{key}")
-        case [item]:
-            assert isinstance(value, list), where
-            for index, element in enumerate(value):
-                _check(element, item, f"{where}[{index}]")
-        case (first, None):
-            assert value is None or isinstance(value, first), where
+            closed = {key: _closed(value) for key, value in schema.items()}
+            return {**closed, "additionalProperties": False} if schema.get("type") == "object" else closed
+        case list():
+            return [_closed(item) for item in schema]
         case _:
-            assert isinstance(value, kind), where
+            return schema
+
+
+SCHEMA = json_schema()
+CLOSED = _closed(SCHEMA)
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    document = json.loads(inspect(linear()).to_json())
+    for path, value in ((("version",), 2), (("graphs", 0, "mode"), "test"), (("parameters", 0, "active"), -1)):
+        broken = json.loads(json.dumps(document))
+        *parents, last = path
+        owner = broken
+        for key in parents:
+            owner = owner[key]
+        owner[last] = value
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, SCHEMA)
 
 
 @pytest.mark.parametrize("build", [linear, two_convolutions, PerMode])
@@ -67,12 +50,16 @@ def _check(value: Any, kind: Any, where: str = "document") -> None:
 def test_json_follows_its_schema(build: type[nn.Module], transformed: bool) -> None:
     model = build()
     inputs = (torch.ones(2, 1, 8, 8),) if build is two_convolutions else (torch.ones(3, 4),)
+    original = model if transformed else None
     if transformed:
         model = fedmef_fx.transform(model, Config(density=0.5))
-    document = json.loads(inspect(model, inputs).to_json())
-    _check(document, SCHEMA)
+    document = json.loads(inspect(model, inputs).to_json(original))
+    assert all((row["saved_before"] is not None) == transformed for row in document["parameters"])
+    jsonschema.validate(document, CLOSED)
     assert (document["schema"], document["version"]) == ("fedmef-fx/inspection", 1)
     assert bool(document["passes"]) == transformed
+    saved = [entry for graph in document["graphs"] for node in graph["nodes"] for entry in node["saved"] or ()]
+    assert sum(entry["nbytes"] for entry in saved if not entry["counted_at"]) > 0
 
 
 def test_json_names_the_refusals() -> None:

@@ -1,5 +1,6 @@
 """Graph texts of hand-made models, written out; `UPDATE_GOLDEN=1 pytest tests/inspection` writes them anew."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,9 @@ def test_text_and_counts(name: str) -> None:
     model = case.build()
     if case.config is not None:
         model = fedmef_fx.transform(model, case.config)
-    inspection = inspect(model, (torch.ones(case.shape),))
+    # Values that differ, so that a threshold divides them.
+    x = torch.linspace(-2, 3, math.prod(case.shape)).reshape(case.shape)
+    inspection = inspect(model, (x,))
     text = f"{inspection}\n"
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -81,3 +84,12 @@ def test_text_and_counts(name: str) -> None:
     counts = {r.name.partition("{")[0]: (len(r.rewrites), len(r.refusals)) for r in inspection.passes}
     assert counts.pop("capture", (1, 0)) == (1, 0)
     assert counts == case.counts
+
+
+def test_table_before_and_after() -> None:
+    model, x = two_convolutions(), torch.linspace(-2, 3, 128).reshape(2, 1, 8, 8)
+    text = f"{inspect(fedmef_fx.transform(model, Config(density=0.5)), (x,)).table(model)}\n"
+    path = GOLDEN / "table.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")

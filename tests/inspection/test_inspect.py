@@ -1,6 +1,7 @@
 """`inspect` as users call it: what it shows, what it leaves alone, and what it refuses."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from fedmef_fx import Config
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection import NodeRecord, TensorRecord, inspect
-from fedmef_fx.inspection.shapes import observe_tensors
+from fedmef_fx.inspection.shapes import observe
+from fedmef_fx.memory_report import memory
 from fedmef_fx.model import Transformation
 from fedmef_fx.models import digits_cnn, mobilenet_v2
 from fedmef_fx.program import Program, Region
@@ -127,7 +129,7 @@ def test_diff_shows_what_a_pass_changed() -> None:
     assert lines[:2] == ["--- original", "+++ model"]
     assert [line for line in lines[2:] if line.startswith("-")] == [
         "-%fc = call_module[fc](%input_1)  # f32[3,2]",
-        "-%relu = call_module[relu](%fc)  # f32[3,2]",
+        "-%relu = call_module[relu](%fc)  # f32[3,2] saved=24 B dense",
     ]
     assert sum(line.startswith("+%") for line in lines) == 6
 
@@ -145,6 +147,11 @@ def test_every_model_of_the_zoo(name: str) -> None:
     assert before.table().total.flops_dense == after.table().total.flops_dense == counter.get_total_flops()
     assert after.table().total.density == fedmef_fx.density(sparse)
     assert len(after.to_networkx()) == sum(len(graph.nodes) for graph in after.graphs)
+    for network, inspection in ((model, before), (sparse, after)):
+        torch.manual_seed(0)
+        total = memory(network, inputs).saved_total
+        assert inspection.table().total.saved == total
+        assert sum(node.saved_bytes or 0 for graph in inspection.graphs for node in graph.nodes) == total
 
 
 @pytest.mark.parametrize("build", [digits_cnn, pytest.param(mobilenet_v2, marks=pytest.mark.slow)])
@@ -207,7 +214,7 @@ def test_regions_are_observed_where_the_model_calls_them() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 2), nn.ReLU()), nn.Linear(2, 1))
     inner = model[1]
     program = Program(model, [Region("1", inner, capture_graphs(inner))], Transformation(Config()))
-    observed = observe_tensors(program, (torch.ones(5, 4),), {})
+    observed = observe(program, (torch.ones(5, 4),), {}).tensors
     assert [str(tensors[0]) for tensors in observed.values()] == ["f32[5,3]", "f32[5,2]", "f32[5,2]", "f32[5,2]"]
 
 
@@ -222,6 +229,8 @@ def test_networkx_has_the_documented_attributes() -> None:
         "shape": (2, 4),
         "dtype": "f32",
         "density": 0.5,
+        "saved": (),
+        "saved_bytes": 0,
         "made_by": "functionalize-weights",
         "origin": "fc",
         "order": 1,
@@ -230,6 +239,7 @@ def test_networkx_has_the_documented_attributes() -> None:
     }
     assert graph.edges["masked_weight", "linear"] == {"position": 1}
     assert "density" not in graph.nodes["linear"]
+    assert graph.nodes["relu"]["saved"] == (("dense", 24),)
 
 
 def test_networkx_tells_graphs_of_both_modes_apart() -> None:
@@ -271,3 +281,60 @@ def test_hostile_names_stay_in_their_line_of_text() -> None:
     assert len(lines) == len(HOSTILE_NAMES) + 2
     assert all(line.isprintable() for line in lines)
     assert len(str(inspection.table()).splitlines()) == len(HOSTILE_NAMES) + 2
+
+
+def test_saved_bytes_before_and_after_by_layer() -> None:
+    model = two_convolutions()
+    inspection = inspect(fedmef_fx.transform(model, Config(density=0.5)), (torch.randn(2, 1, 8, 8),))
+    table = inspection.table(model)
+    first, second = table.rows
+    # The input of conv2 is 2 x 8 x 6 x 6 floats; packed, a bit for each and the kept tenth.
+    assert (first.saved_before, first.saved) == (0, 0), "the model's own input exists anyway"
+    assert second.saved_before == 576 * 4
+    assert 576 // 8 < second.saved < 576
+    # conv1's output and the statistics of 8 channels for the BatchNorm, against one bit per element for the ReLU.
+    assert (table.rest_saved_before, table.rest_saved) == (576 * 4 + 2 * 8 * 4, 576 // 8)
+    assert table.total.saved_before == inspect(model, (torch.randn(2, 1, 8, 8),)).table().total.saved
+    assert "saved before" in str(table)
+    assert "saved before" not in str(inspection.table())
+
+
+def test_a_model_that_cannot_run_in_train_mode_says_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    inspection = inspect(model, (torch.ones(1, 4),))
+    assert inspection.table().total.saved is None
+    (notice,) = inspection.notices
+    assert "train mode fails" in notice
+    assert "saved" not in str(inspection)
+    assert json.loads(inspection.to_json())["notices"] == [notice]
+
+
+class _Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x if float(x.sum()) > 0 else x + 1)
+
+
+def test_a_model_that_is_traced_in_parts_is_compared_in_parts() -> None:
+    model, inputs = _Untraceable(), (torch.ones(3, 4),)
+    before, after = inspect(model, inputs), inspect(fedmef_fx.transform(model, Config(density=0.5)), inputs)
+    assert {graph.region for graph in before.graphs} == {"first", "last"} <= {graph.region for graph in after.graphs}
+    assert "-%_1 = call_module[first.1](%_0)" in after.diff(model)
+    assert after.table(model).total.saved_before == memory(model, inputs).saved_total
+    assert before.passes["capture"].refusals
+
+
+def test_a_notebook_shows_text_and_table() -> None:
+    inspection = inspect(fedmef_fx.transform(two_convolutions()), (IMAGE,))
+    page = inspection._repr_html_()
+    assert page.count("<tr>") == 2 + 3  # headings, two layers, the rest, the total
+    assert "call_function[pruned_convolution]" in page
+    page = inspect(hostile())._repr_html_()
+    assert "<script" not in page
+    assert "\x1b" not in page
+    assert "&lt;script&gt;" in page

@@ -118,6 +118,26 @@ def test_snapshot_does_not_follow_the_model() -> None:
     assert all(np.array_equal(a, b.values) for a, b in zip(before, found.weights, strict=True))
 
 
+def test_packed_and_dense_storage_give_the_same_records() -> None:
+    records = []
+    for storage in ("dense", "packed"):
+        torch.manual_seed(0)
+        sparse = fedmef_fx.transform(two_convolutions(), Config(density=0.5, weight_storage=storage))
+        records.append(inspect(sparse).weights)
+    for dense, packed in zip(*records, strict=True):
+        assert (dense.shape, dense.mask_bits, dense.threshold()) == (packed.shape, packed.mask_bits, packed.threshold())
+        assert np.array_equal(dense.values, packed.values)
+
+
+def test_bytes_kept_for_backward_stand_at_nodes_and_layers(tmp_path: Path) -> None:
+    _sparse().to_html(tmp_path / "page.html", original=two_convolutions())
+    document = _document(tmp_path / "page.html")
+    after, before = document["saved"]
+    assert 0 < after < before
+    assert document["parameters"][1]["saved"] < document["parameters"][1]["saved_before"]
+    assert any(codec == "bitmap" for node in document["views"][1]["nodes"] for codec, _, _ in node.get("sv", []))
+
+
 def test_weight_without_a_mask_is_sampled_when_it_is_large() -> None:
     model = torch.nn.Linear(400, 300)
     (record,) = record_weights(model, ["weight"])

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.federated.history import History, RoundRecord
-from fedmef_fx.inspection.page import write_comparison
 from fedmef_fx.models import mobilenet_v2, resnet18
 from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
-from tests.inspection.steps import Compared, step_memory
+from tests.inspection.steps import comparison, step_memory
 
 pytestmark = pytest.mark.slow
 
@@ -207,12 +206,12 @@ def _round(index: int, *, accuracy: float, churn: dict[str, int] | None = None) 
 
 
 def test_comparison_is_a_page_of_its_own(browser: Browser, tmp_path: Path) -> None:
-    write_comparison(tmp_path / "page.html", Compared())
+    comparison().to_html(tmp_path / "page.html")
     for size in (WIDE, NARROW):
         browser.open(tmp_path / "page.html", size=size)
         shown = browser.run("return document.body.innerText")
         assert "From round 1 to <b>round 2</b>" in shown
-        assert "50 % of the active weights are the same (Jaccard); 1 grown, 1 pruned." in shown
+        assert "75 % of the active weights are the same (Jaccard); 1 grown, 1 pruned." in shown
         assert browser.run("return document.querySelectorAll('tbody tr').length") == 2
         names = "return [...document.querySelectorAll('tbody td:first-child')].map((cell) => cell.textContent)"
         assert browser.run(names) == ["a.weight", "b.weight"]

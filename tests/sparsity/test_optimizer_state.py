@@ -1,14 +1,18 @@
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from fedmef_fx.sparsity import forget_state
+from fedmef_fx.sparsity.optimizer_state import Move, move_state
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -132,3 +136,40 @@ def test_another_hook_on_all_optimizers_does_not_get_in_the_way():
     finally:
         handle.remove()
     assert len(calls) == 2
+
+
+def _repack(parameter: nn.Parameter, move: Move) -> None:
+    values = move.on(parameter.detach())
+    parameter.grad = None
+    parameter.data = values
+    move_state(parameter, move)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_moves_keep_survivors_in_place(bits):
+    old, middle, new = torch.tensor(bits).unbind(1)
+    dense = torch.arange(1.0, len(bits) + 1) * old
+    moved = Move.between(middle, new).on(Move.between(old, middle).on(dense[old]))
+    assert torch.equal(moved, (dense * middle * new)[new])
+
+
+def test_packed_state_follows_several_changes_at_once(make_optimizer):
+    packed = nn.Parameter(torch.ones(4))
+    optimizer = make_optimizer([packed])
+    dense, other = _trained(make_optimizer)
+    _train(packed, optimizer, mask=torch.ones(4), steps=3)
+    masks = [torch.tensor(m) for m in ([1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [1, 0, 1, 1])]
+    for old, new in itertools.pairwise(mask.bool() for mask in masks):
+        _repack(packed, Move.between(old, new))
+        with torch.no_grad():
+            dense.mul_(old & new)
+        forget_state(dense, keep=old & new)
+    active = masks[-1].bool()
+    for _ in range(2):
+        packed.grad = torch.arange(1.0, 5.0)[active]
+        optimizer.step()
+        _train(dense, other, mask=active, steps=1)
+    assert torch.equal(packed.detach(), dense.detach()[active])
+    for name, value in optimizer.state[packed].items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            assert torch.equal(value, other.state[dense][name][active])

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.graph_text import node_text
 from fedmef_fx.inspection.page.changes import Changes
 from fedmef_fx.inspection.page.hierarchy import Box, Group
@@ -19,7 +20,7 @@ from fedmef_fx.pipeline import PassReport
 if TYPE_CHECKING:
     from fedmef_fx.federated.history import History
 
-__all__ = ["Compared", "PageContent", "page_document"]
+__all__ = ["PageContent", "page_document"]
 
 # All pictures together take about 1 MB of the page: 4 bits a pixel, which noise fills almost completely, and base64.
 _PIXELS: Final = 1_500_000
@@ -51,15 +52,7 @@ class PageContent:
     passes: PassReport = dataclasses.field(default_factory=lambda: PassReport(()))
     memory: MemoryPair | None = None
     history: "History | None" = None
-    comparison: "Compared | None" = None
-
-
-class Compared(Protocol):
-    """Two states of one model side by side."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values: `before`, `after` (names), `parameters`, `total`, `only_before`, `only_after`."""
-        ...
+    comparison: Comparison | None = None
 
 
 def page_document(content: PageContent) -> dict[str, Any]:
@@ -87,6 +80,7 @@ def page_document(content: PageContent) -> dict[str, Any]:
             for result in content.passes
         ],
         "parameters": [_parameter(row, snapshots.get(row.parameter), pixels) for row in content.layers.rows],
+        "saved": [content.layers.total.saved, content.layers.total.saved_before],
         "views": views,
         "memory": content.memory
         and {
@@ -203,6 +197,7 @@ def _node(
         "r": graph.region,
         "in": [places[name] for name in node.inputs],
         "s": [[tensor.dtype, list(tensor.shape)] for tensor in node.tensors],
+        "sv": [[saved.codec, saved.nbytes, saved.counted_at] for saved in node.saved or ()],
         "h": hosts,
         "by": node.made_by,
         "from": node.origin,

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from fedmef_fx.atomic import check_target, replacing
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.inspection.page.data import Compared, PageContent, page_document
+from fedmef_fx.inspection.comparison import Comparison
+from fedmef_fx.inspection.page.data import PageContent, page_document
 
 __all__ = ["page_html", "write_comparison", "write_page"]
 
@@ -56,7 +57,7 @@ def write_page(path: str | PathLike[str], content: PageContent) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_comparison(path: str | PathLike[str], comparison: Compared, *, title: str = "Comparison") -> None:
+def write_comparison(path: str | PathLike[str], comparison: Comparison, *, title: str = "Comparison") -> None:
     """Write a page about two states of one model: overlap of masks, weights grown and pruned, distances.
 
     Args:

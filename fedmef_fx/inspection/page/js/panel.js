@@ -61,6 +61,14 @@ function links(app, ids) {
   return shown.length ? el("span", { class: "links" }, shown, more) : null;
 }
 
+/** What a node keeps between forward and backward; memory that several nodes keep counts at the first of them. */
+function savedBy(node) {
+  const parts = (node.sv ?? []).map(([codec, size, elsewhere]) =>
+    elsewhere ? `${codec}, counted at ${shorten(elsewhere, 60)}` : `${bytes(size)} ${codec}`,
+  );
+  return parts.length ? parts.join("; ") : null;
+}
+
 function nodePanel(app, part) {
   const { node } = part;
   const shapes = (node.s ?? []).map(([dtype, shape]) => `${dtype} [${shape.join(", ")}]`).join("   ");
@@ -88,6 +96,7 @@ function nodePanel(app, part) {
       "Facts",
       facts([
         ["Value", shapes || (node.o === "opaque" ? null : "shape not known without example inputs")],
+        ["Kept for backward", savedBy(node)],
         ["Module", node.m && shorten(node.m, 200)],
         ["Made by", node.by],
         ["Made from", node.from && shorten(node.from, 200)],

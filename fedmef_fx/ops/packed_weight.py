@@ -1,0 +1,131 @@
+"""A packed weight: the active values `[active]` and a bitmap of where they stand, made dense for one layer at a time.
+
+    forward:   values --standardise, if an NSConv--> values --unpack by the bitmap--> dense weight
+    backward:  dense gradient --gather by the bitmap--> gradient of the values --backward of standardising-->
+
+All that is as large as the dense weight are the result of `unpacked` and the gradient given to `unpacked_backward`.
+The equations of the NSConv are those of `ops/nsconv.py`, on packed rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.memory import backend_for
+from fedmef_fx.ops import growth
+from fedmef_fx.ops.nsconv import Columns, KernelForm, centred, standardize_backward
+from fedmef_fx.ops.rows import Rows, SegmentRows
+
+__all__ = ["Recipe", "gather", "recipe_of", "unpack", "unpacked", "unpacked_backward"]
+
+
+class Recipe(NamedTuple):
+    """How to standardise a packed weight, small enough to keep between forward and backward.
+
+    Attributes:
+        columns: Its statistics.
+        rows: Its rows; None where they are as large as the weight, and made again.
+    """
+
+    columns: Columns
+    rows: SegmentRows | None
+
+
+def recipe_of(weight: Tensor, gain: Tensor, bitmap: Tensor, form: KernelForm, *, shape: torch.Size) -> Recipe:
+    """The recipe of a packed weight; arguments as in `unpacked`."""
+    rows = form.packed_rows(bitmap, shape)
+    columns = form.standardize(weight.detach(), rows, gain.detach())
+    return Recipe(columns, rows if isinstance(rows, SegmentRows) else None)
+
+
+def _opened(recipe: Recipe, bitmap: Tensor, form: KernelForm, shape: torch.Size) -> tuple[Rows, Columns]:
+    return recipe.rows or form.packed_rows(bitmap, shape), recipe.columns
+
+
+def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
+    """Values at the set positions of a dense tensor, 0 elsewhere.
+
+    Args:
+        values: [active].
+        bitmap: uint8, one bit per element of the dense tensor in row-major order.
+        shape: Of the dense tensor.
+    """
+    dense = values.new_empty(shape)
+    backend_for(dense).unpack(bitmap, values.detach().contiguous(), out=dense.view(-1))
+    return dense
+
+
+def gather(dense: Tensor, bitmap: Tensor) -> Tensor:
+    """The inverse of `unpack`: the values of a dense tensor at the set positions, `[active]`."""
+    return backend_for(dense).gather(bitmap, dense.detach().reshape(-1))
+
+
+def unpacked(
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    """The dense weight to compute with.
+
+    Args:
+        weight: The active values, [active].
+        gain: gain_i of an NSConv, [out]; None for a weight that is not standardised.
+        bitmap: Where they stand.
+        form: How an NSConv standardises.
+        shape: Of the dense weight.
+        dtype: Of the result.
+        recipe: From `recipe_of` on the same weight; None to make it here.
+    """
+    if weight.device.type == "meta":  # there are shapes only, and no bits to look at
+        return weight.new_empty(shape, dtype=dtype)
+    values = weight.detach()
+    if gain is not None:
+        rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+        values = centred(values, rows, columns).mul_(rows.spread(columns.scale))
+    return unpack(values.to(dtype), bitmap, shape)
+
+
+def unpacked_backward(
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    grad: Tensor,
+    recipe: Recipe | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the active values and of gain.
+
+    While growth candidates are collected, the gradient at inactive positions is offered before it is dropped, as by
+    the dense form.
+
+    Args:
+        weight: As in `unpacked`, as the next three.
+        gain: gain_i, or None.
+        bitmap: Where the values stand.
+        form: How an NSConv standardises.
+        grad: Of the dense weight's shape; may be of lower precision.
+        recipe: As in `unpacked`.
+    """
+    shape = grad.shape
+    if weight.device.type == "meta":
+        return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+    active = gather(grad, bitmap).to(weight.dtype)
+    if gain is None:
+        growth.offer(bitmap, grad)
+        return active, None
+    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+    if growth.is_collecting():
+        growth.offer(bitmap, _scaled(grad, columns.scale, form))
+    return standardize_backward(centred(weight.detach(), rows, columns), columns, rows, active, g=form.g)
+
+
+def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:
+    """A dense gradient with each row multiplied by its scale."""
+    return form.kernel(form.rows(grad).to(scale.dtype) * scale.unsqueeze(1), grad.shape)
