@@ -207,7 +207,7 @@ function memorySection(app) {
   );
   place.replaceChildren(chart.after());
   const text = before
-    ? `Peak ${bytes(after)} instead of ${bytes(before)}: ${percent(1 - after / before)} less.`
+    ? `Peak ${bytes(after)} instead of ${bytes(before)}: ${percent(Math.abs(1 - after / before))} ${after > before ? "more" : "less"}.`
     : `Peak ${bytes(after)}.`;
   return [
     intro("Memory over one training step", `${text} Each moment is one operation; what is alive then, by category.`),
