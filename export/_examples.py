@@ -90,15 +90,17 @@ def _random_like(example: Tensor, shape: tuple[Any, ...], generator: torch.Gener
     return result.to(example.device, example.dtype)
 
 
-def read_examples(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Examples:
-    """Check example arguments against a model's signature.
+def read_examples(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None, *, where: str = "export_onnx"
+) -> Examples:
+    """Check example arguments against a model's signature; errors name the call `where`.
 
     Raises:
         ConfigError: Not a tuple or list, no tensor in it, or arguments that do not fit the signature.
     """
     if not isinstance(inputs, tuple | list):
         raise ConfigError(
-            f"export_onnx: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
+            f"{where}: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
             "example_inputs=(x,)"
         )
     signature, given = inspect.signature(model.forward), dict(kwargs or {})
@@ -106,14 +108,14 @@ def read_examples(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, 
         signature.bind(*inputs, **given)
     except TypeError as error:
         raise ConfigError(
-            f"export_onnx: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
+            f"{where}: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
             f"positional and {sorted(given)} keyword arguments: {error}"
         ) from error
     order = {name: index for index, name in enumerate(signature.parameters)}
     call = Call(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
     tensors = call.tensors()
     if not tensors:
-        raise ConfigError("export_onnx: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
+        raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
     return Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None)
 
 

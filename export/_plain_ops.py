@@ -4,10 +4,12 @@ Rules
 1. `pruned_convolution` / `pruned_linear` -> F.conv*d, F.conv_transpose*d, F.linear on `nsconv_weight`, `masked_weight`
    or the parameter itself; `PackActivation` sites, which only serve backward, go.
 2. `sign_relu` -> F.relu, F.relu6, F.leaky_relu or torch.clamp; `max_pool`, `avg_pool`, `adaptive_avg_pool` -> F.*.
-3. Dropout that drops nothing in eval mode goes, as do identities. One that always drops stays, as F.dropout.
+3. `compressed_*` -> the torch function whose name or module they carry; `KeepActivation` sites and handles go.
+4. Dropout that drops nothing in eval mode goes, as do identities. One that always drops stays, as F.dropout.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,13 +17,16 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.export._plain_compressed import is_compressed, restore_compressed
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from fedmef_fx.ops.smooth import compressed_result
 from fedmef_fx.passes._nodes import bound
 from fedmef_fx.program import Region
 
@@ -64,9 +69,19 @@ def restore_plain_ops(region: Region, graph: fx.Graph) -> None:
                 plain = graph.call_function(function, args, kwargs)
             node.replace_all_uses_with(plain)
             graph.erase_node(node)
-    for node in list(graph.nodes):  # the layers that read them are gone
-        if isinstance(region.module(node), PackActivation) and not node.users:
+    restore_compressed(graph)
+    for node in reversed(list(graph.nodes)):  # the ops that read them are gone
+        if _serves_backward(region, node) and not node.users:
             graph.erase_node(node)
+
+
+def _serves_backward(region: Region, node: fx.Node) -> bool:
+    """Whether a node says how a tensor is kept, or is an op that `restore_compressed` has put aside."""
+    pair = node.args[0] if node.target is operator.getitem else None
+    if isinstance(pair, fx.Node) and pair.target is compressed_result:
+        return True
+    is_site = isinstance(region.module(node), KeepActivation | PackActivation)
+    return is_site or is_compressed(node) or node.target in (recomputed, remasked)
 
 
 def _passes_through(region: Region, node: fx.Node) -> bool:

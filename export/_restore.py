@@ -16,7 +16,6 @@ from torch import fx, nn
 
 from fedmef_fx.emit import restore_classes
 from fedmef_fx.errors import ExportError
-from fedmef_fx.gradient_masks import is_own_hook
 from fedmef_fx.model import HOLDER, mask_name
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
@@ -51,6 +50,9 @@ def restore_model(program: Program) -> nn.Module:
         if fact.masked:
             path, _, leaf = name.rpartition(".")
             delattr(model.get_submodule(path), mask_name(leaf))
+        for silent in fact.channels.silent if fact.masked and fact.channels else ():
+            path, _, leaf = silent.rpartition(".")
+            model.get_submodule(path)._buffers.pop(mask_name(leaf), None)
     restore_classes(model)
     forget_load_hooks(model)
     for module in list(model.modules()):
@@ -95,6 +97,3 @@ def _strip(module: nn.Module) -> None:
             delattr(module, child)
     for name in [name for name in module._buffers if name.startswith(_CONSTANT)]:
         delattr(module, name)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if is_own_hook(hook):
-            del module._forward_pre_hooks[key]

@@ -24,6 +24,7 @@ from fedmef_fx.export._batch_norm import fold_batch_norms
 from fedmef_fx.export._plain_ops import restore_plain_ops
 from fedmef_fx.export._restore import restore_model
 from fedmef_fx.export._weights import erase_unread, fold_weights
+from fedmef_fx.gradient_masks import forget_gradient_masks
 from fedmef_fx.model import is_transformed
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
@@ -66,6 +67,7 @@ def freeze(model: nn.Module) -> nn.Module:
             "fedmef_fx.transform(model). A plain model needs no freezing: fedmef_fx.export_onnx takes it as it is"
         )
     duplicate = copy.deepcopy(model).eval()
+    forget_gradient_masks(duplicate)  # a module with hooks would not be folded
     program = program_of(duplicate)
     unpack_weights(program)
     whole = next((region for region in program.regions if _runs_the_model(region)), None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedmef_fx.atomic import check_target, replacing
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export._examples import Examples, read_examples, run
+from fedmef_fx.export.compact import compact as remove_dead_channels
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.report import ExportReport, Parity
 from fedmef_fx.model import is_transformed
@@ -41,6 +42,7 @@ def export_onnx(
     quantize: None = None,
     dynamic_batch: bool = True,
     verify: bool = True,
+    compact: bool = False,
 ) -> ExportReport:
     """Write a model as ONNX, with masks, NSConv and BatchNorm folded, and prove that the file computes the same.
 
@@ -55,6 +57,7 @@ def export_onnx(
         quantize: None, as trained.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
+        compact: Remove channels that contribute nothing first; see `fedmef_fx.compact`.
 
     Returns:
         Sizes, agreement, and what was done differently from what was asked for.
@@ -81,6 +84,7 @@ def export_onnx(
     clock = _Clock()
     with clock.stage("freeze"):
         plain = freeze(model) if is_transformed(model) else model
+        plain = remove_dead_channels(plain, example_inputs, example_kwargs=example_kwargs) if compact else plain
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
         examples = read_examples(plain, example_inputs, example_kwargs)
         _check_weights(plain)

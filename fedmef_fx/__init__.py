@@ -7,7 +7,16 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.api import ExportReport, export_onnx, freeze, inspect_onnx, transform
+from fedmef_fx.api import (
+    CompactReport,
+    ExportReport,
+    compact,
+    compact_report,
+    export_onnx,
+    freeze,
+    inspect_onnx,
+    transform,
+)
 from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
@@ -24,10 +33,13 @@ else:
     from fedmef_fx import memory  # a package that can be called as that function
 
 __all__ = [
+    "CompactReport",
     "Config",
     "ExportReport",
     "Extrusion",
     "FedmefError",
+    "compact",
+    "compact_report",
     "coverage",
     "dense_state_dict",
     "density",

@@ -15,6 +15,8 @@ from fedmef_fx.capture import capture_call, capture_model, duplicate_of, fixed_s
 from fedmef_fx.config import Config
 from fedmef_fx.emit import RegionTable, emit, program_of, recompile
 from fedmef_fx.errors import CaptureError, ConfigError, PassError
+from fedmef_fx.export.compact import compact, compact_report
+from fedmef_fx.export.compact_report import CompactReport
 from fedmef_fx.export.file_records import FileInspection
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.inspect_file import inspect_onnx
@@ -22,8 +24,9 @@ from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
 from fedmef_fx.inspection.records import record_graphs
-from fedmef_fx.model import Transformation, is_transformed
+from fedmef_fx.model import Transformation, is_transformed, silence_channels
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
+from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -39,8 +42,11 @@ from fedmef_fx.state_dicts import keep_masks_on_load
 from fedmef_fx.verify import Verifier
 
 __all__ = [
+    "CompactReport",
     "ExportReport",
     "FileInspection",
+    "compact",
+    "compact_report",
     "export_onnx",
     "extend_region",
     "freeze",
@@ -132,6 +138,7 @@ def transform(
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config) if stop_after is None else None
     result = emit(program, extend=extend)
+    silence_channels(result)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -184,7 +191,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
     """The passes that a configuration asks for, in order."""
     steps: list[Pass] = [
         FunctionalizeWeights(config.ignore),
-        InsertMasks(config.density, config.allocation, config.mask_init, config.seed, config.ignore),
+        InsertMasks(
+            config.density,
+            config.allocation,
+            config.mask_init,
+            config.seed,
+            config.ignore,
+            config.granularity,
+            config.channel_multiple,
+        ),
     ]
     if config.normalization == "nsconv":
         steps.append(NormalizeKernels(config.nsconv_statistics, config.ignore))
@@ -195,11 +210,16 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
 
 
 def memory_passes(config: Config) -> tuple[Pass, ...]:
-    """The passes that shrink what autograd keeps."""
-    if config.activation_sparsity == 0:
+    """The passes that shrink what autograd keeps.
+
+    With 8-bit codecs and nothing pruned, layers keep their inputs in 8 bits, too.
+    """
+    compressing = config.saved_precision == "int8"
+    if config.activation_sparsity == 0 and not compressing:
         return ()
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
-    return (ShrinkSaved(), PruneActivations(*options))
+    first = (CompressSaved(config.ignore),) if compressing else ()
+    return (*first, ShrinkSaved(), PruneActivations(*options, config.packed_dtype))
 
 
 def _check_model(model: nn.Module, config: Config) -> None:

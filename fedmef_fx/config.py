@@ -7,6 +7,7 @@ import sys
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.sparsity.granularity import parse_granularity
 
 __all__ = ["Config"]
 
@@ -41,6 +42,15 @@ class Config:
             tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
+        granularity: What masks switch on and off: single weights (`"weight"`), whole output channels (`"channel"`),
+            which `fedmef_fx.compact` then removes, or N of every M consecutive inputs (`"N:M"`, such as `"2:4"`), which
+            fixes the density to N / M: `density` then has no say, but for 1, which prunes nothing.
+        channel_multiple: Channel masks keep channels in multiples of this, and at least that many.
+        packed_dtype: Type of the values that activation pruning keeps: the `"same"` as the activation's, or
+            `"bfloat16"` or `"float16"`, where they are rounded, and clamped to what the format holds.
+        saved_precision: How what must not be pruned is saved (inputs of normalisations and smooth activations,
+            results of softmax, operands of products and attention): `"exact"`, or `"int8"`, 8 bits per element with a
+            scale and an offset per 256. Forward stays exact; gradients become approximate.
         weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
             masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
             its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
@@ -74,6 +84,10 @@ class Config:
     activation_sparsity: float = 0.9
     threshold_sample: int = 8192
     threshold_interval: int = 8
+    granularity: str = "weight"
+    channel_multiple: int = 8
+    packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
+    saved_precision: Literal["exact", "int8"] = "exact"
     weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4
@@ -97,6 +111,8 @@ class Config:
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
         self._check_integer("adjustment_interval", low=1)
+        self._check_integer("channel_multiple", low=1)
+        parse_granularity(self.granularity)
         self._check_integer("seed", low=0, high=2**64 - 1)  # what torch's generators take
         if self.adjustment_stop is not None:
             self._check_integer("adjustment_stop", low=0)

@@ -23,7 +23,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.model import MaskedParameter, masked_parameters, transformation_of
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
 from fedmef_fx.sparsity.schedule import adjustment_count
-from fedmef_fx.sparsity.selection import magnitudes, smallest_positions
+from fedmef_fx.units import lowest_units, unit_sizes
 
 __all__ = ["Extrusion"]
 
@@ -123,6 +123,7 @@ class Extrusion:
         self.marked: dict[str, Tensor] = {}
         self.step = 0
         self.learning_rate: float | None = None
+        self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
         self._entries = _trained_parameters(model, optimizer)
@@ -147,10 +148,7 @@ class Extrusion:
     def __enter__(self) -> Self:
         if self._handles:
             raise ConfigError("Extrusion: got entered twice; expected one `with` block at a time for an instance")
-        self.marked = {
-            name: entry.positions()[smallest_positions(magnitudes(entry.values()), self._count(name, entry))]
-            for name, entry in self._entries.items()
-        }
+        self.marked = lowest_units(self._model, self._entries, self._count)
         self._places = {name: _Places(self._entries[name], positions) for name, positions in self.marked.items()}
         self.step = 0
         self.learning_rate = None
@@ -184,13 +182,13 @@ class Extrusion:
             return 0.0
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
 
-    def _count(self, name: str, entry: MaskedParameter) -> int:
+    def _count(self, name: str) -> int:
         if self._counts is not None:
             return self._counts.get(name, 0)
-        active = entry.active
+        active, inactive = unit_sizes(self._model)[name]
         # In round 0 the schedule is at its start whenever it stops.
         stop = 1 if self._stop is None else self._stop
-        return adjustment_count(active, entry.numel - active, round_index=self._round_index, stop=stop, rate=self._rate)
+        return adjustment_count(active, inactive, round_index=self._round_index, stop=stop, rate=self._rate)
 
     def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""

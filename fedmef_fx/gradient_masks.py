@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedmef_fx.model import mask_name, transformation_of
 from fedmef_fx.ops import growth
 
-__all__ = ["attach_gradient_masks", "is_own_hook", "keep_gradients_masked"]
+__all__ = ["attach_gradient_masks", "forget_gradient_masks", "is_own_hook", "keep_gradients_masked"]
 
 
 class _GradientMask:
@@ -67,6 +67,14 @@ def attach_own_gradient_masks(module: nn.Module, _: Any = None) -> None:
 def is_own_hook(hook: object) -> bool:
     """Whether a module's hook is one of this module's."""
     return hook in (attach_gradient_masks, attach_own_gradient_masks)
+
+
+def forget_gradient_masks(model: nn.Module) -> None:
+    """Take the hooks that put gradient masks back from all modules of a model."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if is_own_hook(hook):
+                del module._forward_pre_hooks[key]
 
 
 def _attach(owner: nn.Module, leaf: str) -> None:

@@ -15,6 +15,7 @@ from fedmef_fx.ops.growth import Collector, collecting
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+from fedmef_fx.units import growth_requests, probed, unit_candidates, unit_sizes
 
 __all__ = ["growth_candidates"]
 
@@ -38,6 +39,10 @@ def growth_candidates(
     The model runs in the mode it is in. Afterwards its parameters, their `.grad`, its buffers (running statistics of
     normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks
     that others put on the parameters do run: an optimizer that steps inside backward has to be taken off first.
+
+    With `granularity="channel"` a candidate is a channel: its position is that of the channel's first weight in the
+    first layer of its group, its value the norm of the gradient of all its weights, averaged over batches. With "N:M"
+    candidates are the best coordinates of the k groups of M whose lowest active weight is lowest.
 
     Args:
         model: A transformed model with masks.
@@ -68,14 +73,13 @@ def growth_candidates(
             "growth_candidates: the model has no masks, so there is nothing to grow; expected a density below 1, "
             "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
         )
-    requests = {
-        name: (entry.buffer, number)
-        for (name, entry), number in zip(entries.items(), _numbers(model, entries, k), strict=True)
-    }
+    numbers = _numbers(model, entries, k)
+    requests = growth_requests(model, entries, numbers)
     shapes = {name: entry.shape for name, entry in entries.items()}
     seen = 0
     with (
         _unchanged(model, entries),
+        probed(model),
         collecting(requests, packed_shapes=shapes) as collector,
         _gradients_dropped(model, entries, collector),
     ):
@@ -85,7 +89,7 @@ def growth_candidates(
             seen += 1
         if not seen:
             raise DataError("growth_candidates: got no batches; expected at least one")
-        return collector.candidates()
+        return unit_candidates(model, collector.candidates(), numbers)
 
 
 def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | Mapping[str, int] | None) -> list[int]:
@@ -99,12 +103,11 @@ def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | 
             )
         return [k.get(name, 0) for name in entries]
     rate = transformation_of(model).config.adjustment_rate
-    active = [entry.active for entry in entries.values()]
-    inactive = [entry.numel - count for entry, count in zip(entries.values(), active, strict=True)]
+    sizes = unit_sizes(model)
     # The count of round 0 is the schedule's largest, wherever it stops.
     return [
         adjustment_count(count, rest, round_index=0, stop=1, rate=rate)
-        for count, rest in zip(active, inactive, strict=True)
+        for count, rest in (sizes[name] for name in entries)
     ]
 
 

@@ -18,12 +18,15 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.pipeline import PassReport
+from fedmef_fx.sparsity.granularity import Layout
+from fedmef_fx.sparsity.optimizer_state import forget_state
 
 if TYPE_CHECKING:
     from fedmef_fx.inspection.records import GraphRecord
 
 __all__ = [
     "HOLDER",
+    "ChannelFact",
     "Coverage",
     "MaskedParameter",
     "PrunableParameter",
@@ -35,18 +38,35 @@ __all__ = [
     "density",
     "is_ignored",
     "is_transformed",
+    "least_bias",
     "mask_name",
     "masked_parameters",
     "masks",
     "register_mask",
     "report",
     "set_masks",
+    "silence_channels",
     "transformation_of",
 ]
 
 HOLDER = "fedmef"
 
 Tier = Literal["graph", "module", "hook"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChannelFact:
+    """How the channels of a weight relate to those of others; see `passes/_channel_groups.py`.
+
+    Attributes:
+        layout: Where its channels lie.
+        leader: The first weight of the group of layers that have the same channels; itself where it has its own.
+        silent: Of a leader, names of biases and running means with one entry per channel, 0 where it is off.
+    """
+
+    layout: Layout
+    leader: str
+    silent: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +81,7 @@ class PrunableParameter:
         masked: Whether it has a mask.
         region: Path of the traced region that holds it, None outside the graph tier.
         region_modules: Number of modules with weights in that region; 1 is a leaf on its own.
+        channels: What granularities coarser than single weights need to know; None with single weights.
         packed_shape: Shape of the weight where it is stored packed; None where it is stored dense.
     """
 
@@ -71,6 +92,7 @@ class PrunableParameter:
     masked: bool = True
     region: str | None = None
     region_modules: int = 0
+    channels: ChannelFact | None = None
     packed_shape: tuple[int, ...] | None = None
 
 
@@ -216,6 +238,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     optimizers that hold them stay valid: before their next step the momentum of pruned and grown weights becomes 0,
     that of the others stays. A packed parameter changes its size with its number of active weights.
 
+    Any mask is taken, whatever `Config.granularity` is; with "channel", biases of channels that are off become 0.
+
     Args:
         model: A transformed model.
         masks: Original parameter name -> boolean mask of its shape; parameters that are left out keep theirs.
@@ -228,6 +252,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         _check_mask(entries, name, mask)
     for name, mask in masks.items():
         entries[name].change(mask)
+    silence_channels(model)
 
 
 def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor) -> None:
@@ -247,6 +272,50 @@ def apply_masks(model: nn.Module) -> None:
     """Set every masked weight to 0, e.g. after weights were written from outside."""
     for entry in masked_parameters(model).values():
         entry.clear_masked()
+    silence_channels(model)
+
+
+@torch.no_grad()
+def silence_channels(model: nn.Module) -> None:
+    """Make the channels without active weights exactly 0: their biases, shifts and running means.
+
+    A channel that comes back starts with the smallest of biases: at exactly 0 no gradient passes a ReLU, and it would
+    never learn; see docs/adr/0008-channel-masks.md.
+    """
+    for name, fact in transformation_of(model).prunable.items():
+        if not fact.masked or fact.channels is None or not fact.channels.silent:
+            continue
+        alive = fact.channels.layout.rows(masked_parameters(model)[name].mask).any(1)
+        for silent in fact.channels.silent:
+            holder, entry = _owner(model, silent)
+            _silence(holder, entry, alive)
+
+
+def _silence(holder: nn.Module, leaf: str, alive: Tensor) -> None:
+    tensor = getattr(holder, leaf)
+    if not isinstance(tensor, nn.Parameter):
+        tensor.mul_(alive)
+        return
+    was_alive = holder._buffers.get(mask_name(leaf))
+    if was_alive is None:
+        # Not persistent: it follows from the masks of the weights.
+        holder.register_buffer(mask_name(leaf), alive.clone(), persistent=False)
+        tensor.mul_(alive)
+        return
+    if torch.equal(was_alive, alive) and not tensor[~alive].any():
+        return
+    grown = alive & ~was_alive
+    tensor.mul_(alive)
+    tensor[grown & (tensor == 0)] = least_bias(tensor.dtype)
+    if tensor.grad is not None:
+        tensor.grad.mul_(alive & was_alive)
+    forget_state(tensor, keep=alive & was_alive)
+    was_alive.copy_(alive)
+
+
+def least_bias(dtype: torch.dtype) -> float:
+    """A positive number that changes no sum but lets gradients through a ReLU."""
+    return float(torch.finfo(dtype).tiny) * 2.0**20
 
 
 def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The architectures that FedMef is evaluated on, for demos, tests and benchmarks.
+"""The architectures that FedMef is evaluated on, for demos, tests and benchmarks; `transformers.py` has two more.
 
 Modules carry the names that torchvision gives them, so that its checkpoints for the same layout load. Convolutions
 start with the fan-out scaling of He et al. (ICCV 2015), BatchNorm at the identity.
@@ -11,8 +11,19 @@ from typing import Final
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.transformers import gpt2_bytes, vit_tiny
 
-__all__ = ["REFERENCE_MODELS", "MobileNetV2", "ResNet", "digits_cnn", "mobilenet_v2", "resnet18", "resnet50"]
+__all__ = [
+    "REFERENCE_MODELS",
+    "MobileNetV2",
+    "ResNet",
+    "digits_cnn",
+    "gpt2_bytes",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet50",
+    "vit_tiny",
+]
 
 
 def digits_cnn(num_classes: int = 10) -> nn.Sequential:
@@ -321,4 +332,6 @@ REFERENCE_MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "mobilenet_v2": mobilenet_v2,
+    "vit_tiny": vit_tiny,
+    "gpt2_bytes": gpt2_bytes,
 }

@@ -42,12 +42,14 @@ class PassResult:
         rewrites: Names of the nodes or parameters that were rewritten.
         refusals: What was not, and why.
         seconds: Wall-clock time of the pass, verification excluded.
+        notices: What came out otherwise than one might expect, such as a density that was rounded.
     """
 
     name: str
     rewrites: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     seconds: float = 0.0
+    notices: tuple[str, ...] = ()
 
     @property
     def modified(self) -> bool:
@@ -56,7 +58,8 @@ class PassResult:
 
     def __str__(self) -> str:
         head = f"{self.name}: {len(self.rewrites)} rewritten, {len(self.refusals)} refused, {self.seconds * 1e3:.0f} ms"
-        return "\n".join([head, *(f"  refused {refusal}" for refusal in self.refusals)])
+        notices = [f"  notice: {notice}" for notice in self.notices]
+        return "\n".join([head, *(f"  refused {refusal}" for refusal in self.refusals), *notices])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

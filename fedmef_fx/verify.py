@@ -9,9 +9,10 @@ from torch import fx
 
 from fedmef_fx.errors import VerificationError
 from fedmef_fx.memory.bitmap import bitmap_nbytes, count_bits
-from fedmef_fx.model import masked_parameters
+from fedmef_fx.model import PrunableParameter, masked_parameters
 from fedmef_fx.pipeline import Pass, PassResult
 from fedmef_fx.program import Program, provenance
+from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 
 __all__ = ["Verifier"]
 
@@ -130,6 +131,28 @@ def _stored(program: Program) -> dict[str, tuple[torch.Tensor, torch.Tensor, tor
     return {name: (entry.parameter, entry.buffer, entry.shape) for name, entry in entries.items()}
 
 
+def _masks_have_their_granularity(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
+    granularity = parse_granularity(program.facts.config.granularity)
+    entries = masked_parameters(program.model, facts=program.facts)
+    for name, fact in program.facts.prunable.items():
+        if not fact.masked or fact.channels is None:
+            continue
+        mask, layout = entries[name].mask, fact.channels.layout
+        if isinstance(granularity, Pattern) and (layout.blocks(mask, granularity.of).sum(1) > granularity.kept).any():
+            yield f"the mask of {name} keeps more than {granularity} somewhere"
+        leader = program.facts.prunable[fact.channels.leader]
+        if granularity == "channel" and not leader.masked:
+            yield f"the mask of {name} follows {leader.name}, which has none"
+        elif granularity == "channel":
+            alive = _layout(leader).rows(entries[leader.name].mask).any(1)
+            if (mask & ~layout.spread(alive, mask.shape)).any():
+                yield f"the mask of {name} keeps channels that are off in {leader.name}"
+
+
+def _layout(fact: PrunableParameter) -> Layout:
+    return Layout() if fact.channels is None else fact.channels.layout
+
+
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
@@ -171,6 +194,7 @@ _CHECKS: Final[tuple[Callable[[_Snapshot, _Snapshot, Program, PassResult], Itera
     _names_are_kept,
     _training_flags_are_kept,
     _masks_match,
+    _masks_have_their_granularity,
     _masked_parameters_are_read_through_masks,
     _inserted_nodes_have_provenance,
     _report_is_truthful,

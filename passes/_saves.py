@@ -5,6 +5,7 @@ keeps it dense. Unknown operations are taken to keep everything: too cautious co
 """
 
 import operator
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -13,9 +14,15 @@ from torch.nn import functional as F
 
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
+from fedmef_fx.ops.smooth import compressed_activation, compressed_result
+from fedmef_fx.passes._gradients import differentiable
 from fedmef_fx.passes._nodes import ADDITIONS, is_inplace, is_view, without_views
 from fedmef_fx.program import Region
 
@@ -36,6 +43,7 @@ _BOTH: Final = Kept(inputs=True, output=True)
 
 _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     F.dropout,  # keeps its noise, which is no activation
+    F.embedding,  # and its indices
     F.interpolate,
     F.pad,
     F.pixel_shuffle,
@@ -46,7 +54,9 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     operator.neg,
     torch.cat,
     torch.chunk,
+    torch.clone,
     torch.concat,
+    torch.masked_fill,  # keeps its mask, as `where` does
     torch.mean,
     torch.neg,
     torch.split,
@@ -54,10 +64,17 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     torch.sub,
     torch.sum,
     torch.unbind,
+    torch.where,
     torch._assert,
+    "bfloat16",
     "chunk",
+    "clone",
     "detach",
     "dim",
+    "double",
+    "float",
+    "half",
+    "masked_fill",
     "mean",
     "numel",
     "repeat",
@@ -66,14 +83,27 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     "sub",
     "sum",
     "to",
+    "type",
+    "type_as",
     "unbind",
     # Their inputs and results are not kept; what they keep instead is small.
     adaptive_avg_pool,
     avg_pool,
     bit_dropout,
+    compressed_activation,
+    compressed_attention,
+    compressed_batch_norm,
+    compressed_batch_norm_module,
+    compressed_matmul,
+    compressed_mul,
+    compressed_norm,
+    compressed_result,
+    masked_weight,  # a parameter and a mask, which exist anyway
     max_pool,
     pruned_convolution,
     pruned_linear,
+    recomputed,
+    remasked,
     sign_relu,
 }
 _KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
@@ -126,10 +156,14 @@ _KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
         operator.pow,
     }
 )
+_PRODUCTS: Final[frozenset[Any]] = frozenset(
+    {operator.matmul, operator.mul, torch.bmm, torch.matmul, torch.mm, torch.mul, "bmm", "matmul", "mm", "mul"}
+)
 _SCALINGS: Final[frozenset[Any]] = frozenset({operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"})
 
 _MODULES_KEEP_NOTHING: Final = (
     BitDropout,
+    KeepActivation,
     PackActivation,
     nn.Dropout,
     nn.Dropout1d,
@@ -177,13 +211,21 @@ def kept_by(region: Region, node: fx.Node) -> Kept:
         return _BOTH
     if node.target in _KEEP_NOTHING:
         return _NOTHING
-    if node.target in _SCALINGS and len(node.all_input_nodes) == 1 and not isinstance(node.args[1], fx.Node):
-        return _NOTHING if node.args[0] is not node.args[1] else _INPUTS
+    if node.target in _SCALINGS and _is_scaling(node):
+        return _NOTHING
     if node.target in _KEEP_OUTPUT:
         return _OUTPUT
-    if node.target in _KEEP_INPUTS:
+    if node.target in _KEEP_INPUTS or node.target in _PRODUCTS:
         return _INPUTS
     return _BOTH
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    """Whether a product or quotient of a tensor and a number is linear in the tensor."""
+    if len(node.args) != 2 or len(node.all_input_nodes) != 1:
+        return False
+    first, second = (isinstance(argument, fx.Node) for argument in node.args)
+    return (first and not second) or (second and not first and node.target in _PRODUCTS)
 
 
 def _kept_by_module(module: nn.Module | None) -> Kept:
@@ -195,6 +237,15 @@ def _kept_by_module(module: nn.Module | None) -> Kept:
     if kind in _MODULES_KEEP_OUTPUT:
         return _OUTPUT
     return _INPUTS if kind in _MODULES_KEEP_INPUTS else _BOTH
+
+
+def _inputs_kept(node: fx.Node, carriers: Collection[fx.Node]) -> list[fx.Node]:
+    """The inputs that a node keeps, if it keeps them: a product needs an operand for the other one's gradient only."""
+    operands = node.all_input_nodes
+    if node.target not in _PRODUCTS or len(operands) != 2:
+        return operands
+    first, second = operands
+    return [x for x, other in ((first, second), (second, first)) if other in carriers]
 
 
 def _written_by(region: Region, node: fx.Node) -> fx.Node | None:
@@ -219,6 +270,7 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
     kept: dict[fx.Node, str] = {}
     is_whole = not region.path  # what goes in and out of an inner region mostly belongs to other regions
     results: list[fx.Node] = []
+    carriers = differentiable(region, graph)
 
     def keep(tensor: object, reason: str) -> None:
         root = without_views(region, tensor)
@@ -235,7 +287,7 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
                 keep(tensor, "returned by the model")
         elif node.op != "placeholder" and node not in rewritten:
             what = kept_by(region, node)
-            for tensor in node.all_input_nodes if what.inputs else ():
+            for tensor in _inputs_kept(node, carriers) if what.inputs else ():
                 keep(tensor, f"{node.name} keeps its input")
             if what.output:
                 results.append(node)

@@ -11,8 +11,13 @@ Rules
 3. Weights that Python code or opaque modules read are 0 where masked and have their gradients masked
    (`gradient_masks`).
 
+4. With `granularity="channel"` a mask switches whole output channels, the same in all layers of a group
+   (`_channel_groups`); with "N:M" it keeps N of M consecutive inputs.
+
 Left dense, with the reason in the coverage: ignored modules, frozen parameters, weights tied to an embedding, and
-parametrized weights that are not 0 where their parameter is. At density 1 there are no masks.
+parametrized weights that are not 0 where their parameter is; with channel masks also weights that make the model's
+outputs and depthwise convolutions; with N:M weights whose inputs cannot be cut into groups of M. At density 1 there are
+no masks.
 """
 
 import dataclasses
@@ -26,6 +31,7 @@ from torch.nn.utils import prune
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.model import PrunableParameter, Tier, is_ignored, mask_name, register_mask
 from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, what_resulted, with_channels
 from fedmef_fx.passes._weights import (
     NOT_WEIGHTS,
     Reader,
@@ -53,6 +59,8 @@ class InsertMasks:
         mask_init: Random masks or those of the largest magnitudes.
         seed: Of random masks.
         ignore: Modules whose parameters stay dense, as in `Config.ignore`.
+        granularity: "weight", "channel" or "N:M".
+        channel_multiple: Channels are kept in multiples of this.
     """
 
     name: ClassVar[str] = "insert-masks"
@@ -61,12 +69,16 @@ class InsertMasks:
     mask_init: Literal["random", "magnitude"] = "random"
     seed: int = 0
     ignore: tuple[str | type, ...] = ()
+    granularity: str = "weight"
+    channel_multiple: int = 8
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph; registers the masks and the coverage on the model."""
         facts, unread = self._find(program)
+        facts = with_channels(program, facts, self.granularity)
         chosen = {name: fact for name, fact in facts.items() if not fact.reason or fact.tier in ("module", "hook")}
         chosen = {name: fact for name, fact in chosen.items() if fact.masked}
+        notices: tuple[str, ...] = ()
         if self.density < 1:
             if not chosen:
                 raise ConfigError(
@@ -75,7 +87,10 @@ class InsertMasks:
                     "that Python code multiplies by hand are found with example inputs: transform(..., "
                     "example_inputs=(x,))"
                 )
-            self._register(program, list(chosen))
+            masks = self._masks(program, chosen)
+            notices = what_resulted(masks, chosen, self.granularity, density=self.density)
+            for name, mask in masks.items():
+                register_mask(program.model, name, mask)
             _guard(program, chosen)
             for region, _, graph in program.graphs():
                 read_through_masks(
@@ -87,7 +102,7 @@ class InsertMasks:
         }
         refusals = [Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason and name not in chosen]
         refusals += [Refusal(name, "nothing that was traced or recorded reads it") for name in unread]
-        return PassResult(self.name, tuple(sorted(masked)), tuple(refusals))
+        return PassResult(self.name, tuple(sorted(masked)), tuple(refusals), notices=notices)
 
     def _find(self, program: Program) -> tuple[dict[str, PrunableParameter], list[str]]:
         """Every prunable parameter, in the model's order; and weights of layers that nothing reads."""
@@ -135,18 +150,21 @@ class InsertMasks:
             return "its parametrization does not keep zeros, so that a mask would not hold"
         return ""
 
-    def _register(self, program: Program, names: list[str]) -> None:
-        weights = {name: program.model.get_parameter(name).detach() for name in names}
-        counts = allocate({n: tuple(w.shape) for n, w in weights.items()}, self.density, method=self.allocation)
+    def _masks(self, program: Program, chosen: dict[str, PrunableParameter]) -> dict[str, Tensor]:
+        weights = {name: program.model.get_parameter(name).detach() for name in chosen}
         adopted = {name: mask for name, mask in _masks_of_others(program.model) if name in weights}
+        if self.granularity != "weight":
+            options = CoarseMasks(self.granularity, self.density, self.allocation, self.channel_multiple)
+            layouts = {name: fact.channels for name, fact in chosen.items() if fact.channels is not None}
+            seed = None if self.mask_init == "magnitude" else self.seed
+            masks = coarse_masks(weights, layouts, options, seed=seed)
+            return {name: mask & adopted[name] if name in adopted else mask for name, mask in masks.items()}
+        counts = allocate({n: tuple(w.shape) for n, w in weights.items()}, self.density, method=self.allocation)
         counts |= {name: min(counts[name], int(mask.sum())) for name, mask in adopted.items()}
         if self.mask_init == "magnitude":
-            masks = magnitude_masks({n: w * adopted[n] if n in adopted else w for n, w in weights.items()}, counts)
-        else:
-            masks = random_masks({n: tuple(w.shape) for n, w in weights.items()}, counts, seed=self.seed)
-            masks |= self._random_within(adopted, counts)
-        for name, mask in masks.items():
-            register_mask(program.model, name, mask)
+            return magnitude_masks({n: w * adopted[n] if n in adopted else w for n, w in weights.items()}, counts)
+        masks = random_masks({n: tuple(w.shape) for n, w in weights.items()}, counts, seed=self.seed)
+        return masks | self._random_within(adopted, counts)
 
     def _random_within(self, adopted: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
         """Random masks that keep only what other masks keep."""
@@ -185,7 +203,10 @@ def read_through_masks(region: Region, graph: fx.Graph, names: dict[int, str], m
 def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:
     """Note which parameters need their gradients masked: all that code outside of graphs may read."""
     everything = not program.is_one_graph
-    program.facts.guarded = tuple(name for name, fact in chosen.items() if everything or fact.tier == "hook")
+    guarded = [name for name, fact in chosen.items() if everything or fact.tier == "hook"]
+    parameters = dict(program.model.named_parameters())
+    guarded += [n for fact in chosen.values() if fact.channels for n in fact.channels.silent if n in parameters]
+    program.facts.guarded = tuple(guarded)
 
 
 def _tier(program: Program, name: str, reader: Reader | None) -> tuple[Tier, str]:

@@ -3,7 +3,8 @@
 Rules
 1. `layer(x, weight, bias)` -> `pruned_convolution` / `pruned_linear`, which make their weight (dense, masked or
    NSConv) again in backward instead of keeping it.
-2. x is packed right after it is made, by one `PackActivation` site that all layers reading x share.
+2. x is packed right after it is made, by one `PackActivation` site that all layers reading x share. Where
+   `compress-saved` keeps x already, or x is a cheap function of what it keeps, the layers take that instead.
 
 Not packed, with the reason: an x that stays dense anyway because another node keeps it (the layer then keeps that same
 tensor, at no cost and with exact gradients), and inputs of the model, which its caller holds.
@@ -12,7 +13,7 @@ Refused: ignored layers; geometry that is not static; asymmetric `padding="same"
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import fx, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.passes._handles import add_8_bit_site, handle_of
 from fedmef_fx.passes._nodes import CONVOLUTIONS, TRANSPOSED, bound, layers, source_of_weight, without_views
 from fedmef_fx.passes._saves import kept_tensors
 from fedmef_fx.passes._sites import add_site
@@ -36,10 +38,11 @@ class PruneActivations:
     """The pass of this module; see the module docstring for its rules.
 
     Attributes:
-        activation_sparsity: gamma, the share of an activation that is dropped, in (0, 1).
+        activation_sparsity: gamma, the share of an activation that is dropped, in [0, 1). 0 keeps all of it in 8 bits.
         threshold_sample: Elements sampled to estimate a threshold.
         threshold_interval: Training steps between estimates.
         ignore: Modules that are left alone, as in `Config.ignore`.
+        packed_dtype: Type in which the kept values are stored; "same" as the activation's.
     """
 
     name: ClassVar[str] = "prune-activations"
@@ -47,6 +50,7 @@ class PruneActivations:
     threshold_sample: int = 8192
     threshold_interval: int = 8
     ignore: tuple[str | type, ...] = ()
+    packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
@@ -56,7 +60,7 @@ class PruneActivations:
             if region.role == "fallback":
                 continue  # serves rare calls, and takes no more memory in them than the original
             geometries = {node: self._match(region, node) for node in layers(graph)}
-            chosen = {node: geometry for node, geometry in geometries.items() if not isinstance(geometry, str)}
+            chosen = self.matches(region, graph)
             refusals += [Refusal(region.full_name(n.name), g) for n, g in geometries.items() if isinstance(g, str)]
             kept = kept_tensors(region, graph, rewritten=set(chosen))
             packed: dict[fx.Node, fx.Node] = {}
@@ -66,11 +70,16 @@ class PruneActivations:
                 if isinstance(x, fx.Node) and root in kept:
                     refusals.append(Refusal(region.full_name(x.name), f"stays dense: {kept[root]}"))
                 elif isinstance(x, fx.Node) and x not in packed:
-                    packed[x] = self._pack(region, mode, x)
+                    packed[x] = handle_of(region, x, by=self.name) or self._pack(region, mode, x)
                 name = node.name
                 prune_layer(node, packed.get(x) if isinstance(x, fx.Node) else None, geometry, by=self.name)
                 rewrites.append(region.full_name(name))
         return PassResult(self.name, tuple(rewrites), tuple(dict.fromkeys(refusals)))
+
+    def matches(self, region: Region, graph: fx.Graph) -> dict[fx.Node, dict[str, Any]]:
+        """The layers that are rewritten, with their geometry."""
+        found = {node: self._match(region, node) for node in layers(graph)}
+        return {node: geometry for node, geometry in found.items() if not isinstance(geometry, str)}
 
     def _match(self, region: Region, node: fx.Node) -> dict[str, Any] | str:
         """The layer's geometry, or why it is left alone."""
@@ -85,8 +94,15 @@ class PruneActivations:
         return geometry_of(node, weight)
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
+        if self.activation_sparsity == 0:
+            return add_8_bit_site(region, mode, x, by=self.name)
         name = x.name if mode == "both" else f"{x.name}_{mode}"
-        site = PackActivation(self.activation_sparsity, sample=self.threshold_sample, interval=self.threshold_interval)
+        site = PackActivation(
+            self.activation_sparsity,
+            sample=self.threshold_sample,
+            interval=self.threshold_interval,
+            value_dtype=self.packed_dtype,
+        )
         target = add_site(region, name, site)
         with x.graph.inserting_after(x):
             node = x.graph.call_module(target, (x,))

@@ -33,7 +33,7 @@ from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
 from fedmef_fx.program import Program, Region, provenance, set_provenance
 
-__all__ = ["ShrinkSaved"]
+__all__ = ["ShrinkSaved", "shrinkable"]
 
 _MAX_POOLS: Final[dict[Any, int]] = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
 _AVG_POOLS: Final[dict[Any, int]] = {F.avg_pool2d: 2, F.avg_pool3d: 3}
@@ -94,6 +94,12 @@ class ShrinkSaved:
         if origin is not None:
             new.meta["fedmef_fx"]["origin"] = origin[1]
         node.graph.erase_node(node)
+
+
+def shrinkable(region: Region, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a graph that the pass rewrites unless something else keeps their result anyway."""
+    found = (n for n in graph.nodes if _match(region, n) is not None)
+    return {n for n in found if not is_inplace(region, n) or _owns_input(region, n)}
 
 
 def _match(region: Region, node: fx.Node) -> _Replacement | None:

@@ -341,6 +341,14 @@ def test_export(tmp_path: Path) -> None:
     assert _invoke("inspect", "model.onnx", "--view", "diff").exit_code == 2
 
 
+def test_export_of_a_compacted_model() -> None:
+    options = ("--granularity", "channel", "--density", "0.5", "--allocation", "uniform")
+    full = _data("export", "digits_cnn", "full.onnx", *options)
+    small = _data("export", "digits_cnn", "small.onnx", "--compact", *options)
+    assert small["bytes"] < 0.4 * full["bytes"]
+    assert small["parity"]["max_abs"] < 1e-4
+
+
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     data = _data("demo", "--output", "out")

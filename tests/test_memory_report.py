@@ -24,7 +24,7 @@ def test_bytes_of_a_model_that_is_small_enough_to_count() -> None:
     assert (report.weights, report.gradients, report.buffers) == (weights, weights, 0)
     assert report.inputs == 4 * 3 * 4
     # The result of the ReLU, which the second layer keeps as well; the input belongs to the caller.
-    assert report.saved == {"dense": 4 * 3 * 6, "packed values": 0, "bitmap": 0}
+    assert report.saved == {"dense": 4 * 3 * 6, "packed values": 0, "bitmap": 0, "8-bit": 0}
     assert report.peak >= weights * 2 + report.inputs
 
 

@@ -484,3 +484,15 @@ def test_a_name_that_cannot_stand_in_code_is_refused():
     model.add_module('a"b', nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"module name 'a\"b' has quotes"):
         transform(model)
+
+
+def test_an_activation_after_a_linear_layer_on_sequences_works_in_place() -> None:
+    # F.linear gives a view for inputs of three dimensions, which autograd lets nobody change in place.
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    pruned = fedmef_fx.transform(model, Config(density=0.5, activation_sparsity=1e-9))  # packs, and drops nothing
+    dense = fedmef_fx.transform(model, Config(density=0.5, activation_sparsity=0))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    for network in (pruned, dense):
+        network(x).square().sum().backward()
+    for left, right in zip(pruned.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(left.grad, right.grad)

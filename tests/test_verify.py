@@ -112,7 +112,8 @@ def test_sound_passes_pass():
     report = Pipeline((FunctionalizeWeights(), InsertMasks(density=0.5)), after_pass=Verifier.of(subject)).run(subject)
     assert [len(result.rewrites) for result in report] == [2, 2]
     assert report["insert-masks"].name == (
-        "insert-masks{density=0.5, allocation='erk', mask_init='random', seed=0, ignore=()}"
+        "insert-masks{density=0.5, allocation='erk', mask_init='random', seed=0, ignore=(), "
+        "granularity='weight', channel_multiple=8}"
     )
     with pytest.raises(KeyError, match="no pass 'x'; passes: functionalize"):
         report["x"]

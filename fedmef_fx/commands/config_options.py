@@ -21,12 +21,19 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "density": Annotated[float | None, typer.Option(help="Active share of the prunable weights, (0, 1].")],
     "allocation": Annotated[str | None, typer.Option(help="How layers share the budget: erk or uniform.")],
     "mask_init": Annotated[str | None, typer.Option(help="Initial masks: random or magnitude.")],
+    "granularity": Annotated[str | None, typer.Option(help="What masks switch: weight, channel, or N:M such as 2:4.")],
     "normalization": Annotated[
         str | None, typer.Option(help="nsconv turns BatchNorm into normalised kernels, keep leaves it.")
     ],
     "activation_sparsity": Annotated[
         float | None,
         typer.Option("--activation-sparsity", "--gamma", help="Share of saved activations that is dropped, [0, 1)."),
+    ],
+    "saved_precision": Annotated[
+        str | None, typer.Option(help="What must not be pruned is saved exact, or as int8: 8 bits per element.")
+    ],
+    "packed_dtype": Annotated[
+        str | None, typer.Option(help="Values of pruned activations: same, bfloat16 or float16.")
     ],
     "weight_storage": Annotated[
         str | None, typer.Option(help="Where masked weights live: dense with masks, or packed as active values alone.")

@@ -28,11 +28,14 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the file with the model in onnxruntime.")
     ] = True,
+    compact: Annotated[bool, typer.Option("--compact", help="Remove channels that contribute nothing first.")] = False,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
     """Write a model as ONNX, with masks and normalisation folded, and prove that it computes the same."""
     x = required_input(model, input_shape, batch=2)  # torch.export takes a batch of one for a constant
     sparse = transformed(build_model(model, seed=config.seed), config, checkpoint=checkpoint)
-    report = fedmef_fx.export_onnx(sparse, output, example_inputs=(x,), dynamic_batch=dynamic_batch, verify=verify)
+    report = fedmef_fx.export_onnx(
+        sparse, output, example_inputs=(x,), dynamic_batch=dynamic_batch, verify=verify, compact=compact
+    )
     return Result(report.as_dict(), lambda console: console.print(str(report)))

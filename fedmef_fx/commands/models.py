@@ -43,7 +43,9 @@ _IMAGES: Final = {
     "resnet18": (3, 32, 32),
     "resnet50": (3, 224, 224),
     "mobilenet_v2": (3, 32, 32),
+    "vit_tiny": (3, 32, 32),
 }
+_TOKENS: Final = {"gpt2_bytes": (128,)}  # length; each is a byte
 _SHAPE: Final = re.compile(r"\d+(x\d+)*")
 
 
@@ -143,10 +145,16 @@ def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | N
         batch: Batch size where the shape is not given.
 
     Returns:
-        `f32[*shape]`; None for a model of the user's without a shape.
+        `f32[*shape]`, or bytes as `i64[*shape]` for a language model; None for a model of the user's without a shape.
     """
-    sizes = _sizes(shape) if shape is not None else (batch, *_IMAGES[name]) if name in _IMAGES else None
-    return None if sizes is None else torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    usual = {**_IMAGES, **_TOKENS}
+    sizes = _sizes(shape) if shape is not None else (batch, *usual[name]) if name in usual else None
+    if sizes is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randint(256, sizes, generator=generator) if name in _TOKENS else torch.randn(sizes, generator=generator)
+    )
 
 
 def required_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor:

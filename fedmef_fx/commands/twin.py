@@ -10,6 +10,7 @@ __all__ = ["masked_dense_twin"]
 
 def masked_dense_twin(model: nn.Module, config: Config) -> nn.Module:
     """The model with the masks of a configuration and nothing else changed."""
-    return fedmef_fx.transform(
-        model, config.replace(normalization="keep", activation_sparsity=0.0, weight_storage="dense")
+    plain = config.replace(
+        normalization="keep", activation_sparsity=0.0, saved_precision="exact", weight_storage="dense"
     )
+    return fedmef_fx.transform(model, plain)

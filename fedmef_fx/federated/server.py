@@ -15,9 +15,9 @@ from fedmef_fx.federated.methods import Method
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
 from fedmef_fx.model import masked_parameters, set_masks, transformation_of
-from fedmef_fx.sparsity.adjust import adjust_mask
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
 from fedmef_fx.sparsity.sparse_gradient import average_sparse_gradients
+from fedmef_fx.units import adjusted_masks, unit_sizes
 
 __all__ = ["Server"]
 
@@ -64,16 +64,11 @@ class Server:
         stop = self._rounds if config.adjustment_stop is None else config.adjustment_stop
         if not is_adjustment_round(self.state.version, interval=config.adjustment_interval, stop=stop):
             return None
-        active = {name: values.numel() for name, values in self.state.values.items()}
         return {
             name: adjustment_count(
-                active[name],
-                mask.numel() - active[name],
-                round_index=self.state.version,
-                stop=stop,
-                rate=config.adjustment_rate,
+                active, inactive, round_index=self.state.version, stop=stop, rate=config.adjustment_rate
             )
-            for name, mask in self.state.masks.items()
+            for name, (active, inactive) in unit_sizes(self.model).items()
         }
 
     def broadcast(self, client: int) -> bytes:
@@ -121,11 +116,13 @@ class Server:
 
     def _adjust(self, updates: list[Update], counts: Mapping[str, int]) -> dict[str, int]:
         """Prune the lowest averaged magnitudes and grow, at 0, where the averaged gradients are largest."""
-        adjusted, churn = {}, {}
-        for name, entry in masked_parameters(self.model).items():
-            gradient = average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])
-            adjusted[name] = adjust_mask(entry.dense(), entry.mask, gradient, counts[name])
-            churn[name] = int((adjusted[name] & ~entry.mask).sum())
+        gradients = {
+            name: average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])
+            for name in self.schema.masked
+        }
+        adjusted = adjusted_masks(self.model, gradients, counts)
+        entries = masked_parameters(self.model).items()
+        churn = {name: int((adjusted[name] & ~entry.mask).sum()) for name, entry in entries}
         set_masks(self.model, adjusted)
         return churn
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.checkpoint import StoredTensor, read_tensors
 from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.model import is_transformed, mask_name, masked_parameters
+from fedmef_fx.model import bitmap_name, is_transformed, mask_name, masked_parameters
 
 __all__ = ["Source", "tensors_of"]
 
@@ -45,7 +45,7 @@ def _floating(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
     masked = masked_parameters(model) if is_transformed(model) else {}
-    left_out = {mask_name(name) for name in masked}
+    left_out = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in masked.items()}
     found: dict[str, StoredTensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -54,7 +54,7 @@ def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
         seen.add(id(tensor))
         if name in masked:
             mask = masked[name].mask.cpu()
-            found[name] = StoredTensor(masked[name].parameter.detach().cpu()[mask], mask, mask.shape)
+            found[name] = StoredTensor(masked[name].values().detach().cpu(), mask, mask.shape)
         else:
             found[name] = StoredTensor(tensor.detach().cpu().reshape(-1), None, tensor.shape)
     return found

@@ -244,6 +244,7 @@ def inspect(
         raise ConfigError(f"inspect: got {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(example_inputs, Tensor):
         raise ConfigError("inspect: example_inputs is a tensor; expected a tuple of arguments: inspect(model, (x,))")
+    model = vars(model)["_modules"].get("_orig_mod", model)  # out of torch.compile
     has_example = example_inputs is not None or example_kwargs is not None
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
     is_original = not is_transformed(model)

@@ -13,6 +13,8 @@ from typing import Any
 
 from fedmef_fx.memory.backends import Backend, available_backends, backend, backend_for, set_backend, using_backend
 from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.memory.blockwise import BlockwiseTensor, blockwise_nbytes
+from fedmef_fx.memory.codecs import Codec, KeptTensor, codec_nbytes, why_dense
 from fedmef_fx.memory.gradient_bits import GradientBits, clamp, clamp_and_pack
 from fedmef_fx.memory.layout import Layout
 from fedmef_fx.memory.live import LiveBytes
@@ -22,7 +24,10 @@ from fedmef_fx.memory.threshold import ThresholdEstimator
 
 __all__ = [
     "Backend",
+    "BlockwiseTensor",
+    "Codec",
     "GradientBits",
+    "KeptTensor",
     "Layout",
     "LiveBytes",
     "PackedTensor",
@@ -32,12 +37,15 @@ __all__ = [
     "backend",
     "backend_for",
     "bitmap_nbytes",
+    "blockwise_nbytes",
     "clamp",
     "clamp_and_pack",
+    "codec_nbytes",
     "pack_bits",
     "set_backend",
     "unpack_bits",
     "using_backend",
+    "why_dense",
 ]
 
 

@@ -47,7 +47,7 @@ class Layout:
         if tuple(x.shape) != self.shape:
             raise ValueError(f"Layout.flatten: got a tensor {list(x.shape)}; expected {list(self.shape)}")
         x = x.detach()
-        if not self._describes(x):
+        if not self.describes(x):
             x = torch.empty_strided(self.shape, self.stride, dtype=x.dtype, device=x.device).copy_(x)
         return x.as_strided((self.numel,), (1,))
 
@@ -55,7 +55,7 @@ class Layout:
         """An uninitialised tensor of this layout."""
         return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
 
-    def _describes(self, x: Tensor) -> bool:
+    def describes(self, x: Tensor) -> bool:
         """Whether `x` has these strides; that of an axis of size 1 is never used."""
         axes = zip(self.shape, x.stride(), self.stride, strict=True)
         return self.numel == 0 or all(size == 1 or got == wanted for size, got, wanted in axes)

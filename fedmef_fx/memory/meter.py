@@ -13,7 +13,7 @@ from fedmef_fx.memory.registry import held_buffers, next_serial
 
 __all__ = ["SavedKind", "SavedTensors"]
 
-SavedKind = Literal["dense", "packed values", "bitmap"]
+SavedKind = Literal["dense", "packed values", "bitmap", "8-bit"]
 
 
 class _Saved:
@@ -42,7 +42,7 @@ class SavedTensors:
         >>> with SavedTensors(layer) as saved:
         ...     loss = layer(x).sum()
         >>> saved.nbytes, saved.by_kind()
-        (48, {'dense': 48, 'packed values': 0, 'bitmap': 0})
+        (48, {'dense': 48, 'packed values': 0, 'bitmap': 0, '8-bit': 0})
         >>> loss.backward(); saved.nbytes
         0
     """
@@ -75,10 +75,10 @@ class SavedTensors:
         return saved
 
     def by_kind(self) -> dict[SavedKind, int]:
-        """Bytes held now: dense tensors that autograd saved, packed values, and bitmaps."""
+        """Bytes held now: dense tensors that autograd saved, packed values, bitmaps, and 8-bit copies."""
         excluded = {tensor.untyped_storage()._cdata for ref in self._excluded if (tensor := ref()) is not None}
         packed = held_buffers()
-        total: dict[SavedKind, int] = {"dense": 0, "packed values": 0, "bitmap": 0}
+        total: dict[SavedKind, int] = {"dense": 0, "packed values": 0, "bitmap": 0, "8-bit": 0}
         for key, buffer in packed.items():
             made_inside = buffer.serial > self._start and (self._end is None or buffer.serial < self._end)
             if made_inside and key not in excluded and (storage := buffer.storage()) is not None:

@@ -23,6 +23,7 @@ class PackedTensor:
         bitmap: uint8 `[ceil(n / 8)]`, in the order of memory of the packed tensor.
         values: `[kept]`, the kept elements bit for bit.
         layout: Shape and memory order to restore, channels last included.
+        dense_dtype: Dtype to restore; None for that of the values.
 
     Example:
         >>> packed = PackedTensor.pack(torch.tensor([[0.1, -3.0], [2.0, 0.0]]), threshold=1.0)
@@ -33,6 +34,7 @@ class PackedTensor:
     bitmap: Tensor
     values: Tensor
     layout: Layout
+    dense_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         announce(self.bitmap, "bitmap")
@@ -56,8 +58,23 @@ class PackedTensor:
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
         dense = self.layout.empty(dtype=self.dtype, device=self.device)
-        backend_for(dense).unpack(self.bitmap, self.values, out=self.layout.flatten(dense))
+        backend_for(dense).unpack(self.bitmap, self.values.to(self.dtype), out=self.layout.flatten(dense))
         return dense
+
+    def narrowed(self, dtype: torch.dtype) -> "PackedTensor":
+        """The same with values of 16 bits, rounded; `unpack` restores the dtype of the packed tensor.
+
+        A finite value that the format cannot hold becomes its largest finite one of that sign. Infinities and NaN stay.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16; nothing changes where the values take no more already.
+        """
+        if self.values.dtype.itemsize <= dtype.itemsize:
+            return self
+        limit = torch.finfo(dtype).max
+        clamped = self.values.clamp(-limit, limit).to(dtype)
+        values = torch.where(self.values.isinf(), self.values.to(dtype), clamped)
+        return PackedTensor(self.bitmap, values, self.layout, self.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -67,7 +84,7 @@ class PackedTensor:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the packed tensor."""
-        return self.values.dtype
+        return self.dense_dtype or self.values.dtype
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["BufferKind", "HeldBuffer", "announce", "held_buffers", "next_serial"]
 
-BufferKind = Literal["packed values", "bitmap"]
+BufferKind = Literal["packed values", "bitmap", "8-bit"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,26 @@ from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["Collector", "collecting", "is_collecting", "offer"]
+__all__ = ["Collector", "Request", "collecting", "is_collecting", "offer"]
+
+
+class Request(NamedTuple):
+    """What is collected of one parameter.
+
+    Attributes:
+        mask: The mask buffer itself, boolean, True = active; or its bitmap.
+        k: Number of coordinates asked for.
+        where: Coordinates that may be candidates, boolean, of the mask's shape; None for all inactive ones.
+        units: Number of the unit of each coordinate, of the mask's shape, for candidates that are whole units such as
+            channels: then a position is a unit's number, and its value the mean over batches of its gradient's norm.
+            None for single coordinates.
+    """
+
+    mask: Tensor
+    k: int
+    where: Tensor | None = None
+    units: Tensor | None = None
+
 
 # Coordinates that are looked at together; a multiple of 8.
 _BLOCK: Final = 1 << 18
@@ -48,12 +67,16 @@ class _Layer:
     shape: torch.Size  # of the dense weight
     k: int
     capacity: int
+    where: Tensor | None  # bool, of the shape, the coordinates that are looked at; None for all inactive ones
+    units: Tensor | None  # int64 [looked at], for candidates that are whole units
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     kept: Tensor | None = None  # int64 [<= capacity], ascending
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
 
     def inactive(self) -> Tensor:
-        """The bitmap of the inactive coordinates."""
+        """The bitmap of the inactive coordinates that are looked at."""
+        if self.where is not None:
+            return pack_bits(self.where)
         if self.buffer.dtype == torch.bool:
             return pack_bits(~self.buffer)
         bits = ~self.buffer
@@ -85,6 +108,9 @@ class _Layer:
             return
         totals = self.pending.mul_(weight)
         self.pending = None
+        if self.units is not None and totals.numel():
+            squares = totals.new_zeros(int(self.units.max()) + 1).index_add_(0, self.units, totals.square_())
+            totals = squares.sqrt_()
         if self.kept is not None and self.sums is not None:
             totals.index_add_(0, self.kept, self.sums)
         self.kept = largest_positions(magnitudes(totals), min(self.capacity, totals.numel()))
@@ -95,9 +121,8 @@ class _Layer:
             nothing = torch.empty(0, device=self.buffer.device)
             return SparseGradient(nothing.long(), nothing, self.shape.numel())
         chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
-        return SparseGradient(
-            self.positions_of(self.kept[chosen]), self.sums[chosen] / total_weight, self.shape.numel()
-        )
+        positions = self.kept[chosen] if self.units is not None else self.positions_of(self.kept[chosen])
+        return SparseGradient(positions, self.sums[chosen] / total_weight, self.shape.numel())
 
 
 class Collector:
@@ -154,7 +179,7 @@ def _key(mask: Tensor) -> _Key:
 
 @contextlib.contextmanager
 def collecting(
-    requests: Mapping[str, tuple[Tensor, int]],
+    requests: Mapping[str, tuple[Tensor, int] | Request],
     *,
     packed_shapes: Mapping[str, torch.Size] | None = None,
     oversampling: int = 4,
@@ -165,7 +190,7 @@ def collecting(
 
     Args:
         requests: Parameter name -> its mask (the buffer itself, boolean, True = active; or its bitmap) and k, the
-            number of coordinates asked for.
+            number of coordinates asked for, or a `Request`.
         packed_shapes: Shapes of the dense weights of which `requests` has the bitmap.
         oversampling: Coordinates kept between batches per coordinate asked for, >= 1; see the module's docstring.
 
@@ -185,14 +210,16 @@ def collecting(
     if oversampling < 1:
         raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
     layers, shapes = {}, packed_shapes or {}
-    for name, (mask, k) in requests.items():
+    for name, request in requests.items():
+        mask, k, where, units = Request(*request)
         if k < 0:
             raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
         if mask.numel() and _key(mask) in _COLLECTED:
             raise ConfigError(
                 f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
             )
-        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k)
+        looked_at = units if units is None or where is None else units.flatten()[where.flatten()]
+        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k, where, looked_at)
     collector = Collector(layers)
     # Empty tensors all share the address 0, and have nothing to offer.
     registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}

@@ -171,7 +171,9 @@ class _PrunedLayer(Function):
         with torch.autocast(x.device.type, enabled=False):
             ctx.recipe = recipe_of(stored)
             effective = effective_weight(stored, dtype, recipe=ctx.recipe)
-            return layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+            out = layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+        # Linear layers give a view for inputs of three or more dimensions, which nothing could change in place.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @once_differentiable

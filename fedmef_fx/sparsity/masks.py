@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 
-__all__ = ["magnitude_masks", "random_masks"]
+__all__ = ["magnitude_masks", "random_generator", "random_masks"]
 
 
 def random_masks(
@@ -40,9 +40,7 @@ def random_masks(
         size = math.prod(shape)
         count = _count(counts, name, size)
         # NumPy draws a subset without shuffling all positions, which halves the time `transform` takes.
-        drawn = np.random.Generator(np.random.Philox(_stream(seed, name))).choice(
-            size, count, replace=False, shuffle=False
-        )
+        drawn = random_generator(seed, name).choice(size, count, replace=False, shuffle=False)
         mask = torch.zeros(size, dtype=torch.bool)
         mask[torch.from_numpy(drawn)] = True
         masks[name] = mask.reshape(tuple(shape))
@@ -85,7 +83,8 @@ def _count(counts: Mapping[str, int], name: str, size: int) -> int:
     return counts[name]
 
 
-def _stream(seed: int, name: str) -> int:
-    """A seed of its own for each parameter; a cryptographic hash, because Python's hash() differs between processes."""
+def random_generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of its own for each parameter."""
+    # A cryptographic hash, because Python's hash() differs between processes.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little") >> 1))

@@ -179,3 +179,17 @@ def test_a_round_that_claims_wrong_shapes(tmp_path: Path, shape: object) -> None
     (tmp_path / "round").write_bytes(encode(tensors, metadata))
     with pytest.raises(CheckpointError):
         compare(tmp_path / "round", _sparse([0]))
+
+
+def test_packed_weights_compare_like_dense_ones(tmp_path: Path) -> None:
+    dense, packed = (
+        fedmef_fx.transform(linear(), Config(density=0.5, weight_storage=storage)) for storage in ("dense", "packed")
+    )
+    fedmef_fx.load(_saved(dense, tmp_path), packed)
+    assert compare(dense, packed).is_same
+    assert compare(_saved(packed, tmp_path), dense).is_same
+
+
+def _saved(model: nn.Module, folder: Path) -> Path:
+    fedmef_fx.save(model, folder / "model.safetensors")
+    return folder / "model.safetensors"

@@ -338,3 +338,10 @@ def test_a_notebook_shows_text_and_table() -> None:
     assert "<script" not in page
     assert "\x1b" not in page
     assert "&lt;script&gt;" in page
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import
+def test_a_compiled_model_shows_what_was_compiled() -> None:
+    model = linear()
+    for network in (model, fedmef_fx.transform(model)):
+        assert str(inspect(torch.compile(network), (torch.ones(3, 4),))) == str(inspect(network, (torch.ones(3, 4),)))

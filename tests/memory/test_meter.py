@@ -46,7 +46,7 @@ def test_each_storage_counts_once_and_parameters_do_not() -> None:
     with SavedTensors(model) as saved:
         loss = model(x).sum()
     # The input of each linear layer; the ReLU's output is the second of them.
-    assert saved.by_kind() == {"dense": 4 * (10 * 16 + 10 * 32), "packed values": 0, "bitmap": 0}
+    assert saved.by_kind() == {"dense": 4 * (10 * 16 + 10 * 32), "packed values": 0, "bitmap": 0, "8-bit": 0}
     with SavedTensors(model, x) as without_input:
         other = model(x).sum()
     assert without_input.nbytes == 4 * 10 * 32
@@ -74,7 +74,7 @@ def test_packed_buffers_count_where_hooks_cannot_see() -> None:
         kinds = saved.by_kind()
     later = PackedTensor.pack(torch.randn(1000))
     kept = int((x > 0.5).sum())
-    assert kinds == saved.by_kind() == {"dense": 0, "packed values": 4 * kept, "bitmap": 2 * 800}
+    assert kinds == saved.by_kind() == {"dense": 0, "packed values": 4 * kept, "bitmap": 2 * 800, "8-bit": 0}
     y.sum().backward()
     del y
     assert saved.nbytes == 0
@@ -86,7 +86,7 @@ def test_a_buffer_that_is_saved_and_announced_counts_once() -> None:
     x = torch.randn(800, requires_grad=True)
     with SavedTensors(x) as saved:
         loss = SavedBits.apply(x).sum()
-    assert saved.by_kind() == {"dense": 0, "packed values": 0, "bitmap": 100}
+    assert saved.by_kind() == {"dense": 0, "packed values": 0, "bitmap": 100, "8-bit": 0}
     loss.backward()
     assert saved.nbytes == 0
 

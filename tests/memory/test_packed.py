@@ -126,3 +126,24 @@ def test_mistakes_are_reported() -> None:
         PackedTensor.pack(torch.arange(3))
     with pytest.raises(ValueError, match=r"got a tensor \[2\]; expected \[3\]"):
         GradientBits.of(torch.ones(3) > 0).apply(torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_16_bits_restore_the_dense_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 50)
+    packed = PackedTensor.pack(x, threshold=1.0)
+    narrow = packed.narrowed(dtype)
+    assert narrow.nbytes == packed.bitmap.nbytes + packed.values.nbytes // 2
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow.unpack(), packed.unpack().to(dtype).float())
+    assert narrow.narrowed(dtype) is narrow
+
+
+def test_values_beyond_a_format_become_its_largest() -> None:
+    x = torch.tensor([1e6, -1e6, math.inf, -math.inf, math.nan, 3.0, 65519.0])
+    values = PackedTensor.pack(x).narrowed(torch.float16).unpack()
+    assert values[:4].tolist() == [65504.0, -65504.0, math.inf, -math.inf]
+    assert values[4].isnan()
+    assert values[5:].tolist() == [3.0, 65504.0]
+    largest = torch.tensor([torch.finfo(torch.float32).max])
+    assert PackedTensor.pack(largest).narrowed(torch.bfloat16).unpack().isfinite().all()

@@ -149,7 +149,7 @@ def test_an_activation_that_something_else_keeps_stays_dense_with_its_reason():
     with SavedTensors(sparse, x) as saved:
         out = sparse(x)
     # relu's result once for relu, b and mul; b's result once for mul.
-    assert saved.by_kind() == {"dense": 2 * x.nbytes, "packed values": 0, "bitmap": 0}
+    assert saved.by_kind() == {"dense": 2 * x.nbytes, "packed values": 0, "bitmap": 0, "8-bit": 0}
     out.sum().backward()
     assert saved.nbytes == 0
 

@@ -1,0 +1,148 @@
+"""Sites and handles of tensors that are kept in 8 bits for the backward of the operations that read them."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmef_fx.errors import FedmefError
+from fedmef_fx.memory import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
+from fedmef_fx.ops.overridable import overridable
+
+__all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "remasked", "value_of"]
+
+
+def encoded(x: Tensor) -> tuple[BlockwiseTensor | None, str]:
+    """A tensor in 8 bits, or None and the reason: it would take no fewer bytes, or has no such format."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return None, f"keeps dense: {x.dtype} has no 8-bit form"
+    reason = why_dense(codec_nbytes("blockwise", x.numel(), x.dtype), x.numel(), x.dtype)
+    return (None, reason) if reason else (BlockwiseTensor.encode(x.detach()), "")
+
+
+def kept_in_8_bits(x: Tensor) -> BlockwiseTensor | None:
+    """`encoded`, without the reason."""
+    return encoded(x)[0]
+
+
+class KeepActivation(nn.Module):
+    """Keeps an activation in 8 bits for the backward of everything that reads it.
+
+    Attributes:
+        reason: Why the last tensor was left to be kept as it is; empty where it was encoded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+
+    def forward(self, x: Tensor) -> BlockwiseTensor | None:
+        """Encode x, of any shape; None where no gradient is recorded or 8 bits would not save memory."""
+        if not torch.is_grad_enabled():
+            return None
+        kept, self.reason = encoded(x)
+        return kept
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return self.reason
+
+
+class _Recomputed:
+    """The result of a function of a kept tensor, computed again whenever it is needed: it takes no bytes of its own."""
+
+    __slots__ = ("_args", "_function", "_kept", "_kwargs")
+
+    def __init__(self, kept: KeptTensor, function: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> None:
+        self._kept, self._function, self._args, self._kwargs = kept, function, args, kwargs
+
+    def unpack(self) -> Tensor:
+        """The function's result on what was kept of its input."""
+        with torch.no_grad():
+            return self._function(self._kept.unpack(), *self._args, **self._kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """None: the input is kept for other readers."""
+        return 0
+
+
+_FUNCTIONS: Final[dict[str, Callable[..., Tensor]]] = {
+    "gelu": F.gelu,
+    "group_norm": F.group_norm,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "layer_norm": F.layer_norm,
+    "mish": F.mish,
+    "pow": torch.pow,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "square": torch.square,
+}
+"""Functions whose results are computed again rather than kept, where their inputs are kept anyway."""
+
+
+@overridable
+def recomputed(kept: KeptTensor | None, *args: Any, function: str, **options: Any) -> KeptTensor | None:
+    """Keep the result of a function by keeping its input.
+
+    Args:
+        kept: The function's first argument, as it is kept; None for one that is not.
+        *args: Its other arguments.
+        function: Its name in torch.
+        **options: Its keyword arguments.
+
+    Returns:
+        A handle without bytes of its own; None where the input is not kept.
+    """
+    return None if kept is None else _Recomputed(kept, _FUNCTIONS[function], args, options)
+
+
+@overridable
+def remasked(weight: Tensor, mask: Tensor) -> KeptTensor:
+    """Keep a masked weight by keeping the parameter and its mask, which live anyway.
+
+    Args:
+        weight: The parameter.
+        mask: Boolean, of the same shape.
+    """
+    return _Recomputed(_Alive(weight), _masked, (mask,), {})
+
+
+class _Alive:
+    """A tensor of the model, as it is."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def unpack(self) -> Tensor:
+        """The tensor itself."""
+        return self._tensor
+
+    @property
+    def nbytes(self) -> int:
+        """None of its own."""
+        return 0
+
+
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, weight, 0.0)
+
+
+def value_of(kept: KeptTensor | None, exact: Tensor | None) -> Tensor:
+    """A tensor in backward: decoded, or as it was saved.
+
+    Raises:
+        FedmefError: Both are gone, as in a second backward.
+    """
+    if exact is not None:
+        return exact
+    if kept is None:
+        raise FedmefError(
+            "backward: what was kept for it is freed already; expected one backward per forward: run forward again"
+        )
+    return kept.unpack()

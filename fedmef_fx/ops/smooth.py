@@ -1,0 +1,115 @@
+"""Smooth activations that keep their input in 8 bits, and functions that keep their result so.
+
+Forward is exact. The gradient is the function's exact derivative at the kept input or result.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedmef_fx.memory import KeptTensor
+from fedmef_fx.ops.keeping import kept_in_8_bits, value_of
+from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.ops.recompute import needs_backward
+
+__all__ = ["compressed_activation", "compressed_result"]
+
+_aten = torch.ops.aten
+_ACTIVATIONS: Final[dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
+    "gelu": (F.gelu, lambda grad, x, approximate="none": _aten.gelu_backward(grad, x, approximate=approximate)),
+    "hardsigmoid": (F.hardsigmoid, _aten.hardsigmoid_backward),
+    "hardswish": (F.hardswish, _aten.hardswish_backward),
+    "mish": (F.mish, _aten.mish_backward),
+    "pow": (torch.pow, lambda grad, x, exponent: grad * (exponent * x.pow(exponent - 1))),
+    "silu": (F.silu, _aten.silu_backward),
+    "softplus": (
+        F.softplus,
+        lambda grad, x, beta=1.0, threshold=20.0: _aten.softplus_backward(grad, x, beta, threshold),
+    ),
+    "square": (torch.square, lambda grad, x: grad * (2 * x)),
+}
+_RESULTS: Final[dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
+    "log_softmax": (
+        torch.log_softmax,
+        lambda grad, out, dim, **_: _aten._log_softmax_backward_data(grad, out, dim, out.dtype),
+    ),
+    "sigmoid": (torch.sigmoid, _aten.sigmoid_backward),
+    "softmax": (torch.softmax, lambda grad, out, dim, **_: _aten._softmax_backward_data(grad, out, dim, out.dtype)),
+    "tanh": (torch.tanh, _aten.tanh_backward),
+}
+
+
+class _Activation(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: KeptTensor | None, function: str, options: dict[str, Any]) -> Tensor:
+        ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
+        ctx.save_for_backward(x if kept is None else None)
+        return _ACTIVATIONS[function][0](x, **options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x = value_of(ctx.kept, *ctx.saved_tensors)
+        ctx.kept = None
+        result = _ACTIVATIONS[ctx.function][1](grad, x.to(grad.dtype), **ctx.options)
+        return result.to(ctx.dtype), None, None, None
+
+
+class _Result(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: str, options: dict[str, Any]) -> tuple[Tensor, KeptTensor | None]:
+        out = _RESULTS[function][0](x, **options)
+        kept = kept_in_8_bits(out)
+        ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
+        ctx.save_for_backward(out if kept is None else None)
+        return out, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+        out = value_of(ctx.kept, *ctx.saved_tensors)
+        ctx.kept = None
+        return _RESULTS[ctx.function][1](grad, out, **ctx.options).to(ctx.dtype), None, None
+
+
+@overridable
+def compressed_activation(x: Tensor, kept: KeptTensor | None, *, function: str, **options: Any) -> Tensor:
+    """A smooth activation that keeps `kept` instead of x for its backward.
+
+    Args:
+        x: Any shape.
+        kept: x as it is kept; None keeps x itself.
+        function: "gelu", "hardsigmoid", "hardswish", "mish", "pow", "silu", "softplus" or "square".
+        **options: Its options in torch: `approximate`, `exponent`, `beta`, `threshold`.
+
+    Returns:
+        What torch returns.
+    """
+    if not needs_backward(x):
+        return _ACTIVATIONS[function][0](x, **options)
+    result: Tensor = _Activation.apply(x, kept, function, options)  # type: ignore[no-untyped-call]  # torch's own
+    return result
+
+
+@overridable
+def compressed_result(x: Tensor, *, function: str, **options: Any) -> tuple[Tensor, KeptTensor | None]:
+    """A function whose backward needs its result, which it keeps in 8 bits.
+
+    Args:
+        x: Any shape.
+        function: "log_softmax", "sigmoid", "softmax" or "tanh".
+        **options: Its options in torch: `dim` and `dtype` of the softmaxes.
+
+    Returns:
+        What torch returns, and how it is kept, for other operations that read it; None where nothing is, or where
+        8 bits would not save memory.
+    """
+    if not needs_backward(x):
+        return _RESULTS[function][0](x, **options), None
+    result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, options)  # type: ignore[no-untyped-call]  # torch's
+    return result

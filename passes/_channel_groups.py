@@ -1,0 +1,278 @@
+"""Which layers have the same channels, so that a channel can leave all of them: groups for channel masks.
+
+1. A layer makes new channels. What works on single channels passes them on: activations, norms, pooling, dropout.
+2. A sum or product of two tensors ties their channels, one to one. A depthwise convolution has the channels of its
+   input and takes no mask of its own.
+3. Anything else (concatenation, reshapes, attention) makes channels that are tied to nobody's. Layers behind different
+   unknown operations are not coupled; `compact` then removes what it can prove.
+4. The bias of a layer, and the shift and running mean of a BatchNorm on its channels, are silent companions: entries of
+   switched-off channels are 0, so that a channel without weights is exactly 0.
+5. A layer whose channels reach the model's output before another layer mixes them stays dense: its channels are classes
+   or features that somebody reads.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.model import ChannelFact
+from fedmef_fx.passes._nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
+from fedmef_fx.program import Program, Region
+from fedmef_fx.sparsity.granularity import Layout
+
+__all__ = ["ChannelGroups", "find_channel_groups", "layout_of"]
+
+_JOINS: Final = ADDITIONS | {
+    operator.sub,
+    operator.isub,
+    operator.mul,
+    operator.imul,
+    torch.sub,
+    torch.mul,
+    "sub",
+    "sub_",
+    "mul",
+    "mul_",
+}
+_BATCH_NORMS: Final = nn.modules.batchnorm._BatchNorm
+_PER_CHANNEL_MODULES: Final = (
+    _BATCH_NORMS,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.PReLU,
+    nn.Identity,
+    nn.Upsample,
+    nn.modules.activation.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.GELU,
+    nn.ELU,
+    nn.SELU,
+    nn.Mish,
+    nn.LeakyReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+_PER_CHANNEL: Final = frozenset(
+    {
+        "relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "mish",
+        "leaky_relu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "clamp", "clamp_", "contiguous", "clone",
+        "dropout", "dropout1d", "dropout2d", "dropout3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
+        "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate",
+        "batch_norm", "float", "half", "to", "boolean_dispatch", "fn",
+    }
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Flow:
+    """The channels of a tensor: a group's number, and along which dimension they lie."""
+
+    group: int
+    channels: int
+    is_last: bool
+
+
+@dataclasses.dataclass
+class ChannelGroups:
+    """What was found.
+
+    Attributes:
+        facts: Parameter name -> its layout, the first member of its group, and the group's silent companions.
+        dense: Parameter name -> why it takes no mask.
+    """
+
+    facts: dict[str, ChannelFact] = dataclasses.field(default_factory=dict)
+    dense: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class _Search:
+    """One walk over all graphs of a program."""
+
+    def __init__(self, program: Program, names: Iterable[str]) -> None:
+        self.program = program
+        self.names = {id(program.model.get_parameter(name)): name for name in names}
+        self.parents: list[int] = []
+        self.group_of: dict[int, int] = {}  # identity of a weight -> its group
+        self.layouts: dict[str, Layout] = {}
+        self.silent: dict[int, list[str]] = {}
+        self.depthwise: dict[int, int] = {}
+        self.outputs: set[int] = set()
+
+    def root(self, group: int) -> int:
+        while self.parents[group] != group:
+            group = self.parents[group]
+        return group
+
+    def union(self, left: int, right: int) -> None:
+        self.parents[self.root(right)] = self.root(left)
+
+    def fresh(self) -> int:
+        self.parents.append(len(self.parents))
+        return self.parents[-1]
+
+    def walk(self, region: Region, graph: fx.Graph) -> None:
+        flows: dict[fx.Node, _Flow] = {}
+        for node in graph.nodes:
+            flow = self.layer(region, node, flows) if is_layer(node) else self.other(region, node, flows)
+            if flow is not None:
+                flows[node] = flow
+        for node in graph.nodes:
+            if is_layer(node) and _reaches_output(node):
+                weight = self.weight(region, node)
+                if weight is not None:
+                    self.outputs.add(id(weight))
+
+    def weight(self, region: Region, node: fx.Node) -> nn.Parameter | None:
+        target = source_of_weight(region, node.args[1])
+        return None if target is None else region.owner.get_parameter(target)
+
+    def layer(self, region: Region, node: fx.Node, flows: dict[fx.Node, _Flow]) -> _Flow | None:
+        weight = self.weight(region, node)
+        if weight is None or weight.dim() < 2:
+            return None
+        layout = layout_of(node)
+        channels, key = layout.channels(weight.shape), id(weight)
+        source = flows.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        groups = int(bound(node).get("groups", 1)) if node.target in CONVOLUTIONS else 1
+        inputs = weight.shape[0] if node.target in TRANSPOSED else weight.shape[1] * groups
+        if groups > 1 and groups == inputs == channels and source is not None and key not in self.group_of:
+            self.depthwise[key] = source.group
+            self.accompany(region, node.args[2] if len(node.args) > 2 else None, source)
+            return source
+        if key not in self.group_of:
+            self.group_of[key] = self.fresh()
+        if key in self.names:
+            self.layouts[self.names[key]] = layout
+        flow = _Flow(self.group_of[key], channels, node.target is F.linear)
+        self.accompany(region, node.args[2] if len(node.args) > 2 else None, flow)
+        return flow
+
+    def other(self, region: Region, node: fx.Node, flows: dict[fx.Node, _Flow]) -> _Flow | None:
+        sources = [flows[x] for x in node.all_input_nodes if x in flows]
+        if not sources:
+            return None
+        module = region.module(node)
+        if module is not None:
+            if isinstance(module, _BATCH_NORMS):
+                self.silence(region.full_name(str(node.target)), module, sources[0])
+            return sources[0] if isinstance(module, _PER_CHANNEL_MODULES) else None
+        if node.target in _JOINS:
+            first = sources[0]
+            for other in sources[1:]:
+                if (other.channels, other.is_last) == (first.channels, first.is_last):
+                    self.union(first.group, other.group)
+            return first
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return sources[0] if name in _PER_CHANNEL else None
+
+    def accompany(self, region: Region, bias: object, flow: _Flow) -> None:
+        if isinstance(region.tensor(bias), nn.Parameter):
+            self.silent.setdefault(flow.group, []).append(region.full_name(str(bias.target)))  # type: ignore[attr-defined]
+
+    def silence(self, path: str, norm: nn.Module, flow: _Flow) -> None:
+        for leaf in ("bias", "running_mean"):
+            tensor = getattr(norm, leaf, None)
+            if isinstance(tensor, torch.Tensor) and len(tensor) == flow.channels:
+                self.silent.setdefault(flow.group, []).append(f"{path}.{leaf}" if path else leaf)
+
+
+def find_channel_groups(program: Program, names: Iterable[str]) -> ChannelGroups:
+    """Group the layers of a program; see the module docstring.
+
+    Args:
+        program: The program, before layers and norms are fused.
+        names: The parameters that could take a mask.
+    """
+    names = list(names)
+    search = _Search(program, names)
+    for region, _, graph in program.graphs():
+        if region.role == "region":
+            search.walk(region, graph)
+    found = ChannelGroups()
+    members: dict[int, list[str]] = {}
+    for name in names:
+        key = id(program.model.get_parameter(name))
+        if key in search.depthwise:
+            found.dense[name] = "a depthwise convolution has the channels of its input, which are masked there"
+        elif key in search.outputs:
+            found.dense[name] = "its channels are outputs of the model"
+        elif key in search.group_of:
+            members.setdefault(search.root(search.group_of[key]), []).append(name)
+        else:
+            members[-1 - len(members)] = [name]
+    for group, together in members.items():
+        silent = _existing(program.model, (n for g, ns in search.silent.items() if search.root(g) == group for n in ns))
+        for name in together:
+            layout = search.layouts.get(name) or _layout_of_module(program.model, name)
+            found.facts[name] = ChannelFact(layout, together[0], silent if name == together[0] else ())
+    _guess_classifier(found, search, names)
+    return found
+
+
+def _guess_classifier(found: ChannelGroups, search: _Search, names: list[str]) -> None:
+    """Where no graph shows the model's output, the last weight may make it: a class must not be dropped."""
+    known = any(search.outputs)
+    last = names[-1] if names else None
+    if not known and last is not None and last in found.facts:
+        fact = found.facts[last]
+        together = [name for name, other in found.facts.items() if other.leader == fact.leader]
+        for name in together:
+            del found.facts[name]
+            found.dense[name] = "its channels may be outputs of the model: no graph shows where they go"
+
+
+def _existing(model: nn.Module, names: Iterator[str]) -> tuple[str, ...]:
+    """Names that the model has, each tensor once."""
+    first: dict[int, str] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        first.setdefault(id(getattr(model.get_submodule(path), leaf)), name)
+    return tuple(first.values())
+
+
+def _reaches_output(layer: fx.Node) -> bool:
+    """Whether a layer's channels get to the output unmixed."""
+    waiting, seen = list(layer.users), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "output":
+            return True
+        if is_layer(node) and not _is_depthwise(node):
+            continue
+        waiting += node.users
+    return False
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    return node.target in CONVOLUTIONS and int(bound(node).get("groups", 1)) > 1
+
+
+def layout_of(node: fx.Node) -> Layout:
+    """The layout of the weight that a layer node reads."""
+    transposed = node.target in TRANSPOSED
+    return Layout(int(bound(node).get("groups", 1)) if transposed else 1, transposed)
+
+
+def _layout_of_module(model: nn.Module, name: str) -> Layout:
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return Layout(owner.groups, True)
+    return Layout()

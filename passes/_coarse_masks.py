@@ -1,0 +1,148 @@
+"""Masks that are coarser than single weights: of channels and of N:M patterns, for `InsertMasks`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final
+
+from torch import Tensor, nn
+
+from fedmef_fx.model import ChannelFact, PrunableParameter
+from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
+from fedmef_fx.passes._nodes import layers, source_of_weight
+from fedmef_fx.program import Program
+from fedmef_fx.sparsity import (
+    Layout,
+    Pattern,
+    allocate_channels,
+    magnitude_masks,
+    parse_granularity,
+    pattern_mask,
+    random_masks,
+    random_pattern_mask,
+    row_norms,
+)
+
+__all__ = ["CoarseMasks", "coarse_masks", "what_resulted", "with_channels"]
+
+_LAYERS: Final = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CoarseMasks:
+    """The options of `InsertMasks` that matter here."""
+
+    granularity: str
+    density: float
+    allocation: str
+    channel_multiple: int
+
+
+def with_channels(
+    program: Program, facts: dict[str, PrunableParameter], granularity: str
+) -> dict[str, PrunableParameter]:
+    """Add what a granularity has to know about each parameter, or why the parameter stays dense."""
+    if granularity == "weight":
+        return facts
+    pattern = parse_granularity(granularity)
+    names = [name for name, fact in facts.items() if fact.masked]
+    if isinstance(pattern, Pattern):
+        found, dense = _layouts(program, names, pattern)
+    else:
+        groups = find_channel_groups(program, names)
+        found, dense = groups.facts, groups.dense
+    result = dict(facts)
+    for name, reason in dense.items():
+        result[name] = dataclasses.replace(facts[name], masked=False, reason=reason)
+    for name, fact in found.items():
+        reason = facts[name].reason
+        if facts[name].tier != "graph" and granularity == "channel":
+            reason = f"{reason}; its channels are coupled to no other layer's, so that compact may not remove them"
+        result[name] = dataclasses.replace(facts[name], channels=fact, reason=reason.removeprefix("; "))
+    return result
+
+
+def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict[str, ChannelFact], dict[str, str]]:
+    """The weights that can take an N:M pattern, and why the others cannot."""
+    in_graphs: dict[int, Layout] = {}
+    for region, _, graph in program.graphs():
+        for node in layers(graph):
+            target = source_of_weight(region, node.args[1])
+            if target is not None:
+                in_graphs[id(region.owner.get_parameter(target))] = layout_of(node)
+    found, dense = {}, {}
+    for name in names:
+        parameter = program.model.get_parameter(name)
+        layout = in_graphs.get(id(parameter))
+        owner = program.model.get_submodule(name.rpartition(".")[0].partition(".parametrizations")[0])
+        if layout is None and isinstance(owner, _LAYERS):
+            layout = Layout(transposed=isinstance(owner, nn.modules.conv._ConvTransposeNd))
+        if layout is None:
+            dense[name] = f"no layer shows which of its dimensions are inputs, so that {pattern} cannot be laid out"
+        elif not layout.can_take(pattern, parameter.shape):
+            dense[name] = f"its inputs, of shape {list(parameter.shape)}, are no multiple of {pattern.of}"
+        else:
+            found[name] = ChannelFact(layout, name)
+    return found, dense
+
+
+def coarse_masks(
+    weights: Mapping[str, Tensor], facts: Mapping[str, ChannelFact], options: CoarseMasks, *, seed: int | None
+) -> dict[str, Tensor]:
+    """Initial masks.
+
+    Args:
+        weights: Parameter name -> weight.
+        facts: Parameter name -> its channels.
+        options: Of the pass.
+        seed: Of random masks; None for those of the largest magnitudes.
+    """
+    pattern = parse_granularity(options.granularity)
+    if isinstance(pattern, Pattern):
+        return {
+            name: pattern_mask(weight.abs(), pattern, facts[name].layout)
+            if seed is None
+            else random_pattern_mask(name, weight.shape, pattern, facts[name].layout, seed=seed)
+            for name, weight in weights.items()
+        }
+    groups: dict[str, list[str]] = {}
+    for name, fact in facts.items():
+        groups.setdefault(fact.leader, []).append(name)
+    layouts = {name: fact.layout for name, fact in facts.items()}
+    kept = allocate_channels(
+        {name: tuple(weight.shape) for name, weight in weights.items()},
+        groups,
+        layouts,
+        options.density,
+        method=options.allocation,
+        multiple=options.channel_multiple,
+    )
+    if seed is None:
+        norms = {leader: row_norms([(weights[n], layouts[n]) for n in members]) for leader, members in groups.items()}
+        alive = magnitude_masks(norms, kept)
+    else:
+        alive = random_masks(
+            {leader: (layouts[leader].channels(weights[leader].shape),) for leader in groups}, kept, seed=seed
+        )
+    return {name: layouts[name].spread(alive[fact.leader], weights[name].shape) for name, fact in facts.items()}
+
+
+def what_resulted(
+    masks: Mapping[str, Tensor], facts: Mapping[str, PrunableParameter], granularity: str, *, density: float
+) -> tuple[str, ...]:
+    """How far masks that are not of single weights are from the density that was asked for."""
+    total = sum(mask.numel() for mask in masks.values())
+    if granularity == "weight" or not total:
+        return ()
+    share = sum(int(mask.sum()) for mask in masks.values()) / total
+    lines = [f"the masks keep {share:.4f} of their weights; Config.density is {density:g}"]
+    if isinstance(parse_granularity(granularity), Pattern):
+        return (f"{lines[0]}, which {granularity} leaves no choice",)
+    groups: dict[str, list[str]] = {}
+    for name in masks:
+        channels = facts[name].channels
+        groups.setdefault(name if channels is None else channels.leader, []).append(name)
+    for leader, members in groups.items():
+        channels = facts[leader].channels
+        rows = (Layout() if channels is None else channels.layout).rows(masks[leader]).any(1)
+        lines.append(f"{' + '.join(members)}: {int(rows.sum())} of {len(rows)} channels")
+    return tuple(lines)

@@ -1,0 +1,93 @@
+"""How an activation is kept, as a node: 8-bit sites, results that are kept by what makes them, and recomputation.
+
+One handle per tensor serves everything that reads it.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from torch import fx
+from torch.fx.node import Argument
+
+from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.norms import compressed_norm
+from fedmef_fx.ops.smooth import compressed_activation, compressed_result
+from fedmef_fx.passes._sites import add_site
+from fedmef_fx.program import GraphMode, Region, set_provenance
+
+__all__ = ["add_8_bit_site", "handle_of"]
+
+_Recipe: TypeAlias = tuple[Callable[..., Any], tuple[Argument, ...], dict[str, Argument]]
+
+# Normalisations of a sample by itself; that of a batch needs more than its input to be computed again.
+_RECOMPUTED_NORMS: Final = {"layer_norm": "shape", "group_norm": "groups"}
+
+
+def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
+    """The node that says how x is kept anyway, None where it is not.
+
+    1. x has a `KeepActivation` site.
+    2. x is the result of `compressed_result`, which keeps it.
+    3. x is computed from a kept tensor at little cost: it is computed again, by a `recomputed` node that is made here.
+    4. x is a masked weight, which is made again from what the model holds (`remasked`).
+
+    Args:
+        region: The region of the graph.
+        x: An activation.
+        by: Name of the pass that asks.
+    """
+    for user in x.users:
+        if isinstance(region.module(user), KeepActivation):
+            return user
+    if x.target is operator.getitem and x.args[1] == 0 and getattr(x.args[0], "target", None) is compressed_result:
+        return _kept_result(x, by=by)
+    recipe = _recipe(x)
+    if recipe is None:
+        return None
+    op, args, kwargs = recipe
+    for user in args[0].users if isinstance(args[0], fx.Node) else ():
+        if user.target is op and user.args == args and user.kwargs == kwargs:
+            return user
+    with x.graph.inserting_after(x):
+        node = x.graph.call_function(op, args, kwargs)
+    set_provenance(node, by=by, origin=x.name)
+    return node
+
+
+def add_8_bit_site(region: Region, mode: GraphMode, x: fx.Node, *, by: str) -> fx.Node:
+    """Keep x in 8 bits, from where it is made."""
+    target = add_site(region, x.name if mode == "both" else f"{x.name}_{mode}", KeepActivation())
+    with x.graph.inserting_after(x):
+        node = x.graph.call_module(target, (x,))
+    set_provenance(node, by=by, origin=x.name)
+    return node
+
+
+def _kept_result(x: fx.Node, *, by: str) -> fx.Node:
+    pair = x.args[0]
+    assert isinstance(pair, fx.Node)  # noqa: S101 -- handle_of has looked at it
+    for user in pair.users:
+        if user.target is operator.getitem and user.args[1] == 1:
+            return user
+    with x.graph.inserting_after(x):
+        node = x.graph.call_function(operator.getitem, (pair, 1))
+    set_provenance(node, by=by, origin=pair.name)
+    return node
+
+
+def _recipe(x: fx.Node) -> _Recipe | None:
+    """The node that stands for computing x again: target, arguments, options."""
+    if x.target is masked_weight:
+        return remasked, x.args, {}
+    if x.target not in (compressed_activation, compressed_norm) or not isinstance(x.args[1], fx.Node):
+        return None
+    kept, options = x.args[1], dict(x.kwargs)
+    if x.target is compressed_activation:
+        return recomputed, (kept,), options
+    function = str(options.pop("function"))
+    if function not in _RECOMPUTED_NORMS:
+        return None
+    args = (kept, options[_RECOMPUTED_NORMS[function]], *x.args[2:4], options["eps"])
+    return recomputed, args, {"function": function}

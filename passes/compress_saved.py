@@ -1,0 +1,133 @@
+"""Compress saved: what must not be pruned is kept at 8 bits per element.
+
+Rules
+1. GELU, SiLU, Hardswish, Hardsigmoid, Mish, Softplus, squares, cubes -> `compressed_activation`: the input in 8 bits.
+2. Sigmoid, tanh, softmax and log-softmax -> `compressed_result`: the result in 8 bits.
+3. LayerNorm, GroupNorm, RMSNorm, InstanceNorm -> `compressed_norm`, BatchNorm -> `compressed_batch_norm`: the input in
+   8 bits, no statistics.
+4. Products of two activations -> `compressed_mul`, `compressed_matmul`: each operand in 8 bits.
+5. `F.scaled_dot_product_attention` -> `compressed_attention`: query, key and value in 8 bits; backward runs it again.
+6. A tensor is encoded once, right after it is made, by one `KeepActivation` site for all that read it. It gets none
+   where it is kept anyway: as the result of rule 2, or as a cheap function of what is kept (rule 1, LayerNorm,
+   GroupNorm), which is computed again. `prune-activations` gives layers the same handles.
+
+It runs before `shrink-saved` and `prune-activations`, so that they see which tensors no longer stay dense; what only
+ReLU-likes, pooling and layers read is left to them.
+
+Refused: a tensor that stays dense anyway because something else keeps it, options that are computed at run time,
+modules with hooks, in-place activations on a tensor with other users, InstanceNorm with running statistics. What would
+take no fewer bytes than the tensor is decided when its size is known, in each step: the site's `reason` says so.
+"""
+
+import dataclasses
+import operator
+from typing import Any, ClassVar
+
+from torch import fx
+from torch.fx.node import Argument
+
+from fedmef_fx.passes._compressible import Compression, match
+from fedmef_fx.passes._gradients import differentiable
+from fedmef_fx.passes._handles import add_8_bit_site, handle_of
+from fedmef_fx.passes._nodes import without_views
+from fedmef_fx.passes._saves import kept_tensors
+from fedmef_fx.passes.prune_activations import PruneActivations
+from fedmef_fx.passes.shrink_saved import shrinkable
+from fedmef_fx.pipeline import PassResult, Refusal
+from fedmef_fx.program import GraphMode, Program, Region, set_provenance
+
+__all__ = ["CompressSaved"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressSaved:
+    """The pass of this module; see the module docstring for its rules.
+
+    Attributes:
+        ignore: Modules whose layers `prune-activations` leaves alone, as in `Config.ignore`.
+    """
+
+    name: ClassVar[str] = "compress-saved"
+    ignore: tuple[str | type, ...] = ()
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the rules to every graph."""
+        rewrites: list[str] = []
+        refusals: list[Refusal] = []
+        for region, mode, graph in program.graphs():
+            if region.role != "fallback":
+                done, refused = self._run(region, mode, graph)
+                rewrites += done
+                refusals += refused
+        return PassResult(self.name, tuple(rewrites), tuple(dict.fromkeys(refusals)))
+
+    def _run(self, region: Region, mode: GraphMode, graph: fx.Graph) -> tuple[list[str], list[Refusal]]:
+        carriers = set(differentiable(region, graph))
+        found = {node: found for node in graph.nodes if (found := match(region, node, carriers)) is not None}
+        refusals = [Refusal(region.full_name(n.name), why) for n, why in found.items() if isinstance(why, str)]
+        chosen = [node for node, found in found.items() if isinstance(found, Compression)]
+        others = {*shrinkable(region, graph), *PruneActivations(ignore=self.ignore).matches(region, graph)}
+        kept = kept_tensors(region, graph, rewritten={*chosen, *others})
+        rewrites: list[str] = []
+        for node in chosen:
+            # Again: the nodes that it reads may have been replaced.
+            compression = match(region, node, carriers)
+            if not isinstance(compression, Compression):
+                continue
+            name = region.full_name(node.name)
+            handles, reasons = self._handles(region, mode, node, compression, kept)
+            refusals += [Refusal(where, reason) for where, reason in reasons]
+            if not any(handles) and not (compression.keeps_result and not reasons):
+                continue
+            new = self._rewrite(region, node, compression, handles)
+            carriers.add(new)
+            if node in kept:
+                kept[new] = kept[node]
+            rewrites.append(name)
+        return rewrites, refusals
+
+    def _handles(
+        self, region: Region, mode: GraphMode, node: fx.Node, compression: Compression, kept: dict[fx.Node, str]
+    ) -> tuple[tuple[fx.Node | None, ...], list[tuple[str, str]]]:
+        """How each operand is kept, and why others are kept as they are."""
+        if compression.keeps_result:
+            why = [(region.full_name(node.name), f"stays dense: {kept[node]}")] if node in kept else []
+            return (), why
+        handles: list[fx.Node | None] = []
+        reasons = []
+        for x in compression.operands:
+            root = without_views(region, x)
+            if not isinstance(x, fx.Node) or not isinstance(root, fx.Node):
+                handles.append(None)
+            elif root in kept:
+                handles.append(None)
+                if root.op != "get_attr":
+                    reasons.append((region.full_name(x.name), f"stays dense: {kept[root]}"))
+            else:
+                known = handle_of(region, x, by=self.name)
+                handles.append(known or add_8_bit_site(region, mode, x, by=self.name))
+        return tuple(handles), reasons
+
+    def _rewrite(
+        self, region: Region, node: fx.Node, compression: Compression, handles: tuple[fx.Node | None, ...]
+    ) -> fx.Node:
+        graph = node.graph
+        made: list[fx.Node] = []
+
+        def read(target: str) -> fx.Node:
+            made.append(graph.get_attr(target))
+            return made[-1]
+
+        with graph.inserting_before(node):
+            extra: list[Any] = [read(compression.module)] if compression.module is not None else []
+            extra += [None if target is None else read(target) for target in compression.parameters]
+            args: tuple[Argument, ...] = (*compression.call(handles), *extra)
+            result = new = graph.call_function(compression.op, args, compression.options)
+            if compression.keeps_result:
+                result = graph.call_function(operator.getitem, (new, 0))
+        node.replace_all_uses_with(result)
+        origin = str(node.target) if node.op == "call_module" else node.name
+        for inserted in dict.fromkeys((*made, new, result)):
+            set_provenance(inserted, by=self.name, origin=origin)
+        graph.erase_node(node)
+        return result
