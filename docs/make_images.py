@@ -59,6 +59,7 @@ def _take(browser: Browser, pages: dict[str, Path]) -> None:
     _save(browser, "page-graph")
     browser.press("b")
     _save(browser, "page-before")
+    browser.open(pages["resnet18"], size=(1280, 640))
     browser.click("#tab-layers")
     _save(browser, "page-layers")
     browser.click("#tab-passes")

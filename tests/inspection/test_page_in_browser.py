@@ -11,6 +11,7 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.federated.history import History, RoundRecord
 from fedmef_fx.models import mobilenet_v2, resnet18
+from tests.capture.models import build
 from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
 from tests.inspection.steps import comparison, step_memory
@@ -114,6 +115,23 @@ def test_narrow_screen_needs_no_sideways_scrolling(browser: Browser, pages: dict
     for tab in ("graph", "layers", "passes"):
         browser.click(f"#tab-{tab}")
         assert browser.run(OVERFLOW) <= 0, tab
+    assert browser.messages() == []
+
+
+@pytest.mark.parametrize("name", ["data-dependent", "attention", "rich", "in-place"])
+def test_everything_of_a_hard_model_can_be_opened(browser: Browser, tmp_path: Path, name: str) -> None:
+    model, inputs = build(name)
+    args, kwargs = inputs()
+    sparse = fedmef_fx.transform(model, Config(density=0.5), example_inputs=args, example_kwargs=kwargs)
+    fedmef_fx.inspect(sparse, args, example_kwargs=kwargs).to_html(tmp_path / "page.html", original=model)
+    browser.open(tmp_path / "page.html")
+    choices = browser.run("return document.querySelectorAll('.segmented input').length")
+    for index in reversed(range(choices)):
+        browser.run(f"document.querySelectorAll('.segmented input')[{index}].click()")
+        browser.click("[aria-label='Open every module']")
+        browser.run("for (const box of [...document.querySelectorAll('.item')]) box.click()")
+        assert browser.run("return document.querySelectorAll('.item.layer, .item.opaque').length") > 0
+        assert browser.run("return document.querySelectorAll('.layer-ways path').length") > 0
     assert browser.messages() == []
 
 
