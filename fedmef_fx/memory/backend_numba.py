@@ -26,7 +26,7 @@ from fedmef_fx.memory.bitmap import bitmap_nbytes, check_bitmap, count_bits
 from fedmef_fx.memory.spans import BLOCK, run_spans
 from fedmef_fx.memory.words import Words, magnitude_mask, nearest, round_down, word, words
 
-__all__ = ["NumbaBackend"]
+__all__ = ["NumbaBackend", "compiled"]
 
 # Elements that are clamped and marked while they are in the second-level cache; long enough to hide the calls.
 _STRIP: Final = 2 * BLOCK
@@ -35,12 +35,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Bytes = NDArray[np.uint8]
 
 
-def _jit(function: Function) -> Function:
-    try:
-        compiled = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder that the cache could be written to
-        compiled = numba.njit(nogil=True)(function)
-    return cast("Function", compiled)
+def compiled(*, reassociate: bool = False) -> Callable[[Function], Function]:
+    """Compile a function when it first runs; without the interpreter lock, and kept for the next process.
+
+    Args:
+        reassociate: Whether sums may be taken in another order, which lets them run on vectors.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc"} if reassociate else False}
+
+    def decorate(function: Function) -> Function:
+        try:
+            made = numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder that the cache could be written to
+            made = numba.njit(**options)(function)
+        return cast("Function", made)
+
+    return decorate
 
 
 def _generate_lowest_bit(_typing: Any, _word: Any) -> Any:
@@ -61,7 +71,7 @@ _lowest_bit = cast("Callable[[Any], Any]", intrinsic(_generate_lowest_bit))
 # vector comparison per byte of a bitmap. Unsigned shifts everywhere: signed ones keep it from doing so.
 
 
-@_jit
+@compiled()
 def _mark(source: Words, magnitude: Any, limit: Any, bitmap: Bytes) -> None:
     """Set the bit of every element with a magnitude above `limit`."""
     whole = source.size // 8
@@ -77,7 +87,7 @@ def _mark(source: Words, magnitude: Any, limit: Any, bitmap: Bytes) -> None:
         bitmap[whole] = bits
 
 
-@_jit
+@compiled()
 def _compress(source: Words, bitmap: Bytes, values: Words) -> None:
     """Copy the marked elements of `source` to `values`."""
     marks = bitmap[: bitmap.size // 8 * 8].view(np.uint64)
@@ -95,7 +105,7 @@ def _compress(source: Words, bitmap: Bytes, values: Words) -> None:
             count += 1
 
 
-@_jit
+@compiled()
 def _expand(bitmap: Bytes, values: Words, out: Words) -> None:
     """Copy `values` to the marked elements of `out`, and 0 to the others."""
     marks = bitmap[: bitmap.size // 8 * 8].view(np.uint64)
@@ -116,7 +126,7 @@ def _expand(bitmap: Bytes, values: Words, out: Words) -> None:
             count += 1
 
 
-@_jit
+@compiled()
 def _select(bitmap: Bytes, source: Words, out: Words) -> None:
     """`out = source` where marked, else 0."""
     whole = source.size // 8
@@ -128,7 +138,7 @@ def _select(bitmap: Bytes, source: Words, out: Words) -> None:
         out[k] = source[k] * ((bitmap[k >> 3] >> (k & 7)) & 1)
 
 
-@_jit
+@compiled()
 def _clamp(source: Any, low: Any, high: Any, out: Any, bitmap: Bytes) -> None:
     """Clamp, marking what lies inside; a bound that is NaN never stops anything."""
     whole = source.size // 8
@@ -183,7 +193,7 @@ class NumbaBackend:
         marks, kept, target = _aligned(bitmap), words(values), words(out)
 
         def span(start: int, stop: int) -> None:
-            first = count_bits(marks[: start // 8])
+            first = count_bits(marks[: start // 8]) if start else 0
             _expand(marks[start // 8 : bitmap_nbytes(stop)], kept[first:], target[start:stop])
 
         run_spans(out.numel(), span)
@@ -196,7 +206,7 @@ class NumbaBackend:
         target = words(values)
 
         def span(start: int, stop: int) -> None:
-            first = count_bits(marks[: start // 8])
+            first = count_bits(marks[: start // 8]) if start else 0
             _compress(source[start:stop], marks[start // 8 : bitmap_nbytes(stop)], target[first:])
 
         run_spans(dense.numel(), span)

@@ -33,6 +33,7 @@ __all__ = [
 
 BackendName = Literal["auto", "numpy", "numba", "torch"]
 ENVIRONMENT_VARIABLE: Final = "FEDMEF_FX_BACKEND"
+_NAMES: Final = get_args(BackendName)
 
 
 class Backend(Protocol):
@@ -126,8 +127,8 @@ _chosen: str | None = None
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in get_args(BackendName):
-        allowed = " | ".join(map(repr, get_args(BackendName)))
+    if name not in _NAMES:
+        allowed = " | ".join(map(repr, _NAMES))
         raise ConfigError(f"{source}: got {name!r}; expected {allowed}")
     return name
 

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["BufferKind", "HeldBuffer", "announce", "held_buffers", "next_serial"]
 
 BufferKind = Literal["packed values", "bitmap", "8-bit"]
+"""What a buffer holds; window offsets of a max pooling count as bitmaps, which tell positions, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

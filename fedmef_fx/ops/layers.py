@@ -7,6 +7,7 @@ weight is made again in backward instead of being kept.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -145,6 +146,11 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """A block without autocast; entering torch's costs as much as a small layer, so only where there is any."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class _PrunedLayer(Function):
     """A layer whose backward runs on a packed input and on a weight made anew."""
 
@@ -168,7 +174,7 @@ class _PrunedLayer(Function):
             ctx.packed = packed if ctx.reads_input else None
             keep_input = packed is None and ctx.reads_input
             ctx.save_for_backward(weight, gain, x if keep_input else None)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             ctx.recipe = recipe_of(stored)
             effective = effective_weight(stored, dtype, recipe=ctx.recipe)
             out = layer.forward(computed, effective, None if bias is None else bias.to(dtype))

@@ -17,16 +17,19 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
-from typing import Any, Literal, NamedTuple
+import importlib
+from types import ModuleType
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fedmef_fx.memory import backend
 from fedmef_fx.ops import growth
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.ops.rows import DenseRows, Rows, packed_rows
+from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
 
 __all__ = [
     "DEGENERATE",
@@ -40,10 +43,12 @@ __all__ = [
     "nsconv_kernel_backward",
     "nsconv_weight",
     "standardize_backward",
+    "standardized",
 ]
 
 EPS = 1e-6
 DEGENERATE = 1e-3
+_COMPILED_DTYPES: Final = (torch.float32, torch.float64)
 
 Statistics = Literal["active", "all"]
 
@@ -97,6 +102,11 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     Returns:
         The columns: w_hat = centred(values, rows, columns) * scale.
     """
+    kernels = _compiled(rows, values)
+    if kernels is not None and isinstance(rows, SegmentRows):
+        over = rows.fan_in if statistics == "all" else None
+        limits = (g, EPS, DEGENERATE**2)
+        return Columns(*kernels.statistics(values, rows.lengths, gain, limits=limits, fan_in=over).unbind())
     base = rows.active(values)
     number = rows.counts(values)
     counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
@@ -127,8 +137,17 @@ def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     return base
 
 
+def standardized(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
+    """w_hat, in the form of `rows`; a new tensor."""
+    kernels = _compiled(rows, values)
+    if kernels is not None and isinstance(rows, SegmentRows):
+        result: Tensor = kernels.scaled_values(values, rows.lengths, columns.mean, columns.scale)
+        return result
+    return centred(values, rows, columns).mul_(rows.spread(columns.scale))
+
+
 def standardize_backward(
-    base: Tensor, columns: Columns, rows: Rows, grad: Tensor, *, g: float
+    values: Tensor, columns: Columns, rows: Rows, grad: Tensor, *, g: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain from the gradient of w_hat.
 
@@ -139,7 +158,7 @@ def standardize_backward(
     without the second term in degenerate rows and without the third where EPS acts.
 
     Args:
-        base: From `centred` on the same weight.
+        values: The weights in the form of `rows`.
         columns: From `standardize` on the same weight.
         rows: As there.
         grad: Gradient of w_hat, in the form of `rows`; not changed.
@@ -148,6 +167,11 @@ def standardize_backward(
     Returns:
         The gradients of weight, in the form of `rows`, and gain, [out].
     """
+    kernels = _compiled(rows, values)
+    if kernels is not None and isinstance(rows, SegmentRows) and grad.dtype == values.dtype:
+        result, grad_gain = kernels.gradients(values, grad, rows.lengths, torch.stack(columns), g=g)
+        return result, grad_gain
+    base = centred(values, rows, columns)
     inner = rows.inner(grad, base)  # b is 0 where masked: no mask on grad needed
     result = rows.active(grad)
     result.sub_(rows.spread(rows.sum(result) * columns.centring))
@@ -155,6 +179,16 @@ def standardize_backward(
     result.mul_(rows.spread(columns.scale))
     rows.clear_(result)
     return result, (inner * columns.normalizer).flatten() * g
+
+
+def _compiled(rows: Rows, values: Tensor) -> ModuleType | None:
+    """The compiled form of these equations, where there is one for such rows and values."""
+    if not isinstance(rows, SegmentRows) or values.device.type != "cpu" or values.dtype not in _COMPILED_DTYPES:
+        return None
+    if backend().name != "numba":
+        return None
+    # Imported here: it imports numba.
+    return importlib.import_module("fedmef_fx.ops.compiled_rows")
 
 
 class KernelForm(NamedTuple):
@@ -218,7 +252,7 @@ def nsconv_kernel(
     """`nsconv_weight` without autograd; `columns` are those of this weight, None to take them here."""
     values, rows = form.dense_rows(weight, mask)
     columns = columns or form.standardize(values, rows, gain)
-    return form.kernel(centred(values, rows, columns).mul_(columns.scale), weight.shape)
+    return form.kernel(standardized(values, rows, columns), weight.shape)
 
 
 def nsconv_kernel_backward(
@@ -234,8 +268,7 @@ def nsconv_kernel_backward(
     columns = columns or form.standardize(values, rows, gain)
     if mask is not None and growth.is_collecting():
         growth.offer(mask, form.kernel(grad_rows * columns.scale, weight.shape))
-    base = centred(values, rows, columns)
-    grad_weight, grad_gain = standardize_backward(base, columns, rows, grad_rows, g=form.g)
+    grad_weight, grad_gain = standardize_backward(values, columns, rows, grad_rows, g=form.g)
     return form.kernel(grad_weight, weight.shape), grad_gain
 
 

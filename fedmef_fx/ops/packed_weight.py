@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmef_fx.memory import backend_for
 from fedmef_fx.ops import growth
-from fedmef_fx.ops.nsconv import Columns, KernelForm, centred, standardize_backward
+from fedmef_fx.ops.nsconv import Columns, KernelForm, standardize_backward, standardized
 from fedmef_fx.ops.rows import Rows, SegmentRows
 
 __all__ = ["Recipe", "gather", "recipe_of", "unpack", "unpacked", "unpacked_backward"]
@@ -87,7 +87,7 @@ def unpacked(
     values = weight.detach()
     if gain is not None:
         rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
-        values = centred(values, rows, columns).mul_(rows.spread(columns.scale))
+        values = standardized(values, rows, columns)
     return unpack(values.to(dtype), bitmap, shape)
 
 
@@ -123,7 +123,7 @@ def unpacked_backward(
     rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     if growth.is_collecting():
         growth.offer(bitmap, _scaled(grad, columns.scale, form))
-    return standardize_backward(centred(weight.detach(), rows, columns), columns, rows, active, g=form.g)
+    return standardize_backward(weight.detach(), columns, rows, active, g=form.g)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmef_fx.memory.registry import announce
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["adaptive_avg_pool", "avg_pool", "max_pool"]
@@ -49,6 +50,7 @@ class _MaxPool(Function):
             offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
         window = torch.Size(kernel).numel()
         ctx.offset = offset.to(torch.uint8 if window <= 256 else torch.int32)
+        announce(ctx.offset, "bitmap")
         return out
 
     @staticmethod

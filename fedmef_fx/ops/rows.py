@@ -12,6 +12,7 @@ A *column* holds one number per row and broadcasts against values by `spread`.
 
 import dataclasses
 import functools
+import weakref
 from typing import Any, Protocol
 
 import numpy as np
@@ -220,9 +221,26 @@ def packed_rows(bitmap: Tensor, shape: torch.Size, *, axis: int = 0, groups: int
     numel = shape.numel()
     if axis == 0:
         rows = shape[0]
-        return SegmentRows(count_rows(bitmap, rows, numel // max(rows, 1)), numel // max(rows, 1))
+        return _segments_of(bitmap, rows, numel // max(rows, 1))
     rows, inner = groups * shape[1], torch.Size(shape[2:]).numel()
     positions = unpack_bits(bitmap, numel).nonzero().squeeze(1)
     per_group = max(numel // max(groups, 1), 1)
     index: Any = positions // per_group * shape[1] + positions // inner % shape[1]
     return IndexedRows(index.int(), rows, numel // max(rows, 1))
+
+
+_Known = tuple["weakref.ref[Tensor]", int, SegmentRows]
+_KNOWN: dict[int, _Known] = {}
+"""By identity of a bitmap: the bitmap, its version, and its rows, which change with the topology only."""
+
+
+def _segments_of(bitmap: Tensor, rows: int, fan_in: int) -> SegmentRows:
+    if bitmap.is_inference():  # has no version
+        return SegmentRows(count_rows(bitmap, rows, fan_in), fan_in)
+    known = _KNOWN.get(id(bitmap))
+    if known is not None and known[0]() is bitmap and known[1] == bitmap._version and known[2].fan_in == fan_in:
+        return known[2]
+    made = SegmentRows(count_rows(bitmap, rows, fan_in), fan_in)
+    key = id(bitmap)
+    _KNOWN[key] = (weakref.ref(bitmap, lambda _: _KNOWN.pop(key, None)), bitmap._version, made)
+    return made

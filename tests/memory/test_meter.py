@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.memory import GradientBits, LiveBytes, PackedTensor, SavedTensors, clamp_and_pack
 from fedmef_fx.memory.registry import held_buffers
+from fedmef_fx.ops.pooling import max_pool
 
 
 class PackedRelu(torch.autograd.Function):
@@ -174,3 +175,12 @@ def test_live_bytes_notice_a_resized_storage() -> None:
         x = torch.ones(10)
         x.resize_(100)
     assert live.current == 400
+
+
+def test_window_offsets_of_a_max_pooling_are_seen() -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with SavedTensors(x) as saved:
+        out = max_pool(x, kernel=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+    assert saved.nbytes == out.numel()  # one byte per result
+    out.sum().backward()
+    assert saved.nbytes == 0

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import bitmap
+from fedmef_fx.memory import bitmap, using_backend
 from fedmef_fx.memory.bitmap import count_rows, pack_bits
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
-from fedmef_fx.ops.nsconv import KernelForm, centred, standardize, standardize_backward
+from fedmef_fx.ops.nsconv import KernelForm, centred, standardize, standardize_backward, standardized
 from fedmef_fx.ops.rows import DenseRows, packed_rows
 
 
@@ -61,8 +61,8 @@ def test_standardising_equals_that_of_dense_rows(shape, transposed, groups, dens
     theirs = standardize(values, dense, gain, g=1.7, statistics=statistics)
     ours = standardize(weight[mask], packed, gain, g=1.7, statistics=statistics)
     dense_base, base = centred(values, dense, theirs), centred(weight[mask], packed, ours)
-    expected = standardize_backward(dense_base, theirs, dense, form.rows(grad), g=1.7)
-    got = standardize_backward(base, ours, packed, grad[mask], g=1.7)
+    expected = standardize_backward(values, theirs, dense, form.rows(grad), g=1.7)
+    got = standardize_backward(weight[mask], ours, packed, grad[mask], g=1.7)
     kernel = form.kernel(dense_base * theirs.scale, torch.Size(shape))[mask]
     # The sums of a row run in another order.
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.2}[dtype]
@@ -70,6 +70,42 @@ def test_standardising_equals_that_of_dense_rows(shape, transposed, groups, dens
     if dtype != torch.bfloat16:  # where guards act, 8 bits decide differently
         assert torch.allclose(got[0], form.kernel(expected[0], torch.Size(shape))[mask], rtol=tolerance, atol=tolerance)
         assert torch.allclose(got[1], expected[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("statistics", ["active", "all"])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_compiled_equations_give_what_the_others_give(density, statistics, dtype) -> None:
+    pytest.importorskip("numba")
+    weight, mask = _weight((9, 5, 3, 3), density, 2)
+    weight[1] *= 1e-5  # the guard EPS acts
+    weight[2, 0, 0, 0] = float("nan")
+    mask[2, 0, 0, 0], mask[3] = True, False
+    values, gain, grad = weight[mask].to(dtype), torch.rand(9).to(dtype), torch.randn_like(weight[mask], dtype=dtype)
+    found = []
+    for name in ("numpy", "numba"):
+        with using_backend(name):
+            rows = packed_rows(pack_bits(mask), mask.shape)
+            columns = standardize(values, rows, gain, g=1.7, statistics=statistics)
+            kernel = standardized(values, rows, columns)
+            found.append((*columns, kernel, *standardize_backward(values, columns, rows, grad, g=1.7)))
+    assert len(found[0]) == len(found[1]) == 8
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        # The sums of a row run in another order, and those of float32 in float64; the guard's 1 / s amplifies.
+        tolerance = {torch.float64: 1e-11, torch.float32: 2e-4}[dtype]
+        assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_rows_follow_the_topology_of_a_bitmap() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    bits = pack_bits(mask)
+    before = packed_rows(bits, mask.shape)
+    assert packed_rows(bits, mask.shape) is before  # counted once
+    bits.copy_(pack_bits(~mask))
+    assert packed_rows(bits, mask.shape).counts(torch.zeros(1)).tolist() == [1.0, 0.0]
+    with torch.inference_mode():
+        assert packed_rows(pack_bits(mask), mask.shape).counts(torch.zeros(1)).tolist() == [1.0, 2.0]
 
 
 def test_columns_and_sums_of_rows_without_values() -> None:
