@@ -205,6 +205,7 @@ class Inspection:
                 layers=self.table(original),
                 weights=self.weights,
                 passes=self.passes,
+                notices=self.notices,
                 memory=MemoryPair.of(memory, memory_before),
                 history=history,
             ),

@@ -1,6 +1,7 @@
 """Pictures of masks, histograms, and what stands in a page's file."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -194,6 +195,12 @@ def test_page_of_a_model_that_is_not_transformed(tmp_path: Path) -> None:
     assert [view["when"] for view in document["views"]] == ["after"]
     assert document["parameters"][0]["tier"] is None
     assert "mask" not in document["parameters"][0]
+
+
+def test_notices_stand_in_the_page(tmp_path: Path) -> None:
+    found = dataclasses.replace(_sparse(), notices=("nothing is known about x",))
+    found.to_html(tmp_path / "page.html")
+    assert _document(tmp_path / "page.html")["notices"] == ["nothing is known about x"]
 
 
 def test_history_stands_in_the_page(tmp_path: Path) -> None:

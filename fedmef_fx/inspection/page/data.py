@@ -39,6 +39,7 @@ class PageContent:
         layers: The table of layers.
         weights: Snapshots of the parameters in that table.
         passes: What the passes did and refused.
+        notices: What could not be found out, and why.
         memory: Bytes over a training step.
         history: Rounds of a training.
         comparison: What changed from one state of a model to another.
@@ -50,6 +51,7 @@ class PageContent:
     layers: Table = dataclasses.field(default_factory=lambda: Table(()))
     weights: Sequence[WeightRecord] = ()
     passes: PassReport = dataclasses.field(default_factory=lambda: PassReport(()))
+    notices: Sequence[str] = ()
     memory: MemoryPair | None = None
     history: "History | None" = None
     comparison: Comparison | None = None
@@ -80,6 +82,7 @@ def page_document(content: PageContent) -> dict[str, Any]:
             for result in content.passes
         ],
         "parameters": [_parameter(row, snapshots.get(row.parameter), pixels) for row in content.layers.rows],
+        "notices": list(content.notices),
         "saved": [content.layers.total.saved, content.layers.total.saved_before],
         "views": views,
         "memory": content.memory

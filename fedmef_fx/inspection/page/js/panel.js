@@ -181,7 +181,7 @@ function barRow(app, row) {
 }
 
 function overviewPanel(app) {
-  const { passes } = app.content;
+  const { passes, notices } = app.content;
   const refused = gathered(
     passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason])),
   );
@@ -223,6 +223,16 @@ function overviewPanel(app) {
           "button",
           { type: "button", class: "link", on: { click: () => app.openTab("passes") } },
           `All ${total} with reasons`,
+        )
+      : null,
+    notices.length
+      ? section(
+          "Not known",
+          el(
+            "ul",
+            { class: "refusals" },
+            notices.map((notice) => el("li", {}, shorten(notice, 400))),
+          ),
         )
       : null,
     section(
