@@ -23,6 +23,7 @@ from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
+from fedmef_fx.inspection.records import record_graphs
 from fedmef_fx.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.model import Transformation, is_transformed, silence_channels
@@ -136,6 +137,7 @@ def transform(
         (*notices, *captured.failures),
         time.perf_counter() - start,
     )
+    program.facts.original = record_graphs(program)
     observer.after("capture", program)
     steps = [step for step in passes_of(config) if step.name in observer.runs]
     reports = Pipeline(steps, after_pass=observer.beside(Verifier.of(program))).run(program)

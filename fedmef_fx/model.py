@@ -9,7 +9,7 @@ else is needed to train on.
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.sparsity.granularity import Layout
 from fedmef_fx.sparsity.optimizer_state import forget_state
+
+if TYPE_CHECKING:
+    from fedmef_fx.inspection.records import GraphRecord
 
 __all__ = [
     "HOLDER",
@@ -128,6 +131,7 @@ class Transformation(nn.Module):
         guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
         reports: What the passes did, in order.
         plan: How the memory budget is kept; None without one.
+        original: Records of the graphs as they were captured, before any pass.
     """
 
     def __init__(self, config: Config) -> None:
@@ -137,6 +141,7 @@ class Transformation(nn.Module):
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
         self.plan: MemoryPlan | None = None
+        self.original: tuple[GraphRecord, ...] = ()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -173,6 +173,38 @@ def test_views_of_inspect(view: str, expected: str) -> None:
     assert expected in result.stdout
 
 
+def test_inspect_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "model.html"
+    data = _data("inspect", "digits_cnn", "--html", str(page))
+    assert data == {"html": str(page), "bytes": page.stat().st_size}
+    assert "<!doctype html>" in page.read_text(encoding="utf-8")[:20]
+    result = _invoke("inspect", "digits_cnn", "--html", str(tmp_path / "absent" / "model.html"))
+    assert result.exit_code == 1
+    assert "there is no directory" in result.stderr
+
+
+def test_compare_writes_a_page(tmp_path: Path) -> None:
+    import fedmef_fx  # noqa: PLC0415
+    from fedmef_fx.models import digits_cnn  # noqa: PLC0415
+
+    fedmef_fx.save(fedmef_fx.transform(digits_cnn()), tmp_path / "a.safetensors")
+    state = str(tmp_path / "a.safetensors")
+    data = _data("compare", state, state, "--html", "rounds.html")
+    assert data["bytes"] == Path("rounds.html").stat().st_size
+
+
+def test_onnx_files_have_no_page() -> None:
+    result = _invoke("inspect", "model.onnx", "--html", "page.html")
+    assert result.exit_code == 2
+    assert "there is no page for an ONNX file" in result.stderr.replace("\n", " ")
+
+
+def test_open_needs_a_page() -> None:
+    result = _invoke("inspect", "digits_cnn", "--open")
+    assert result.exit_code == 1
+    assert "--html page.html --open" in result.stderr
+
+
 def test_inspect_prints_between_the_passes_on_stderr() -> None:
     arguments = ["inspect", "zoo_of_tests:build", "--print-after", "insert-masks", "--print-after", "capture"]
     result = _invoke(*arguments, "--stop-after", "insert-masks", "--json")

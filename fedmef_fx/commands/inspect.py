@@ -12,6 +12,7 @@ from fedmef_fx.api import FileInspection
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
+from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
@@ -47,7 +48,7 @@ class View(StrEnum):
 
 @command
 @takes_config()
-def inspect(
+def inspect(  # noqa: PLR0913 -- each is an option of the command line
     *,
     model: ModelNameOrFile,
     view: Annotated[
@@ -67,13 +68,19 @@ def inspect(
     ] = False,
     stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no pass after this one.")] = None,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
+    html: Page = None,
+    opens: Opens = False,
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON; or an ONNX file."""
+    """Show the graph of a model after the transformation: text, table, diff, DOT, JSON, a page; or an ONNX file."""
     if model.endswith(_FILE_SUFFIX):
+        if html is not None or opens:
+            raise typer.BadParameter(
+                "there is no page for an ONNX file; expected --view text or table", param_hint="--html"
+            )
         return _inspect_file(model, view)
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
@@ -84,6 +91,9 @@ def inspect(
             before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
         )
     inspection = inspect_model(after, None if x is None else (x,))
+    if html is not None or opens:
+        compared = None if original else before
+        return page_result(html, lambda path: inspection.to_html(path, title=model, original=compared), opens=opens)
     compared = before if as_json and x is not None and not original else None
     return Result(
         inspection.to_json(compared), lambda console: _show(console, view, inspection, after=after, before=before)
