@@ -178,6 +178,8 @@ def test_inspect_writes_a_page(tmp_path: Path) -> None:
     data = _data("inspect", "digits_cnn", "--html", str(page))
     assert data == {"html": str(page), "bytes": page.stat().st_size}
     assert "<!doctype html>" in page.read_text(encoding="utf-8")[:20]
+    with_memory = _data("inspect", "digits_cnn", "--html", str(page), "--memory")
+    assert with_memory["bytes"] > data["bytes"]
     result = _invoke("inspect", "digits_cnn", "--html", str(tmp_path / "absent" / "model.html"))
     assert result.exit_code == 1
     assert "there is no directory" in result.stderr
