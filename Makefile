@@ -13,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow lint format bench clean
+.PHONY: help install demo test test-fast test-slow lint format bench docs-images clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,9 @@ format: $(INSTALLED)  ## Rewrite the files in the project's style
 bench: $(INSTALLED)  ## Run every benchmark, or BENCHMARKS='benchmarks/one.py'
 	@test -n '$(BENCHMARKS)' || { echo 'make bench: no script in benchmarks/' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+docs-images: $(INSTALLED)  ## Make the pictures of the docs anew; needs Chromium and its driver
+	$(BIN)/python docs/make_images.py
 
 clean:  ## Remove build products and caches; .venv stays
 	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .nox .pytest_cache .ruff_cache

@@ -24,7 +24,8 @@ from fedmef_fx.errors import FedmefError
 from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.inspection import inspect
-from fedmef_fx.model import coverage, density, masks, report, set_masks
+from fedmef_fx.micro_batches import micro_batches
+from fedmef_fx.model import coverage, density, masks, memory_plan, report, set_masks
 from fedmef_fx.state_dicts import dense_state_dict
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ __all__ = [
     "load",
     "masks",
     "memory",
+    "memory_plan",
+    "micro_batches",
     "report",
     "save",
     "set_masks",

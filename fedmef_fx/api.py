@@ -24,6 +24,9 @@ from fedmef_fx.export.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx_file import export_onnx
 from fedmef_fx.export.report import ExportReport
 from fedmef_fx.inspection.pass_observer import PassObserver
+from fedmef_fx.inspection.records import record_graphs
+from fedmef_fx.layer_sparsity import apply_layer_sparsity
+from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.model import Transformation, is_transformed, silence_channels
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
 from fedmef_fx.passes.compress_saved import CompressSaved
@@ -36,6 +39,7 @@ from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
 from fedmef_fx.pipeline import Pass, PassReport, PassResult, Pipeline, Refusal
+from fedmef_fx.planner import plan_memory
 from fedmef_fx.program import Program
 from fedmef_fx.signature import Call
 from fedmef_fx.state_dicts import keep_masks_on_load
@@ -102,11 +106,15 @@ def transform(
         0.5
     """
     config = config or Config()
+    model, notices = _unwrapped(model)
+    _check_model(model, config)
+    plan = None
+    if config.memory_budget is not None:
+        plain = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
+        config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
     observer = PassObserver(
         [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
     )
-    model, notices = _unwrapped(model)
-    _check_model(model, config)
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
     call = _example_call(duplicate, example_inputs, example_kwargs)
@@ -131,10 +139,14 @@ def transform(
         (*notices, *captured.failures),
         time.perf_counter() - start,
     )
+    program.facts.original = record_graphs(program)
     observer.after("capture", program)
     steps = [step for step in passes_of(config) if step.name in observer.runs]
     reports = Pipeline(steps, after_pass=observer.beside(Verifier.of(program))).run(program)
-    program.facts.reports = PassReport((capture, *reports))
+    if stop_after is None:
+        _apply_layer_sparsity(program, config)
+    planned = () if plan is None else (_planned(plan),)
+    program.facts.reports, program.facts.plan = PassReport((*planned, capture, *reports)), plan
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config) if stop_after is None else None
     result = emit(program, extend=extend)
@@ -161,6 +173,7 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
         Pipeline([ReplayRewrites(config.nsconv_statistics, config.ignore), *memory_passes(config)]).run(program)
     except (CaptureError, PassError):
         return
+    apply_layer_sparsity(regions, config.layer_sparsity)
     for region in regions:
         table.add(region)
 
@@ -220,6 +233,21 @@ def memory_passes(config: Config) -> tuple[Pass, ...]:
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
     first = (CompressSaved(config.ignore),) if compressing else ()
     return (*first, ShrinkSaved(), PruneActivations(*options, config.packed_dtype))
+
+
+def _planned(plan: MemoryPlan) -> PassResult:
+    choices = tuple(f"{label}: {text}" for label, text in plan.rows())
+    layers = tuple(f"{choice.layer}: gamma {choice.gamma:g}" for choice in plan.layers)
+    return PassResult(f"plan-memory{{budget={plan.budget}}}", (*choices, *layers), seconds=plan.seconds)
+
+
+def _apply_layer_sparsity(program: Program, config: Config) -> None:
+    unused = apply_layer_sparsity(program.regions, config.layer_sparsity)
+    if unused and config.activation_sparsity > 0 and not program.pending:
+        raise ConfigError(
+            f"Config.layer_sparsity: no layer whose input is pruned is named {unused[0]!r}; expected names as in "
+            "fedmef_fx.memory(model, inputs).layers; of layers that share an input the first one counts"
+        )
 
 
 def _check_model(model: nn.Module, config: Config) -> None:

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.plan import parse_bytes
 from fedmef_fx.sparsity.granularity import parse_granularity
 
 __all__ = ["Config"]
@@ -23,6 +25,20 @@ def _ignore_entry(entry: object) -> str:
     raise ConfigError(
         f"Config.ignore: got {entry!r}; expected module names, globs or module types, "
         'e.g. ignore=("fc", "layer1.*", torch.nn.Linear)'
+    )
+
+
+def _pairs(value: object) -> tuple[tuple[str, float], ...]:
+    """`Config.layer_sparsity` in the form in which it is stored and hashed."""
+    entries = list(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(entries, list | tuple) and all(isinstance(e, list | tuple) and len(e) == 2 for e in entries):
+        pairs = tuple((name, gamma) for name, gamma in entries)
+        are_numbers = all(isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g < 1 for _, g in pairs)
+        if are_numbers and all(isinstance(name, str) and name for name, _ in pairs):
+            return pairs
+    raise ConfigError(
+        f"Config.layer_sparsity: got {value!r}; expected names or globs with numbers in [0, 1), e.g. "
+        'layer_sparsity={"layer1.*": 0.5}'
     )
 
 
@@ -63,6 +79,15 @@ class Config:
         extrusion_strength: lambda of the surrogate loss (Eq. 2), >= 0; 0 turns extrusion off.
         gradient_clipping: Adaptive gradient clipping (Brock et al., 2021): the largest allowed ratio of a unit's
             gradient norm to its weight norm; None turns it off. Used by `fedmef_fx.federated`.
+        layer_sparsity: gamma of single layers, as pairs of a name or glob and a number in [0, 1), e.g.
+            `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
+            input that several layers share the first one's counts.
+        micro_batch: Samples for which activations are kept at a time in federated training, see
+            `fedmef_fx.micro_batches`; None for whole batches.
+        memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
+            example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
+            peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.
+        budget_optimizer: The optimizer whose state counts in the budget.
         seed: Seed of every random choice: masks, clients, batches.
 
     Raises:
@@ -95,6 +120,10 @@ class Config:
     adjustment_stop: int | None = None
     extrusion_strength: float = 1e-4
     gradient_clipping: float | None = None
+    layer_sparsity: tuple[tuple[str, float], ...] = ()
+    micro_batch: int | None = None
+    memory_budget: int | str | None = None
+    budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +139,11 @@ class Config:
         self._check_number("extrusion_strength", low=0.0)
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
+        object.__setattr__(self, "layer_sparsity", _pairs(self.layer_sparsity))
+        if self.micro_batch is not None:
+            self._check_integer("micro_batch", low=1)
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, name="Config.memory_budget")
         self._check_integer("adjustment_interval", low=1)
         self._check_integer("channel_multiple", low=1)
         parse_granularity(self.granularity)

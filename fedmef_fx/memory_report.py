@@ -1,72 +1,24 @@
-"""`memory`: what one training step of a model takes, measured."""
+"""`memory`: what one training step of a model takes, measured or predicted."""
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import LiveBytes, SavedTensors
+from fedmef_fx.fresh_process import NotMeasurableError, resident_growth
+from fedmef_fx.layer_marks import mark_layers
+from fedmef_fx.memory.allocator import allocator_peak, cuda_peak
+from fedmef_fx.memory.meter import SavedKind
+from fedmef_fx.memory.report import MemoryReport
+from fedmef_fx.memory.timeline import AttributedSaves, StepTimeline
+from fedmef_fx.training_step import LossOfOutput, OptimizerChoice, TrainingStep
 
 __all__ = ["MemoryReport", "memory"]
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryReport:
-    """Bytes of one training step.
-
-    Attributes:
-        weights: Parameters, pruned weights included where they are stored.
-        buffers: Masks, running statistics and other buffers.
-        inputs: Tensors of the example inputs; they exist anyway and count in no other field but the peak.
-        gradients: Gradients of the parameters after the backward pass.
-        saved: Kept between forward and backward, by kind: "dense", "packed values", "bitmap".
-        peak: The most that was alive at any moment, everything above included; workspaces inside an operation are not
-            seen, see `fedmef_fx.memory.LiveBytes`.
-    """
-
-    weights: int
-    buffers: int
-    inputs: int
-    gradients: int
-    saved: Mapping[str, int]
-    peak: int
-
-    @property
-    def saved_total(self) -> int:
-        """Everything that is kept between forward and backward."""
-        return sum(self.saved.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return {
-            "weights": self.weights,
-            "buffers": self.buffers,
-            "inputs": self.inputs,
-            "gradients": self.gradients,
-            "saved": dict(self.saved),
-            "saved_total": self.saved_total,
-            "peak": self.peak,
-        }
-
-    def rows(self) -> list[tuple[str, int]]:
-        """What is shown, as label and bytes."""
-        return [
-            ("weights", self.weights),
-            ("buffers", self.buffers),
-            ("inputs", self.inputs),
-            ("gradients", self.gradients),
-            ("saved for backward", self.saved_total),
-            *((f"  {kind}", count) for kind, count in self.saved.items()),
-            ("peak", self.peak),
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join(f"{label:20s}{count:>15,d} bytes" for label, count in self.rows())
+_UNSEEN: Final = "not in the peak: workspaces inside operations, such as those of convolutions"
+_RECURRENT: Final = "not in the prediction: what recurrent layers keep in oneDNN, which alone knows its size; measure"
 
 
 def memory(
@@ -74,12 +26,18 @@ def memory(
     example_inputs: Sequence[Any],
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: LossOfOutput | None = None,
+    optimizer: OptimizerChoice = None,
+    micro_batch: int | None = None,
+    predict: bool = False,
+    allocator: bool = False,
+    rss: bool = False,
 ) -> MemoryReport:
-    """Measure one training step: forward, loss and backward.
+    """Measure one training step: forward, loss, backward and, if there is an optimizer, its step.
 
-    It runs in train mode on a copy, which exists beside the model meanwhile. The model, its gradients and torch's
-    random state stay as they are.
+    It runs in train mode on a copy, which exists beside the model meanwhile. The second step is measured, when the
+    optimizer has its state and thresholds are estimated. The model, its gradients and torch's random state stay as
+    they are.
 
     Args:
         model: Any model.
@@ -87,71 +45,142 @@ def memory(
         example_kwargs: Keyword arguments of that call.
         loss: From the model's output to a scalar. Default: the sum of all floating point results, which itself keeps
             nothing for backward.
+        optimizer: `"sgd"`, `"sgd-momentum"`, `"adam"`, `"adamw"`, or a function from parameters to an optimizer; None
+            for a step without.
+        micro_batch: Samples per part, as of `fedmef_fx.micro_batches`; the loss has to fit parts then. Held bytes are
+            those of the first part.
+        predict: Run on tensors that have shapes only: no memory, hardly any time, for models of any size. What
+            depends on values is assumed: a pruned activation keeps the share it kept when the model last ran, before
+            that its target.
+        allocator: Also measure the peak of torch's own allocator, which includes temporaries inside operations.
+        rss: Also measure the resident memory of a fresh process that does only this.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: The model refuses the inputs, or the loss is no differentiable scalar.
+        ConfigError: The model refuses the inputs, the loss is no differentiable scalar, an unknown optimizer, or a
+            prediction for a model whose forward needs values.
 
     Example:
-        >>> report = memory(nn.Linear(4, 2), (torch.ones(3, 4),))
-        >>> report.weights, report.gradients, report.saved_total
-        (40, 40, 0)
+        >>> report = memory(nn.Linear(4, 2), (torch.ones(3, 4),), optimizer="sgd-momentum")
+        >>> report.weights, report.gradients, report.optimizer, report.saved_total
+        (40, 40, 40, 0)
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"memory: got {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(example_inputs, Tensor):
-        raise ConfigError("memory: example_inputs is a tensor; expected a tuple of arguments: memory(model, (x,))")
-    duplicate = copy.deepcopy(model).train()
-    duplicate.zero_grad(set_to_none=True)
-    args, kwargs = pytree.tree_map_only(
-        Tensor,
-        lambda t: t.detach().clone().requires_grad_(t.requires_grad),
-        (tuple(example_inputs), dict(example_kwargs or {})),
-    )
-    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), LiveBytes(duplicate, *inputs) as live:
-        with SavedTensors(duplicate, *inputs) as saved:
-            value = _loss_of(duplicate, args, kwargs, loss)
-        kinds = saved.by_kind()
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    return MemoryReport(
-        weights=_nbytes(duplicate.parameters()),
-        buffers=_nbytes(duplicate.buffers()),
-        inputs=_nbytes(inputs),
-        gradients=_nbytes(p.grad for p in duplicate.parameters() if p.grad is not None),
-        saved={str(kind): count for kind, count in kinds.items()},
-        peak=live.peak,
-    )
+    arguments: dict[str, Any] = {
+        "model": model,
+        "example_inputs": example_inputs,
+        "example_kwargs": example_kwargs,
+        "loss": loss,
+        "optimizer": optimizer,
+        "micro_batch": micro_batch,
+    }
+    report = _follow(TrainingStep.of(**arguments, has_values=not predict), predict=predict)
+    if predict:
+        return report
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        cuda = _untracked(arguments, lambda step: cuda_peak(step.run, device))
+        report = dataclasses.replace(report, cuda=cuda)
+    if allocator:
+        report = dataclasses.replace(report, allocator_peak=_untracked(arguments, _allocated))
+    if rss:
+        try:
+            report = dataclasses.replace(report, rss=resident_growth(**arguments))
+        except NotMeasurableError as error:
+            report = dataclasses.replace(report, notes=(*report.notes, f"no resident memory: {error}"))
+    return report
 
 
-def _loss_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor] | None
-) -> Tensor:
-    try:
-        output = model(*args, **kwargs)
-    except Exception as error:
-        raise ConfigError(
-            f"memory: {type(model).__name__} fails on the example inputs in train mode: {type(error).__name__}: {error}"
-        ) from error
-    value = _sum(output) if loss is None else loss(output)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(
-            f"memory: the loss is {got}; expected a differentiable scalar, e.g. "
-            "loss=lambda output: torch.nn.functional.cross_entropy(output, labels)"
+def _follow(step: TrainingStep, *, predict: bool) -> MemoryReport:
+    """Run two steps and watch the second."""
+    with step.isolated():
+        step.warm_up()  # also lets a model capture what it captures on its first call, before its layers are marked
+        timeline = StepTimeline()
+        mark_layers(step.model, timeline)
+        step.zero_grad()
+        timeline.hold(step.model.parameters(), "weights")
+        timeline.hold(step.model.buffers(), "buffers")
+        timeline.hold(step.inputs, "inputs")
+        timeline.hold(step.optimizer_state, "optimizer")
+        timeline.name_parameters(step.model.named_parameters())
+        hooks = [_when_accumulated(p, timeline) for p in step.model.parameters() if p.requires_grad]
+        kinds: Mapping[SavedKind, int] = {}
+        for call, scale in step.parts():
+            held = _forward_and_backward(step, timeline, call, scale)
+            kinds = kinds or held  # a later part is of the same size, or smaller
+        if step.optimizer is not None:
+            with timeline.during("optimizer"):
+                step.optimizer.step()
+                timeline.hold(step.optimizer_state, "optimizer")
+        for hook in hooks:
+            hook.remove()
+        return MemoryReport(
+            weights=_nbytes(step.model.parameters()),
+            buffers=_nbytes(step.model.buffers()),
+            inputs=_nbytes(step.inputs),
+            gradients=_nbytes(p.grad for p in step.model.parameters() if p.grad is not None),
+            optimizer=_nbytes(step.optimizer_state),
+            saved={str(kind): count for kind, count in kinds.items()},
+            transients=timeline.transients,
+            peak=timeline.peak,
+            peak_site=timeline.peak_site,
+            at_peak=dict(timeline.at_peak),
+            layers=timeline.layers,
+            timeline=tuple(timeline.events),
+            is_predicted=predict,
+            notes=_notes(timeline, predict=predict),
         )
-    return value
 
 
-def _sum(output: Any) -> Any:
-    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return sum((result.sum() for result in results[1:]), results[0].sum()) if results else None
+def _forward_and_backward(step: TrainingStep, timeline: StepTimeline, call: Any, scale: float) -> dict[SavedKind, int]:
+    """One part of the batch; returns what was held between forward and backward."""
+    with AttributedSaves(timeline, step.model, *step.inputs) as saves, timeline.during("forward"):
+        output = step.output(call)
+        timeline.enter("loss", output)
+        value = step.loss_of(output)
+        value = value if scale == 1 else value * scale
+        del output
+        timeline.leave(value)
+        timeline.end_forward()
+    kinds = saves.by_kind()
+    with timeline.during("backward"):
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    return kinds
+
+
+def _notes(timeline: StepTimeline, *, predict: bool) -> tuple[str, ...]:
+    recurrent = any("mkldnn_rnn" in event.site.op for event in timeline.events)
+    return (_UNSEEN, *((_RECURRENT,) if predict and recurrent else ()))
+
+
+def _when_accumulated(parameter: nn.Parameter, timeline: StepTimeline) -> Any:
+    def tell(accumulated: Tensor) -> None:
+        if accumulated.grad is not None:
+            timeline.hold([accumulated.grad], "gradients")
+
+    return parameter.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def _untracked(arguments: dict[str, Any], measure: Any) -> Any:
+    """Measure a second step that nothing else watches."""
+    step = TrainingStep.of(**arguments)
+    with step.isolated():
+        step.run()
+        step.zero_grad()
+        return measure(step)
+
+
+def _allocated(step: TrainingStep) -> int:
+    state = [*step.model.parameters(), *step.model.buffers(), *step.inputs, *step.optimizer_state]
+    return _nbytes(state) + allocator_peak(step.run)
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors, each once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor.layout is torch.strided
+    }
     return sum(storages.values())

@@ -9,7 +9,7 @@ else is needed to train on.
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
+from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.sparsity.granularity import Layout
 from fedmef_fx.sparsity.optimizer_state import forget_state
+
+if TYPE_CHECKING:
+    from fedmef_fx.inspection.records import GraphRecord
 
 __all__ = [
     "HOLDER",
@@ -39,6 +43,7 @@ __all__ = [
     "mask_name",
     "masked_parameters",
     "masks",
+    "memory_plan",
     "register_mask",
     "report",
     "set_masks",
@@ -125,6 +130,8 @@ class Transformation(nn.Module):
         prunable: Original parameter name -> `PrunableParameter`.
         guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
         reports: What the passes did, in order.
+        plan: How the memory budget is kept; None without one.
+        original: Records of the graphs as they were captured, before any pass.
     """
 
     def __init__(self, config: Config) -> None:
@@ -133,6 +140,8 @@ class Transformation(nn.Module):
         self.prunable: dict[str, PrunableParameter] = {}
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
+        self.plan: MemoryPlan | None = None
+        self.original: tuple[GraphRecord, ...] = ()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
@@ -224,6 +233,11 @@ def coverage(model: nn.Module) -> Coverage:
 def report(model: nn.Module) -> PassReport:
     """What each pass did and refused, with reasons and times."""
     return transformation_of(model).reports
+
+
+def memory_plan(model: nn.Module) -> MemoryPlan | None:
+    """How the memory budget of a transformed model is kept, and why so; None where there was no budget."""
+    return transformation_of(model).plan
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -174,6 +174,40 @@ def test_views_of_inspect(view: str, expected: str) -> None:
     assert expected in result.stdout
 
 
+def test_inspect_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "model.html"
+    data = _data("inspect", "digits_cnn", "--html", str(page))
+    assert data == {"html": str(page), "bytes": page.stat().st_size}
+    assert "<!doctype html>" in page.read_text(encoding="utf-8")[:20]
+    with_memory = _data("inspect", "digits_cnn", "--html", str(page), "--memory")
+    assert with_memory["bytes"] > data["bytes"]
+    result = _invoke("inspect", "digits_cnn", "--html", str(tmp_path / "absent" / "model.html"))
+    assert result.exit_code == 1
+    assert "there is no directory" in result.stderr
+
+
+def test_compare_writes_a_page(tmp_path: Path) -> None:
+    import fedmef_fx  # noqa: PLC0415
+    from fedmef_fx.models import digits_cnn  # noqa: PLC0415
+
+    fedmef_fx.save(fedmef_fx.transform(digits_cnn()), tmp_path / "a.safetensors")
+    state = str(tmp_path / "a.safetensors")
+    data = _data("compare", state, state, "--html", "rounds.html")
+    assert data["bytes"] == Path("rounds.html").stat().st_size
+
+
+def test_onnx_files_have_no_page() -> None:
+    result = _invoke("inspect", "model.onnx", "--html", "page.html")
+    assert result.exit_code == 2
+    assert "there is no page for an ONNX file" in result.stderr.replace("\n", " ")
+
+
+def test_open_needs_a_page() -> None:
+    result = _invoke("inspect", "digits_cnn", "--open")
+    assert result.exit_code == 1
+    assert "--html page.html --open" in result.stderr
+
+
 def test_inspect_prints_between_the_passes_on_stderr() -> None:
     arguments = ["inspect", "zoo_of_tests:build", "--print-after", "insert-masks", "--print-after", "capture"]
     result = _invoke(*arguments, "--stop-after", "insert-masks", "--json")
@@ -237,6 +271,32 @@ def test_memory() -> None:
     assert data["saved_ratio"] < 0.2
     assert data["saved_ratio"] == data["transformed"]["saved_total"] / data["masked_dense"]["saved_total"]
     assert "saved for backward" in _invoke("memory", "zoo_of_tests:build", "--input", "3x8").stdout
+
+
+def test_memory_of_a_whole_step_predicted_and_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "step.svg"
+    options = ("--batch", "4", "--optimizer", "adam", "--predict", "--no-compare", "--plot", str(picture))
+    data = _data("memory", "digits_cnn", *options)
+    assert "masked_dense" not in data
+    assert data["transformed"]["is_predicted"]
+    assert data["transformed"]["optimizer"] > 2 * data["transformed"]["weights"]
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    shown = _invoke("memory", "digits_cnn", "--batch", "4", "--no-compare", "--layers", "3", "--allocator").stdout
+    assert "allocator peak" in shown
+    assert "conv2" in shown
+    assert _invoke("memory", "digits_cnn", "--optimizer", "lion").exit_code == 2
+
+
+def test_memory_within_a_budget() -> None:
+    options = ("memory", "digits_cnn", "--batch", "16", "--no-compare", "--predict", "--budget")
+    data = _data(*options, "900kB")
+    assert data["plan"]["budget"] == 900_000
+    assert data["plan"]["predicted_peak"] <= 900_000
+    # Before its first step a model is predicted with target shares, not with those that planning measured.
+    assert data["transformed"]["peak"] <= 990_000
+    result = _invoke(*options, "5kB")
+    assert result.exit_code == 1
+    assert "the floor is" in result.stderr
 
 
 def test_bench() -> None:

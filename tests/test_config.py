@@ -36,6 +36,10 @@ BAD_VALUES: dict[str, list[object]] = {
     "adjustment_stop": [-1, *NOT_INTEGERS],
     "extrusion_strength": [-1e-9, *NOT_NUMBERS],
     "gradient_clipping": [0, -0.01, *(value for value in NOT_NUMBERS if value is not None)],
+    "layer_sparsity": ["fc", 0.5, None, ("fc",), {"fc": 1.0}, {"fc": -0.1}, {"": 0.5}, {3: 0.5}, {"fc": None}],
+    "micro_batch": [0, -1, *NOT_INTEGERS],
+    "memory_budget": [0, -1, "", "64 parsecs", "-3MB", "1e3", 1.0, math.nan, True, [1]],
+    "budget_optimizer": ["lion", None],
     "seed": [-1, 2**64, None, *NOT_INTEGERS],  # torch's generators take 64 bits
 }
 
@@ -51,6 +55,9 @@ EDGE_VALUES: dict[str, list[Any]] = {
     "adjustment_stop": [None, 0],
     "extrusion_strength": [0, 1e9],
     "gradient_clipping": [None, 1e-9],
+    "layer_sparsity": [(), (("layer1.*", 0), ("fc", 0.99))],
+    "micro_batch": [None, 1],
+    "memory_budget": [None, 1, "64MB", "1.5GiB"],
     "seed": [0, 2**63, 2**64 - 1],
     "ignore": [(), ("fc", "layer1.*")],
 }
@@ -72,6 +79,9 @@ CONFIGS = st.builds(
     adjustment_stop=st.none() | st.integers(0, 10**6),
     extrusion_strength=st.floats(0, allow_infinity=False),
     gradient_clipping=st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+    layer_sparsity=st.lists(st.tuples(st.text(min_size=1), st.floats(0, 1, exclude_max=True))).map(tuple),
+    micro_batch=st.none() | st.integers(1, 10**6),
+    memory_budget=st.none() | st.integers(1, 10**12) | st.sampled_from(["64MB", "1.5 GiB"]),
     seed=st.integers(0, 2**64 - 1),
 )
 

@@ -68,6 +68,14 @@ def test_wheel_holds_exactly_the_modules_of_the_repository(repository_files: lis
 
 
 @pytest.mark.slow
+def test_wheel_holds_what_the_page_is_made_of(repository_files: list[str], wheel_files: set[str]) -> None:
+    suffixes = (".js", ".css", ".html")
+    expected = {_installed_name(path) for path in repository_files if path.endswith(suffixes)} - {None}
+    assert expected
+    assert {name for name in wheel_files if name.endswith(suffixes)} == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["fedmef_fx/py.typed", ".dist-info/licenses/LICENSE", ".dist-info/entry_points.txt"])
 def test_wheel_holds(suffix: str, wheel_files: set[str]) -> None:
     assert any(name.endswith(suffix) for name in wheel_files)

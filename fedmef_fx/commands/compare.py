@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from fedmef_fx.commands.command import AsJson, Result, command
+from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.comparison import compare as compare_states
@@ -25,10 +26,14 @@ def compare(
         ),
     ],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="Another one of the same architecture.")],
+    html: Page = None,
+    opens: Opens = False,
     as_json: AsJson = False,
 ) -> Result:
     """Compare two checkpoints: overlap of the masks, weights grown and pruned, distance of the weights."""
     comparison = compare_states(before, after)
+    if html is not None or opens:
+        return page_result(html, comparison.to_html, opens=opens)
     return Result(comparison.to_json(), lambda console: _show(console, comparison))
 
 

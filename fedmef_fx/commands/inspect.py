@@ -5,18 +5,20 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx.api import FileInspection
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
+from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.memory_report import MemoryReport, memory
 from fedmef_fx.models import REFERENCE_MODELS
 from fedmef_fx.printable import visible
 
@@ -47,7 +49,7 @@ class View(StrEnum):
 
 @command
 @takes_config()
-def inspect(
+def inspect(  # noqa: PLR0913 -- each is an option of the command line
     *,
     model: ModelNameOrFile,
     view: Annotated[
@@ -67,13 +69,22 @@ def inspect(
     ] = False,
     stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no pass after this one.")] = None,
     original: Annotated[bool, typer.Option("--original", help="Look at the model before the transformation.")] = False,
+    html: Page = None,
+    opens: Opens = False,
+    with_memory: Annotated[
+        bool, typer.Option("--memory", help="Measure a training step for the page's memory timeline; takes seconds.")
+    ] = False,
     checkpoint: Checkpoint = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
-    """Show the graph of a model after the transformation: text, table, difference, DOT, JSON; or an ONNX file."""
+    """Show the graph of a model after the transformation: text, table, diff, DOT, JSON, a page; or an ONNX file."""
     if model.endswith(_FILE_SUFFIX):
+        if html is not None or opens:
+            raise typer.BadParameter(
+                "there is no page for an ONNX file; expected --view text or table", param_hint="--html"
+            )
         return _inspect_file(model, view)
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
@@ -84,10 +95,28 @@ def inspect(
             before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
         )
     inspection = inspect_model(after, None if x is None else (x,))
+    if html is not None or opens:
+        compared = None if original else before
+        step, step_before = _steps(after, compared, x) if with_memory else (None, None)
+        return page_result(
+            html,
+            lambda path: inspection.to_html(
+                path, title=model, original=compared, memory=step, memory_before=step_before
+            ),
+            opens=opens,
+        )
     compared = before if as_json and x is not None and not original else None
     return Result(
         inspection.to_json(compared), lambda console: _show(console, view, inspection, after=after, before=before)
     )
+
+
+def _steps(model: nn.Module, original: nn.Module | None, x: Tensor | None) -> tuple[MemoryReport, MemoryReport | None]:
+    """What a training step takes, after and before the transformation."""
+    if x is None:
+        raise typer.BadParameter("a step needs an input; expected --input with a shape", param_hint="--memory")
+    before = None if original is None else memory(original, (x,), optimizer="sgd-momentum")
+    return memory(model, (x,), optimizer="sgd-momentum"), before
 
 
 def _inspect_file(path: str, view: View) -> Result:

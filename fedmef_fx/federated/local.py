@@ -24,6 +24,7 @@ from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import read_state
 from fedmef_fx.growth import growth_candidates
 from fedmef_fx.memory import SavedTensors
+from fedmef_fx.micro_batches import micro_batches
 from fedmef_fx.model import transformation_of
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
@@ -193,16 +194,12 @@ def _epochs(
                 if options.schedule == "cosine":
                     optimizer.param_groups[0]["lr"] = rate * _cosine(step / step_count)
                 optimizer.zero_grad()
-                # Only the first step is measured: the meter looks at every tensor that autograd saves.
-                meter = SavedTensors(model, *batch) if step == 0 else None
-                with meter or contextlib.nullcontext():
-                    loss = _loss(model, batch, loss_fn, client)
-                peak = meter.nbytes if meter else peak
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                value, kept = _gradients(model, batch, loss_fn, client=client, is_measured=step == 0)
+                peak = max(peak, kept)
                 if clipping is not None:
                     clip_gradients(model, clipping)
                 optimizer.step()
-                total += _finite(loss, client, task) * len(batch[1])
+                total += _finite(value, client, task) * len(batch[1])
                 step += 1
     return total / sample_count(dataset), peak
 
@@ -229,6 +226,24 @@ def _extrusion(
     return Extrusion(model, optimizer, budget_steps=step_count, counts=task.counts)
 
 
+def _gradients(
+    model: nn.Module, batch: Batch, loss_fn: LossFunction, *, client: int, is_measured: bool
+) -> tuple[float, int]:
+    """Forward and backward of a batch, in parts if the configuration says so: its loss, and bytes kept if measured."""
+    size = transformation_of(model).config.micro_batch
+    parts = [(batch, 1.0)] if size is None else micro_batches(batch, size, model=model)
+    value, peak = 0.0, 0
+    for part, scale in parts:
+        # Only the first step is measured: the meter looks at every tensor that autograd saves.
+        meter = SavedTensors(model, *batch) if is_measured else None
+        with meter or contextlib.nullcontext():
+            loss = _loss(model, part, loss_fn, client) * scale
+        peak = max(peak, meter.nbytes) if meter else peak
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        value += loss.item()
+    return value, peak
+
+
 def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction, client: int) -> Tensor:
     inputs, targets = batch
     try:
@@ -242,8 +257,7 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction, client: int) ->
         raise
 
 
-def _finite(loss: Tensor, client: int, task: RoundTask) -> float:
-    value = loss.item()
+def _finite(value: float, client: int, task: RoundTask) -> float:
     if not math.isfinite(value):
         raise ConfigError(
             f"client {client}, round {task.round_index}: the loss became {value}: training has diverged; expected a "
@@ -258,9 +272,11 @@ def _candidates(
     if not task.counts:
         return {}
     device = next(model.parameters()).device
-    parts = batches(dataset, batch_size=options.batch_size, shuffle=True, device=device)
+    size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
+    parts = batches(dataset, batch_size=size, shuffle=True, device=device)
     if options.growth_batches is not None:
-        parts = (batch for batch, _ in zip(parts, range(options.growth_batches), strict=False))
+        count = options.growth_batches * math.ceil(options.batch_size / size)
+        parts = (batch for batch, _ in zip(parts, range(count), strict=False))
 
     def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
         return loss_fn(network(batch[0]), batch[1])

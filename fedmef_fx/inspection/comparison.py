@@ -9,6 +9,7 @@ Per parameter, with A and B the sets of active positions before and after:
 import dataclasses
 import json
 import math
+from os import PathLike
 from typing import Any, Final
 
 import torch
@@ -160,6 +161,20 @@ class Comparison:
     def to_json(self) -> str:
         """The comparison as JSON text in ASCII; `<` is written as an escape, so that it can stand inside HTML."""
         return json.dumps(self.as_dict(), indent=2, allow_nan=False).replace("<", "\\u003c")
+
+    def to_html(self, path: str | PathLike[str], *, title: str = "Comparison") -> None:
+        """Write the comparison as a page, one file that opens from disk in any browser.
+
+        Args:
+            path: Of the file, e.g. `rounds.html`.
+            title: Heading of the page.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        from fedmef_fx.inspection.page import write_comparison  # noqa: PLC0415 -- it needs this module
+
+        write_comparison(path, self, title=title)
 
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows as text: parameters with masks, the others that moved, and the total."""

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect as python_inspect
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from fedmef_fx.inspection.plots import plot_sparsity
 from fedmef_fx.inspection.records import GraphRecord, record_graphs
 from fedmef_fx.inspection.shapes import Observation, observe
 from fedmef_fx.inspection.table import Table, layer_table
+from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from fedmef_fx.model import Transformation, is_transformed
 from fedmef_fx.notebook import escaped, fragment, preformatted
 from fedmef_fx.pipeline import PassReport, PassResult, Refusal
@@ -30,6 +32,9 @@ from fedmef_fx.signature import Call
 
 if TYPE_CHECKING:
     import networkx
+
+    from fedmef_fx.federated.history import History
+    from fedmef_fx.inspection.page.timeline import StepMemory
 
 __all__ = ["Inspection", "inspect"]
 
@@ -47,6 +52,9 @@ class Inspection:
         layers: The rows that `table()` returns.
         passes: What the passes did and refused; empty for a model that is not transformed and was traced as a whole.
         notices: What could not be found out, and why.
+        name: Class of the model.
+        original: Graphs of the original, as they were captured; empty for a model that is not transformed.
+        weights: Snapshots of the parameters in `layers`.
     """
 
     graphs: tuple[GraphRecord, ...]
@@ -54,6 +62,9 @@ class Inspection:
     passes: PassReport
     notices: tuple[str, ...]
     _example: tuple[Sequence[Any] | None, Mapping[str, Any] | None] = dataclasses.field(repr=False, compare=False)
+    name: str = "model"
+    original: tuple[GraphRecord, ...] = dataclasses.field(default=(), repr=False)
+    weights: tuple[WeightRecord, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         return graph_text(self.graphs)
@@ -155,6 +166,51 @@ class Inspection:
         """
         return to_json(document(self.graphs, self.table(original), self.passes, self.notices))
 
+    def to_html(
+        self,
+        path: str | PathLike[str],
+        *,
+        title: str | None = None,
+        original: "nn.Module | Inspection | None" = None,
+        memory: "StepMemory | None" = None,
+        memory_before: "StepMemory | None" = None,
+        history: "History | None" = None,
+    ) -> None:
+        """Write a page: the graph, the mask, weights and costs of every layer, and what passes did and refused.
+
+        The page is one file that opens from disk in any browser of today and asks the network for nothing.
+
+        Args:
+            path: Of the file, e.g. `model.html`.
+            title: Heading of the page. Default: the class of the model.
+            original: The model before, or its inspection. Default: its graphs as they were captured, without shapes of
+                activations.
+            memory: Report of a training step of this model, with its timeline.
+            memory_before: The same of the original.
+            history: Of a federated training: accuracy, losses, traffic and mask churn over the rounds.
+
+        Raises:
+            CaptureError: The original cannot be traced.
+            ConfigError: The file cannot be written, or the original does not accept the example inputs.
+        """
+        from fedmef_fx.inspection.page import MemoryPair, PageContent, write_page  # noqa: PLC0415 - only its users should wait
+
+        original = None if original is None else self._inspected(original)
+        write_page(
+            path,
+            PageContent(
+                title=title or self.name,
+                after=self.graphs,
+                before=self.original if original is None else original.graphs,
+                layers=self.table(original),
+                weights=self.weights,
+                passes=self.passes,
+                notices=self.notices,
+                memory=MemoryPair.of(memory, memory_before),
+                history=history,
+            ),
+        )
+
 
 def inspect(
     model: nn.Module,
@@ -195,12 +251,16 @@ def inspect(
     is_original = not is_transformed(model)
     program = _captured(model, args, kwargs, has_example=has_example) if is_original else program_of(model)
     observation = observe(program, args, kwargs, may_change=is_original) if has_example else Observation()
+    layers = layer_table(program, observation)
     return Inspection(
         record_graphs(program, observation),
-        layer_table(program, observation),
+        layers,
         program.facts.reports,
         tuple(observation.notices),
         (example_inputs, example_kwargs),
+        name=type(model).__name__.removeprefix("Transformed") if is_transformed(model) else type(model).__name__,
+        original=program.facts.original,
+        weights=record_weights(program.model, (row.parameter for row in layers.rows)),
     )
 
 

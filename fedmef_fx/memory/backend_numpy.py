@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.memory.bitmap import bitmap_nbytes, check_bitmap, count_bits
+from fedmef_fx.memory.registry import announce_temporary
 from fedmef_fx.memory.spans import BLOCK
 from fedmef_fx.memory.words import Words, floats, magnitude_mask, nearest, round_down, word, words
 
-__all__ = ["NumpyBackend", "check_count"]
+__all__ = ["NumpyBackend", "block_nbytes", "check_count"]
 
 _LITTLE: Final = "little"
 
@@ -34,12 +35,18 @@ def _blocks(numel: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, numel)) for start in range(0, numel, BLOCK))
 
 
-def _join(pieces: list[Words], dtype: torch.dtype) -> Tensor:
-    """The pieces as one tensor that torch allocated, so that memory trackers see it."""
-    values = torch.empty(sum(piece.size for piece in pieces), dtype=dtype)
+def _join(pieces: list[Words], *, of: Tensor) -> Tensor:
+    """The pieces of a tensor as one that torch allocated, so that memory trackers see it."""
+    values = torch.empty(sum(piece.size for piece in pieces), dtype=of.dtype)
+    announce_temporary(values.nbytes + block_nbytes(of))
     if pieces:
         np.concatenate(pieces, out=words(values))
     return values
+
+
+def block_nbytes(x: Tensor) -> int:
+    """Temporaries of one block at most: its words masked and compared, 0/1 bytes, and 8-byte positions."""
+    return min(BLOCK, x.numel()) * (x.dtype.itemsize + 2 + np.dtype(np.intp).itemsize)
 
 
 def _positions(marked: NDArray[Any]) -> NDArray[np.intp]:
@@ -84,6 +91,7 @@ class NumpyBackend:
         check_bitmap(bitmap, out.numel())
         check_count(bitmap, values)
         marks, kept, target = bitmap.numpy(), words(values), words(out)
+        announce_temporary(block_nbytes(out))
         first = 0
         for start, stop in _blocks(out.numel()):
             positions = _positions(_bits(marks, start, stop))
@@ -97,7 +105,7 @@ class NumpyBackend:
         check_bitmap(bitmap, dense.numel())
         marks, source = bitmap.numpy(), words(dense)
         pieces = [_take(source[start:stop], _bits(marks, start, stop)) for start, stop in _blocks(dense.numel())]
-        return _join(pieces, dense.dtype)
+        return _join(pieces, of=dense)
 
     def clamp_bits(self, x: Tensor, *, out: Tensor, low: float = 0.0, high: float = math.inf) -> Tensor:
         """See `Backend.clamp_bits`."""
@@ -133,7 +141,7 @@ class _Packer:
 
     def __init__(self, x: Tensor, threshold: float) -> None:
         self.limit = word(round_down(threshold, x.dtype), x.dtype)
-        self.magnitude, self.dtype = magnitude_mask(x.dtype), x.dtype
+        self.magnitude, self.source = magnitude_mask(x.dtype), x
         self.bitmap = torch.empty(bitmap_nbytes(x.numel()), dtype=torch.uint8)
         self.marks = self.bitmap.numpy()
         self.pieces: list[Words] = []
@@ -146,7 +154,7 @@ class _Packer:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Bitmap and values."""
-        return self.bitmap, _join(self.pieces, self.dtype)
+        return self.bitmap, _join(self.pieces, of=self.source)
 
 
 class _Clamp:

@@ -19,6 +19,7 @@ from typing import Final, Literal, Protocol, get_args
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.layout import has_no_values
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -116,6 +117,10 @@ def _load(name: str) -> Backend:
         from fedmef_fx.memory.backend_torch import TorchBackend  # noqa: PLC0415
 
         return TorchBackend()
+    if name == "meta":
+        from fedmef_fx.memory.backend_meta import MetaBackend  # noqa: PLC0415
+
+        return MetaBackend()
     if not _has_numba():
         raise ConfigError('backend: "numba" is not installed; pip install "fedmef-fx[fast]", or use "auto"')
     from fedmef_fx.memory.backend_numba import NumbaBackend  # noqa: PLC0415
@@ -172,5 +177,7 @@ def backend(name: BackendName = "auto") -> Backend:
 
 
 def backend_for(x: Tensor) -> Backend:
-    """The implementation for a tensor: the chosen one on the CPU, torch on every other device."""
+    """The implementation for a tensor: the chosen one on the CPU, torch on other devices, sizes only without values."""
+    if has_no_values(x):
+        return _load("meta")
     return backend() if x.device.type == "cpu" else _load("torch")

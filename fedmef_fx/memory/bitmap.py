@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.layout import has_no_values
+from fedmef_fx.memory.registry import announce_temporary
 
 __all__ = ["bitmap_nbytes", "check_bitmap", "count_bits", "count_rows", "pack_bits", "unpack_bits"]
 
@@ -55,8 +57,11 @@ def pack_bits(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ConfigError(f"pack_bits: got {mask.dtype}; expected torch.bool, e.g. pack_bits(x > 0)")
     flat = mask.detach().reshape(-1)
+    if has_no_values(flat):
+        return flat.new_empty(bitmap_nbytes(flat.numel()), dtype=torch.uint8)
     if flat.device.type == "cpu":
         bitmap = torch.empty(bitmap_nbytes(flat.numel()), dtype=torch.uint8)
+        announce_temporary(bitmap.nbytes)  # what packbits returns
         bitmap.numpy()[...] = np.packbits(flat.numpy(), bitorder="little")
         return bitmap
     return _pack_on_device(flat)
@@ -83,8 +88,11 @@ def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:
         ConfigError: The bitmap is not one of `numel` elements.
     """
     check_bitmap(bitmap, numel)
+    if has_no_values(bitmap):
+        return bitmap.new_empty(numel, dtype=torch.bool)
     if bitmap.device.type == "cpu":
         mask = torch.empty(numel, dtype=torch.bool)
+        announce_temporary(numel)  # what unpackbits returns
         mask.numpy().view(np.uint8)[...] = np.unpackbits(bitmap.numpy(), count=numel, bitorder="little")
         return mask
     return _unpack_on_device(bitmap, numel)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedmef_fx.memory.backends import backend_for
 from fedmef_fx.memory.bitmap import pack_bits
-from fedmef_fx.memory.layout import Layout
+from fedmef_fx.memory.layout import Layout, is_same_memory
 from fedmef_fx.memory.packed import PackedTensor
 from fedmef_fx.memory.registry import announce
 
@@ -45,7 +45,7 @@ class GradientBits:
         """
         flat = self.layout.flatten(grad)
         # Where flatten had to reorder, its copy is free to be overwritten anyway.
-        reuse = inplace or flat.data_ptr() != grad.data_ptr()
+        reuse = inplace or not is_same_memory(flat, grad)
         out = flat if reuse else self.layout.flatten(self.layout.empty(dtype=grad.dtype, device=grad.device))
         backend_for(flat).mask_by_bits(self.bitmap, flat, out=out, scale_off=scale_off)
         return out.as_strided(self.layout.shape, self.layout.stride)
@@ -96,6 +96,6 @@ def clamp_and_pack(
 
 
 def _output(x: Tensor, flat: Tensor, layout: Layout, *, inplace: bool) -> Tensor:
-    if inplace or flat.data_ptr() != x.data_ptr():
+    if inplace or not is_same_memory(flat, x):
         return flat
     return layout.flatten(layout.empty(dtype=x.dtype, device=x.device))

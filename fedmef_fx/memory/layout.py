@@ -4,8 +4,9 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "has_no_values", "is_same_memory"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,3 +69,14 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether a tensor has a shape only: it is on the meta device, or a fake that stands in for one elsewhere."""
+    return isinstance(x, FakeTensor) or x.device.type == "meta"
+
+
+def is_same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors begin at the same address; also for tensors without values, which have none."""
+    same_storage = first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    return same_storage and first.storage_offset() == second.storage_offset()

@@ -55,6 +55,21 @@ class PackedTensor:
         bitmap, values = backend_for(x).pack(layout.flatten(x), threshold)
         return cls(bitmap, values, layout)
 
+    @classmethod
+    def predicted(cls, x: Tensor, *, kept: float) -> "PackedTensor":
+        """What `pack` would give if it kept a share of `x`: the buffers of that size, without values.
+
+        Args:
+            x: A tensor without values (meta or fake), of any shape and strides.
+            kept: Share of the elements that are stored, 0-1.
+        """
+        # Imported here, as every backend is.
+        from fedmef_fx.memory.backend_meta import MetaBackend  # noqa: PLC0415
+
+        layout = Layout.of(x)
+        bitmap, values = MetaBackend().keep(layout.flatten(x), round(kept * layout.numel))
+        return cls(bitmap, values, layout)
+
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
         dense = self.layout.empty(dtype=self.dtype, device=self.device)

@@ -79,6 +79,11 @@ class ThresholdEstimator:
         self._calls += 1
         return self._threshold
 
+    @property
+    def expected_kept(self) -> float:
+        """The share that the next call will keep, 0-1: the one last observed, before the first call the target."""
+        return self.kept_target if self.kept is None else self.kept
+
     def observe(self, kept_count: int, numel: int) -> None:
         """Report how many of `numel` elements the last threshold kept; a drift makes the next call estimate anew."""
         if numel == 0:

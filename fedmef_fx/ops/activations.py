@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmef_fx.memory import GradientBits, clamp
+from fedmef_fx.memory.layout import is_same_memory
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["sign_relu"]
@@ -28,7 +29,7 @@ class _SignReLU(Function):
             out = F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
         else:
             out, ctx.bits = clamp(x, high=high, inplace=inplace)
-            out = x if out.data_ptr() == x.data_ptr() else out
+            out = x if is_same_memory(out, x) else out
         if out is x:
             ctx.mark_dirty(x)
         return out

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmef_fx.memory.layout import has_no_values
 from fedmef_fx.ops import growth, packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 from fedmef_fx.ops.packed_weight import Recipe
@@ -44,6 +45,8 @@ def recipe_of(stored: StoredWeight) -> Recipe | None:
     if gain is None:
         return None
     if shape is not None and mask is not None:
+        if has_no_values(weight):  # there are no bits that would say which row a value stands in
+            return None
         return packed_weight.recipe_of(weight, gain, mask, form, shape=shape)
     return Recipe(form.standardize(*form.dense_rows(weight, mask), gain), None)
 

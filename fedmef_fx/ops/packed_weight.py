@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmef_fx.memory import backend_for
+from fedmef_fx.memory import backend, backend_for
+from fedmef_fx.memory.backend_numpy import block_nbytes
+from fedmef_fx.memory.layout import has_no_values
+from fedmef_fx.memory.registry import announce_temporary
 from fedmef_fx.ops import growth
 from fedmef_fx.ops.nsconv import Columns, KernelForm, standardize_backward, standardized
 from fedmef_fx.ops.rows import Rows, SegmentRows
@@ -82,8 +85,8 @@ def unpacked(
         dtype: Of the result.
         recipe: From `recipe_of` on the same weight; None to make it here.
     """
-    if weight.device.type == "meta":  # there are shapes only, and no bits to look at
-        return weight.new_empty(shape, dtype=dtype)
+    if has_no_values(weight):  # there are shapes only, and no bits to look at
+        return unpack(weight.detach().to(dtype), bitmap, shape)
     values = weight.detach()
     if gain is not None:
         rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
@@ -114,7 +117,8 @@ def unpacked_backward(
         recipe: As in `unpacked`.
     """
     shape = grad.shape
-    if weight.device.type == "meta":
+    if has_no_values(weight):
+        announce_temporary(block_nbytes(grad) if grad.device.type == "cpu" and backend().name == "numpy" else 0)
         return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
     active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.memory import PackedTensor, ThresholdEstimator, why_dense
+from fedmef_fx.memory.layout import has_no_values
 
 __all__ = ["PackActivation"]
 
@@ -40,8 +41,11 @@ class PackActivation(nn.Module):
         """
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return None
-        packed = PackedTensor.pack(x.detach(), threshold=self.estimator.threshold(x))
-        self.estimator.observe(packed.values.numel(), x.numel())
+        if has_no_values(x):
+            packed = PackedTensor.predicted(x, kept=self.estimator.expected_kept)
+        else:
+            packed = PackedTensor.pack(x.detach(), threshold=self.estimator.threshold(x))
+            self.estimator.observe(packed.values.numel(), x.numel())
         if self.value_dtype != "same":
             packed = packed.narrowed(getattr(torch, self.value_dtype))
         self.reason = why_dense(packed.nbytes, x.numel(), x.dtype)

@@ -242,3 +242,30 @@ def test_any_map_style_data_set_gives_the_same_batches(clients: list[TensorDatas
 def test_items_that_are_no_pairs() -> None:
     with pytest.raises(DataError, match=r"expected \(input, target\)"):
         fetch(TensorDataset(torch.ones(2)), torch.tensor([0]))
+
+
+def test_micro_batches_train_as_whole_batches_do(
+    sparse: Callable[..., nn.Module], clients: list[TensorDataset]
+) -> None:
+    data = TensorDataset(clients[0].tensors[0].double(), clients[0].tensors[1])
+    whole, parts = (
+        train_locally(
+            sparse(activation_sparsity=0.0, micro_batch=size).double(),
+            data,
+            LocalTraining(batch_size=16),
+            task=PLAIN,
+        )
+        for size in (None, 5)
+    )
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-9)
+    for name, values in whole.values.items():
+        # Only the order of additions differs.
+        assert torch.allclose(parts.values[name], values, rtol=1e-9, atol=1e-12)
+    assert parts.peak_saved_bytes < 0.5 * whole.peak_saved_bytes
+
+
+def test_micro_batches_need_a_model_without_batch_statistics(clients: list[TensorDataset]) -> None:
+    config = fedmef_fx.Config(normalization="keep", micro_batch=4)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    with pytest.raises(ConfigError, match="statistics of the batch"):
+        train_locally(fedmef_fx.transform(network, config), clients[0], LocalTraining(), task=PLAIN)

@@ -233,7 +233,7 @@ def test_choosing_a_backend() -> None:
         assert backend().name == "torch"
     with pytest.raises(ConfigError, match=r"got 'cuda'; expected 'auto' \| 'numpy' \| 'numba' \| 'torch'"):
         set_backend("cuda")  # type: ignore[arg-type]
-    assert backend_for(torch.empty(1, device="meta")).name == "torch"
+    assert backend_for(torch.empty(1, device="meta")).name == "meta"
 
 
 def test_numba_that_is_missing_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,194 @@
+"""The methods that `memory.py` compares, each as a model with what its training step does besides."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from fedmef_fx import Config, masks, micro_batches, transform
+from fedmef_fx.model import register_mask
+from fedmef_fx.models import REFERENCE_MODELS
+
+__all__ = ["METHODS", "Method", "Trainer", "applies"]
+
+DENSITY, GAMMA, MICRO_BATCH = 0.1, 0.9, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        label: What is shown.
+        build: From the original model and the masks that all sparse methods share to the model that trains.
+        is_masked: Whether weights are multiplied by masks after each step.
+        micro_batch: Samples per part; None for whole batches.
+        needs: Fields of Config with values that the method depends on.
+    """
+
+    label: str
+    build: Callable[[nn.Module], nn.Module]
+    is_masked: bool = False
+    micro_batch: int | None = None
+    needs: tuple[tuple[str, str], ...] = ()
+
+
+def masked(model: nn.Module) -> nn.Module:
+    """The model with the masks that `ours` draws, as buffers: training multiplies by them after each step."""
+    result = copy.deepcopy(model)
+    for name, mask in masks(transform(model, Config(density=DENSITY))).items():
+        register_mask(result, name, mask)
+    return result
+
+
+def ours(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    """A transformation of the model."""
+    return lambda model: transform(model, Config(density=DENSITY, activation_sparsity=GAMMA, **options))
+
+
+class _ReLU6(Function):
+    """ReLU6 that saves its result, which the next layer saves as well, instead of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clamp(0.0, 6.0)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return grad * ((out > 0) & (out < 6))
+
+
+class ReLU6SavedOnce(nn.Module):
+    """`_ReLU6` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp to [0, 6]."""
+        return _ReLU6.apply(x)
+
+
+def with_relu6_saved_once(model: nn.Module) -> nn.Module:
+    """A masked model whose ReLU6 keeps no tensor of its own."""
+    return _replaced(masked(model), nn.ReLU6, lambda _: ReLU6SavedOnce())
+
+
+class _TopK(Function):
+    """A layer that keeps the largest 1 - gamma of its input as values with int32 indices (after DropIT)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...] | None) -> Tensor:
+        flat = x.detach().reshape(-1)
+        kept = max(1, round((1 - GAMMA) * flat.numel()))
+        index = flat.abs().topk(kept, sorted=False).indices
+        ctx.save_for_backward(flat[index], index.to(torch.int32), weight)
+        ctx.shape, ctx.options, ctx.has_bias = x.shape, options, bias is not None
+        return F.linear(x, weight, bias) if options is None else F.conv2d(x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, index, weight = ctx.saved_tensors
+        x = values.new_zeros(ctx.shape.numel()).index_copy_(0, index.long(), values).view(ctx.shape)
+        if ctx.options is None:
+            return grad @ weight, grad.t() @ x, grad.sum(0) if ctx.has_bias else None, None
+        stride, padding, dilation, groups = ctx.options
+        which = (ctx.needs_input_grad[0], True, ctx.has_bias)
+        sizes = [weight.shape[0]] if ctx.has_bias else None
+        arguments = (stride, padding, dilation, False, [0, 0], groups, which)
+        return (*torch.ops.aten.convolution_backward(grad, x, weight, sizes, *arguments), None)
+
+
+class TopKLayer(nn.Module):
+    """A convolution or linear layer that trains with `_TopK`."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers():
+            self.register_buffer(name, buffer)
+        is_linear = isinstance(layer, nn.Linear)
+        self.options = None if is_linear else (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's result, exact."""
+        return _TopK.apply(x, self.weight, self.bias, self.options)
+
+
+def drop_it(model: nn.Module) -> nn.Module:
+    """A masked model whose layers keep their inputs by top-k."""
+    return _replaced(masked(model), (nn.Conv2d, nn.Linear), TopKLayer)
+
+
+def _replaced(model: nn.Module, kinds: Any, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kinds):
+                setattr(module, name, make(child))
+    return model
+
+
+def is_choice(name: str, value: str) -> bool:
+    """Whether a configuration has a field that takes a value."""
+    return value in get_args(get_type_hints(Config).get(name))
+
+
+PACKED = ("weight_storage", "packed")
+NARROW = ("packed_dtype", "bfloat16")
+METHODS = {
+    "dense": Method("dense (BatchNorm)", copy.deepcopy),
+    "masked": Method("masked-dense (BatchNorm)", masked, is_masked=True),
+    "relu6": Method("masked-dense, ReLU6 saved once", with_relu6_saved_once, is_masked=True),
+    "dropit": Method("masked-dense, top-k and int32 indices", drop_it, is_masked=True),
+    "activations": Method("ours: activations", ours()),
+    "weights": Method("  + packed weights", ours(**dict([PACKED])), needs=(PACKED,)),
+    "bfloat16": Method("  + bfloat16 values", ours(**dict([PACKED, NARROW])), needs=(PACKED, NARROW)),
+    "micro": Method(
+        f"  + micro-batches of {MICRO_BATCH}",
+        ours(**{n: v for n, v in (PACKED, NARROW) if is_choice(n, v)}),
+        micro_batch=MICRO_BATCH,
+    ),
+}
+
+
+def applies(method: str, model: str) -> bool:
+    """Whether a method can be run on a model, and differs there from the row above."""
+    if method == "relu6" and not any(isinstance(m, nn.ReLU6) for m in REFERENCE_MODELS[model]().modules()):
+        return False
+    return all(is_choice(*need) for need in METHODS[method].needs)
+
+
+class Trainer:
+    """A method at work on a batch of random images."""
+
+    def __init__(self, method: str, model: str, batch: int) -> None:
+        torch.manual_seed(0)
+        self.method = METHODS[method]
+        self.model = self.method.build(REFERENCE_MODELS[model]()).train()
+        self.x, self.y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        buffers = dict(self.model.named_buffers())
+        found = ((p, buffers.get(f"{name}_mask")) for name, p in self.model.named_parameters())
+        self.masks = [(p, mask) for p, mask in found if mask is not None] if self.method.is_masked else []
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Cross entropy, of parts as well."""
+        return F.cross_entropy(logits, self.y[: len(logits)])
+
+    def step(self) -> None:
+        """One training step."""
+        self.optimizer.zero_grad()
+        parts = [(self.x, 1.0)]
+        if self.method.micro_batch is not None:
+            parts = micro_batches(self.x, self.method.micro_batch, model=self.model)
+        for part, scale in parts:
+            (self.loss(self.model(part)) * scale).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for parameter, mask in self.masks:
+                parameter.mul_(mask)

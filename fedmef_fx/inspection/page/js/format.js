@@ -1,0 +1,42 @@
+// Numbers and names for people.
+
+/** Three significant digits: 999, 1.23k, 45.6M. */
+function count(number) {
+  for (const unit of ["", "k", "M", "G"]) {
+    if (Math.abs(number) < 999.5) return `${Number(number.toPrecision(3))}${unit}`;
+    number /= 1000;
+  }
+  return `${Number(number.toPrecision(3))}T`;
+}
+
+/** 12.3 kB, in powers of 1000. */
+function bytes(number) {
+  for (const unit of ["B", "kB", "MB", "GB"]) {
+    if (Math.abs(number) < 999.5) return `${Number(number.toPrecision(3))} ${unit}`;
+    number /= 1000;
+  }
+  return `${Number(number.toPrecision(3))} TB`;
+}
+
+/** A share as per cent, with more digits where it is small. */
+function percent(share) {
+  const value = share * 100;
+  return `${value === 0 || value >= 9.95 ? value.toFixed(0) : value.toPrecision(2)} %`;
+}
+
+/** A value of a weight or a loss. */
+const decimal = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+
+const sizes = (shape) => (shape.length ? shape.join(" × ") : "scalar");
+
+/** Names can have any length; both ends tell something, so the middle goes. */
+function shorten(text, most = 60) {
+  if (text.length <= most) return text;
+  const half = Math.floor((most - 1) / 2);
+  return `${text.slice(0, half)}…${text.slice(-half)}`;
+}
+
+// Okabe and Ito's palette, told apart by readers who do not see all colours. Colour never stands alone: passes are named.
+const PASS_COLOURS = ["#8a94a3", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442"];
+
+const passColour = (index) => PASS_COLOURS[index % PASS_COLOURS.length];

@@ -1,0 +1,254 @@
+// What is said about the chosen part, or about the whole model while nothing is chosen.
+
+/** A refusal's reason without the place, which stands beside it. */
+const reasonOf = (where, reason) =>
+  shorten(reason.startsWith(`${where}: `) ? reason.slice(where.length + 2) : reason, 400);
+
+/** Refusals that differ in the numbers of nodes only, as one entry: places, reason, pass. */
+function gathered(refusals) {
+  const entries = new Map();
+  for (const [pass, where, reason] of refusals) {
+    const text = reasonOf(where, reason);
+    const kind = `${pass} ${text.replace(/_\d+\b|\b\d+\b/g, "")}`;
+    if (entries.has(kind)) entries.get(kind).places.push(where);
+    else entries.set(kind, { pass, places: [where], text });
+  }
+  return [...entries.values()];
+}
+
+function refusalItem({ pass, places, text }, withPass) {
+  const [first, ...rest] = places;
+  return el(
+    "li",
+    {},
+    el("b", {}, shorten(first, 60)),
+    rest.length
+      ? el("span", { class: "muted", title: shorten(places.join(", "), 2000) }, ` and ${rest.length} like it`)
+      : null,
+    ` ${text}`,
+    withPass ? el("span", { class: "muted" }, ` ${pass}`) : null,
+  );
+}
+
+const facts = (rows) =>
+  el(
+    "dl",
+    { class: "facts" },
+    rows
+      .filter((row) => row && row[1] !== null && row[1] !== undefined && row[1] !== "")
+      .map(([term, value]) => [el("dt", {}, term), el("dd", {}, value)]),
+  );
+
+const section = (title, ...children) => el("section", {}, el("h3", {}, title), ...children);
+
+function passChip(app, index) {
+  const pass = app.content.passes[index];
+  return el(
+    "span",
+    { class: "chip", style: { "--pass": passColour(index) } },
+    el("i", { "aria-hidden": "true" }),
+    pass.name,
+  );
+}
+
+/** Names of nodes as buttons that lead to them. */
+function links(app, ids) {
+  const shown = ids.slice(0, 24).map((id) => {
+    const node = app.view.nodes[id];
+    return el("button", { type: "button", class: "link", on: { click: () => app.goTo(node) } }, shorten(node.n, 48));
+  });
+  const more = ids.length > 24 ? [el("span", { class: "muted" }, `and ${ids.length - 24} more`)] : [];
+  return shown.length ? el("span", { class: "links" }, shown, more) : null;
+}
+
+/** What a node keeps between forward and backward; memory that several nodes keep counts at the first of them. */
+function savedBy(node) {
+  const parts = (node.sv ?? []).map(([codec, size, elsewhere]) =>
+    elsewhere ? `${codec}, counted at ${shorten(elsewhere, 60)}` : `${bytes(size)} ${codec}`,
+  );
+  return parts.length ? parts.join("; ") : null;
+}
+
+function nodePanel(app, part) {
+  const { node } = part;
+  const shapes = (node.s ?? []).map(([dtype, shape]) => `${dtype} [${shape.join(", ")}]`).join("   ");
+  const inside = node.folded.filter((id) => app.view.nodes[id].o !== "get_attr" || !app.view.nodes[id].w);
+  return [
+    heading(
+      app,
+      shorten(titleOf(part), 80),
+      node.o === "opaque" ? "a module that runs as Python" : `${node.o} ${shorten(node.x, 60)}`,
+      part,
+    ),
+    part.changes.length
+      ? el(
+          "p",
+          { class: "chips" },
+          part.changes.map((index) => passChip(app, index)),
+        )
+      : null,
+    ...weightSections(
+      app,
+      node.weights.map((index) => app.content.parameters[index]),
+    ),
+    node.code && section("Code", el("pre", { tabindex: "0" }, el("code", {}, shorten(node.code, 4000)))),
+    section(
+      "Facts",
+      facts([
+        ["Value", shapes || (node.o === "opaque" ? null : "shape not known without example inputs")],
+        ["Kept for backward", savedBy(node)],
+        ["Module", node.m && shorten(node.m, 200)],
+        ["Made by", node.by],
+        ["Made from", node.from && shorten(node.from, 200)],
+        ["Reads", links(app, node.inputs)],
+        ["Read by", links(app, node.users)],
+        ["Folded in", links(app, inside)],
+      ]),
+    ),
+  ];
+}
+
+function groupPanel(app, part) {
+  const rows = part.weights.map((index) => app.content.parameters[index]);
+  const sum = (key) => rows.reduce((total, row) => total + (row[key] ?? 0), 0);
+  const density = densityOf(part.weights, app.content.parameters);
+  return [
+    heading(
+      app,
+      shorten(titleOf(part), 80),
+      part.run === "python" ? "a module whose forward Python runs" : "a module",
+      part,
+    ),
+    part.changes.length
+      ? el(
+          "p",
+          { class: "chips" },
+          part.changes.map((index) => passChip(app, index)),
+        )
+      : null,
+    section(
+      "Facts",
+      facts([
+        ["Path", part.p && shorten(part.p, 200)],
+        ["Nodes", String(part.boxes)],
+        ["Weights", rows.length ? `${count(sum("weights"))}, of which ${count(sum("active"))} active` : null],
+        ["Density", density === null ? null : percent(density)],
+        [
+          "Operations",
+          sum("flops_dense") ? `${count(sum("flops_dense"))} dense, ${count(sum("flops_sparse"))} sparse` : null,
+        ],
+      ]),
+    ),
+    ...(rows.length <= 2 ? weightSections(app, rows) : []),
+    rows.length > 2
+      ? section(
+          "Density of its layers",
+          el(
+            "ul",
+            { class: "bars" },
+            rows.map((row) => barRow(app, row)),
+          ),
+        )
+      : null,
+  ];
+}
+
+function heading(app, title, sub, part) {
+  return el(
+    "header",
+    {},
+    el("div", {}, el("h2", {}, title), el("p", { class: "muted" }, sub)),
+    part &&
+      el(
+        "button",
+        { type: "button", class: "quiet close", "aria-label": "Close the details", on: { click: () => app.clear() } },
+        "✕",
+      ),
+  );
+}
+
+function barRow(app, row) {
+  return el(
+    "li",
+    {},
+    el(
+      "button",
+      { type: "button", class: "link", on: { click: () => app.goToParameter(row) } },
+      shorten(row.parameter, 60),
+    ),
+    row.tier === null ? el("span", { class: "muted" }, "dense") : densityBar(row.active / Math.max(row.weights, 1)),
+  );
+}
+
+function overviewPanel(app) {
+  const { passes, notices } = app.content;
+  const refused = gathered(
+    passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason])),
+  );
+  const total = passes.reduce((sum, pass) => sum + pass.refusals.length, 0);
+  const most = Math.max(...passes.map((pass) => pass.rewrites), 1);
+  return [
+    heading(app, "What was rewritten", "Choose a box for its code, shapes, mask and weights."),
+    passes.length
+      ? el(
+          "ul",
+          { class: "passes" },
+          passes.map((pass, index) =>
+            el(
+              "li",
+              {},
+              passChip(app, index),
+              el(
+                "span",
+                { class: "meter" },
+                el("i", { style: { width: `${(pass.rewrites / most) * 100}%`, background: passColour(index) } }),
+              ),
+              el("b", {}, String(pass.rewrites)),
+            ),
+          ),
+        )
+      : el("p", { class: "muted" }, "The model is not transformed: these are its own nodes."),
+    refused.length
+      ? section(
+          `Left as it was (${total})`,
+          el(
+            "ul",
+            { class: "refusals" },
+            refused.slice(0, 12).map((entry) => refusalItem(entry, true)),
+          ),
+        )
+      : null,
+    refused.length > 12
+      ? el(
+          "button",
+          { type: "button", class: "link", on: { click: () => app.openTab("passes") } },
+          `All ${total} with reasons`,
+        )
+      : null,
+    notices.length
+      ? section(
+          "Not known",
+          el(
+            "ul",
+            { class: "refusals" },
+            notices.map((notice) => el("li", {}, shorten(notice, 400))),
+          ),
+        )
+      : null,
+    section(
+      "Keys",
+      el(
+        "p",
+        { class: "keys" },
+        ...[
+          ["/", "search"],
+          ["↑ ↓", "go through"],
+          ["→ ←", "open, close"],
+          ["Enter", "details"],
+          ["+ − 0", "zoom"],
+          ["b", "before, after"],
+        ].map(([key, what]) => el("span", {}, el("kbd", {}, key), ` ${what}`)),
+      ),
+    ),
+  ];
+}

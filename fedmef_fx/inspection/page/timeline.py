@@ -1,0 +1,106 @@
+"""Memory over one training step, as the page draws it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol, Self
+
+__all__ = ["MemoryPair", "Moment", "MomentSite", "StepMemory", "Timeline"]
+
+CATEGORIES: Final = ("weights", "buffers", "inputs", "gradients", "optimizer", "saved", "transients")
+"""What bytes are for, in the order in which a moment lists them."""
+
+_MOST_MOMENTS: Final = 600
+
+
+class MomentSite(Protocol):
+    """When something was alive: the phase of the step, the module at work, the operation that had just run."""
+
+    @property
+    def phase(self) -> str: ...  # noqa: D102 - the class says it
+    @property
+    def path(self) -> str: ...  # noqa: D102
+    @property
+    def op(self) -> str: ...  # noqa: D102
+
+
+class Moment(Protocol):
+    """What was alive right after an operation: bytes in the order of `CATEGORIES`."""
+
+    @property
+    def site(self) -> MomentSite: ...  # noqa: D102 - the class says it
+    @property
+    def live(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+class StepMemory(Protocol):
+    """A report of a training step that followed what was alive at every moment."""
+
+    @property
+    def timeline(self) -> Sequence[Moment]: ...  # noqa: D102 - the class says it
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Bytes by category at moments of one training step, in order of time.
+
+    Attributes:
+        moments: What had just run at each moment, e.g. `layer1.0.conv1, convolution`.
+        phases: Name of each phase and the index of its first moment: `(("forward", 0), ("backward", 61))`.
+        categories: Category -> its bytes at each moment; drawn on top of one another in this order.
+    """
+
+    moments: tuple[str, ...]
+    phases: tuple[tuple[str, int], ...]
+    categories: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, report: StepMemory) -> Self | None:
+        """The timeline of a report; None where it has no moments.
+
+        Of a longer step each of 600 stretches is shown by the moment in it at which most was alive, so the peak stays.
+        """
+        events = list(report.timeline)
+        if not events:
+            return None
+        step = -(-len(events) // _MOST_MOMENTS)
+        phases = list(dict.fromkeys(event.site.phase for event in events))
+        kept: list[Moment] = []
+        starts: list[tuple[str, int]] = []
+        for phase in phases:
+            inside = [event for event in events if event.site.phase == phase]
+            starts.append((phase, len(kept)))
+            stretches = (inside[at : at + step] for at in range(0, len(inside), step))
+            kept += (max(stretch, key=lambda event: sum(event.live)) for stretch in stretches)
+        columns = zip(CATEGORIES, zip(*(event.live for event in kept), strict=True), strict=True)
+        return cls(
+            moments=tuple(f"{event.site.path or 'model'}, {event.site.op}" for event in kept),
+            phases=tuple(starts),
+            categories={name: counts for name, counts in columns if any(counts)},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "moments": list(self.moments),
+            "phases": [list(phase) for phase in self.phases],
+            "categories": [[name, list(counts)] for name, counts in self.categories.items()],
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPair:
+    """The timelines of a model and of its original.
+
+    Attributes:
+        after: Of the model.
+        before: Of the original; None where it was not measured.
+    """
+
+    after: Timeline
+    before: Timeline | None = None
+
+    @classmethod
+    def of(cls, after: StepMemory | None, before: StepMemory | None = None) -> Self | None:
+        """The timelines of one or two reports; None without a timeline of the model."""
+        lines = [None if report is None else Timeline.of(report) for report in (after, before)]
+        return None if lines[0] is None else cls(after=lines[0], before=lines[1])

@@ -1,0 +1,195 @@
+"""A memory budget is kept, with the least error of the gradients, or refused with the floor."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fedmef_fx
+from fedmef_fx import Config, memory, memory_plan, transform
+from fedmef_fx.emit import program_of
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.layer_sparsity import packing_sites
+from fedmef_fx.memory.plan import MemoryPlan
+from fedmef_fx.models import digits_cnn, resnet18
+
+KEEP = Config(normalization="keep", density=0.5)
+
+
+def network() -> nn.Sequential:
+    """Activations dominate, and with its BatchNorm kept the batch cannot be cut."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    for _ in range(3):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(16, 3, 16, 16)
+
+
+def planned(model: nn.Module, budget: int | str, config: Config, x: Tensor) -> tuple[nn.Module, MemoryPlan]:
+    sparse = transform(model, config.replace(memory_budget=budget), example_inputs=(x,))
+    plan = memory_plan(sparse)
+    assert plan is not None
+    return sparse, plan
+
+
+def peak(model: nn.Module, x: Tensor, micro_batch: int | None = None) -> int:
+    return memory(model, (x,), optimizer="sgd-momentum", micro_batch=micro_batch).peak
+
+
+def gammas(model: nn.Module) -> dict[str, float]:
+    return {layer: site.activation_sparsity for layer, site, _, _ in packing_sites(program_of(model).regions)}
+
+
+def test_a_generous_budget_changes_no_gradient() -> None:
+    model, x = digits_cnn(), torch.randn(16, 1, 8, 8)
+    sparse, plan = planned(model, "1GB", Config(), x)
+    assert (plan.gradient_error, plan.micro_batch, dict(plan.settings)) == (0.0, None, {})
+    assert set(gammas(sparse).values()) == {0.0}
+    exact = transform(model, Config(activation_sparsity=0.0))
+    for candidate in (sparse, exact):
+        F.cross_entropy(candidate(x), torch.zeros(16, dtype=torch.int64)).backward()
+    for (name, parameter), other in zip(sparse.named_parameters(), exact.parameters(), strict=True):
+        # Packing drops zeros only; what is left to differ is the order of sums.
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_parts_of_the_batch_come_before_pruning() -> None:
+    model, x = digits_cnn(), torch.randn(64, 1, 8, 8)
+    whole = peak(transform(model, Config(activation_sparsity=0.0)), x)
+    sparse, plan = planned(model, whole // 2, Config(), x)
+    assert plan.micro_batch in (8, 16, 32)
+    assert plan.gradient_error == 0.0
+    measured = peak(sparse, x, plan.micro_batch)
+    assert measured <= whole // 2
+    assert plan.predicted_peak == pytest.approx(measured, rel=0.1)
+
+
+def test_layers_are_pruned_as_little_as_the_budget_allows(images: Tensor) -> None:
+    model = network()
+    least, most = (peak(transform(model, KEEP.replace(activation_sparsity=g)), images) for g in (0.9, 0.01))
+    errors = []
+    for share in (0.8, 0.3):
+        budget = int(least + share * (most - least))
+        sparse, plan = planned(model, budget, KEEP, images)
+        chosen = gammas(sparse)
+        assert plan.predicted_peak <= budget
+        assert plan.predicted_peak == pytest.approx(peak(sparse, images), rel=0.1)
+        assert chosen == {choice.layer: choice.gamma for choice in plan.layers}
+        assert 0 < max(chosen.values()) <= 0.9
+        assert min(chosen.values()) < 0.9, "not everywhere"
+        assert plan.micro_batch is None
+        assert any("statistics of the batch" in reason for reason in plan.reasons)
+        errors.append(plan.gradient_error)
+    assert 0 < errors[0] < errors[1]
+    # The same peak with one gamma everywhere costs more.
+    uniform = transform(model, KEEP.replace(activation_sparsity=max(chosen.values())))
+    assert relative_error(uniform, model, images) > 0.9 * errors[1]
+
+
+def relative_error(pruned: nn.Module, model: nn.Module, x: Tensor) -> float:
+    """Of the gradients, as planning measures it."""
+    found = []
+    for candidate in (pruned, transform(model, KEEP.replace(activation_sparsity=0.0))):
+        torch.manual_seed(0)
+        out = candidate.train()(x)
+        (out - torch.randn_like(out)).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in candidate.parameters()]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def test_the_error_is_the_one_that_training_has(images: Tensor) -> None:
+    model = network()
+    least, most = (peak(transform(model, KEEP.replace(activation_sparsity=g)), images) for g in (0.9, 0.01))
+    sparse, plan = planned(model, (least + most) // 2, KEEP, images)
+    assert relative_error(sparse, model, images) == pytest.approx(plan.gradient_error, rel=0.01)
+
+
+def test_a_budget_below_the_floor_names_the_floor() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)),
+        torch.ones(64, 8),
+    )
+    with pytest.raises(
+        ConfigError, match=r"cannot be reached; the floor is .* with .* and gamma 0.9 .*sgd-momentum"
+    ) as e:
+        planned(model, "10kB", Config(), x)
+    floor = int(re.search(r"at least (\d+) bytes", str(e.value))[1])  # type: ignore[index]  # it matched
+    assert floor > 10_000
+    _, plan = planned(model, floor, Config(), x)
+    assert plan.predicted_peak <= floor
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        planned(model, floor - 1, Config(), x)
+
+
+def test_what_a_budget_needs(images: Tensor) -> None:
+    with pytest.raises(ConfigError, match="no example inputs"):
+        transform(network(), Config(memory_budget="1GB"))
+    with pytest.raises(ConfigError, match="is a tensor"):
+        transform(network(), Config(memory_budget="1GB"), example_inputs=images)
+    with pytest.raises(ConfigError, match="64 parsecs"):
+        Config(memory_budget="64 parsecs")
+    with pytest.raises(ConfigError, match="budget_optimizer"):
+        Config(budget_optimizer="lion")  # type: ignore[arg-type]  # on purpose
+
+
+def test_nothing_leaks_into_the_callers_world(images: Tensor) -> None:
+    model = network()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    sparse, _ = planned(model, "1GB", KEEP, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *sparse.parameters()))
+    assert all(site.estimator.kept is None for _, site, _, _ in packing_sites(program_of(sparse).regions))
+
+
+def test_the_plan_is_told_and_kept(images: Tensor, tmp_path: Path) -> None:
+    model = network()
+    least, most = (peak(transform(model, KEEP.replace(activation_sparsity=g)), images) for g in (0.9, 0.01))
+    sparse, plan = planned(model, (least + most) // 2, KEEP, images)
+    assert json.loads(json.dumps(plan.as_dict()))["predicted_peak"] == plan.predicted_peak
+    text = str(plan)
+    for choice in plan.layers:
+        assert choice.layer in text
+    assert "because: " in text
+    assert any("gamma" in line for line in fedmef_fx.report(sparse)["plan-memory"].rewrites)
+    assert memory_plan(transform(model, KEEP)) is None
+    fedmef_fx.save(sparse, tmp_path / "model")
+    assert gammas(fedmef_fx.load(tmp_path / "model", model)) == gammas(sparse)
+
+
+def test_single_layers() -> None:
+    model = digits_cnn()
+    names = list(gammas(transform(model)))
+    config = Config(layer_sparsity={"*": 0.5, names[1]: 0.0, names[2]: 0.99})  # type: ignore[arg-type]  # a mapping
+    assert Config.from_json(config.to_json()) == config
+    found = gammas(transform(model, config))
+    assert found[names[1]] == 0.0
+    assert found[names[2]] == 0.9, "at most activation_sparsity"
+    assert found[names[0]] == 0.5
+    with pytest.raises(ConfigError, match="'nowhere'"):
+        transform(model, Config(layer_sparsity=(("nowhere", 0.5),)))
+    for bad in ("conv1", {"conv1": 1.0}, {"": 0.5}, {"conv1": "much"}, [("conv1",)]):
+        with pytest.raises(ConfigError, match=r"Config\.layer_sparsity"):
+            Config(layer_sparsity=bad)  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.slow
+def test_resnet18_within_its_budget() -> None:
+    model, x = resnet18(), torch.randn(8, 3, 32, 32)
+    # Half of what pruning saves at most: parts of the batch are no way out, as their gradients would be added up.
+    least, most = (peak(transform(model, Config(activation_sparsity=g)), x) for g in (0.9, 0.01))
+    budget = (least + most) // 2
+    sparse, plan = planned(model, budget, Config(), x)
+    assert plan.gradient_error > 0
+    measured = peak(sparse, x, plan.micro_batch)
+    assert plan.predicted_peak == pytest.approx(measured, rel=0.1)
+    assert measured <= 1.1 * budget
