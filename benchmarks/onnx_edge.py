@@ -1,9 +1,9 @@
 """Exported ONNX files: size, loading, latency and agreement, on ImageNet-sized networks.
 
-    python benchmarks/onnx_edge.py [--models resnet18:0.1 mobilenet_v2:0.1] [--quick]
+    python benchmarks/onnx_edge.py [--models resnet18:0.1] [--allocation uniform] [--quick]
 
-Networks have random weights at ERK densities, and BatchNorms with statistics and affine parameters, so that folding
-leaves biases: values are as incompressible as trained ones. Latencies are minima of runs taken in turns on one thread,
+Networks have random weights at ERK densities (or uniform ones), and BatchNorms with statistics and affine parameters, so
+that folding leaves biases: values are as incompressible as trained ones. Latencies are minima of runs taken in turns on one thread,
 batch 1. Seconds to create a session and peak memory (resident, whole process) are minima over fresh processes that
 import numpy and onnxruntime only. The comparison with zstd needs the package zstandard, and --quick leaves it out.
 """
@@ -127,10 +127,10 @@ def zstd_bytes(data: bytes) -> int | None:
     return len(zstandard.ZstdCompressor(level=19).compress(data))
 
 
-def measure(case: str, folder: Path, *, is_quick: bool) -> Iterator[tuple[str, float]]:
+def measure(case: str, folder: Path, *, allocation: str, is_quick: bool) -> Iterator[tuple[str, float]]:
     """The rows of one case."""
     name, density = case.split(":")
-    sparse = fedmef_fx.transform(build(name), fedmef_fx.Config(density=float(density)))
+    sparse = fedmef_fx.transform(build(name), fedmef_fx.Config(density=float(density), allocation=allocation))  # type: ignore[arg-type]
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     calibration = [torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)]
     dense, packed, int16, int8, packed8 = (
@@ -187,7 +187,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Exported ONNX files: size, loading, latency and agreement.")
     parser.add_argument("--models", nargs="+", metavar="MODEL:DENSITY", choices=CASES, help=", ".join(CASES))
-    parser.add_argument("--quick", action="store_true", help="fewer runs, no resnet50, no zstd")
+    parser.add_argument("--allocation", choices=("erk", "uniform"), default="erk", help="how layers share the density")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer runs, no zstd, and only two cases unless --models names them"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), f"onnxruntime {onnxruntime.__version__}")
@@ -195,7 +198,7 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
-            for row, value in measure(case, Path(folder), is_quick=arguments.quick):
+            for row, value in measure(case, Path(folder), allocation=arguments.allocation, is_quick=arguments.quick):
                 table.setdefault(row, {})[case] = value
     width = max(map(len, table))
     print(f"\n{'':{width}s}", *(f"{case:>26s}" for case in cases))
