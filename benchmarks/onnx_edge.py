@@ -2,10 +2,11 @@
 
     python benchmarks/onnx_edge.py [--models resnet18:0.1] [--allocation uniform] [--quick]
 
-Networks have random weights at ERK densities (or uniform ones), and BatchNorms with statistics and affine parameters, so
-that folding leaves biases: values are as incompressible as trained ones. Latencies are minima of runs taken in turns on one thread,
-batch 1. Seconds to create a session and peak memory (resident, whole process) are minima over fresh processes that
-import numpy and onnxruntime only. The comparison with zstd needs the package zstandard, and --quick leaves it out.
+Networks have random weights at ERK densities (or uniform ones), and BatchNorms with statistics and affine parameters,
+so that folding leaves biases: values are as incompressible as trained ones. Latencies are minima of runs taken in
+turns on one thread, batch 1. Seconds to create a session and peak memory (resident, whole process) are minima over
+fresh processes that import numpy and onnxruntime only. The comparison with zstd needs the package zstandard, and
+--quick leaves it out.
 """
 
 import argparse
