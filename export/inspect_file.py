@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export._file_manifest import FileManifest, file_manifest
 from fedmef_fx.export.file_records import FileInspection, FileNode, FileTensor
+from fedmef_fx.export.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ def inspect_onnx(path: str | os.PathLike[str]) -> FileInspection:
     """
     proto, nbytes = _parse(Path(path))
     try:
-        manifest = file_manifest(proto)
+        manifest = read_manifest(proto)
         chains = _decoding_chains(proto, manifest)
         tensors = tuple(_tensors(proto, manifest, chains))
     except ExportError as error:
@@ -103,12 +103,12 @@ def _parse(path: Path) -> tuple["onnx.ModelProto", int]:
     return proto, len(data)
 
 
-def _decoding_chains(proto: "onnx.ModelProto", manifest: FileManifest | None) -> dict[int, str]:
+def _decoding_chains(proto: "onnx.ModelProto", manifest: Manifest | None) -> dict[int, str]:
     """Index of each node that only decodes weights -> the tensor that it helps to decode."""
     makers = {name: index for index, node in enumerate(proto.graph.node) for name in node.output}
     inputs = {value.name for value in proto.graph.input}
     chains: dict[int, str] = {}
-    for row in manifest.rows if manifest is not None else ():
+    for row in manifest.tensors if manifest is not None else ():
         if row.value not in makers:
             raise ExportError(
                 f"its manifest says that node outputs hold {row.name!r:.100}, but nothing makes {row.value!r:.100}"
@@ -129,9 +129,7 @@ def _decoding_chains(proto: "onnx.ModelProto", manifest: FileManifest | None) ->
     return chains
 
 
-def _tensors(
-    proto: "onnx.ModelProto", manifest: FileManifest | None, chains: Mapping[int, str]
-) -> Iterable[FileTensor]:
+def _tensors(proto: "onnx.ModelProto", manifest: Manifest | None, chains: Mapping[int, str]) -> Iterable[FileTensor]:
     readers: dict[str, list[str]] = defaultdict(list)
     pieces: dict[str, int] = defaultdict(int)  # initializer -> readers that decode
     for index, node in enumerate(proto.graph.node):
@@ -140,7 +138,7 @@ def _tensors(
                 pieces[name] += 1
             else:
                 readers[name].append(_node_name(node, index))
-    for row in manifest.rows if manifest is not None else ():
+    for row in manifest.tensors if manifest is not None else ():
         module = row.name.rpartition(".")[0]
         dtype = "f16" if row.codec.endswith("/float16") else "f32"
         yield FileTensor(
@@ -196,8 +194,8 @@ def _typed(tensor: "onnx.TensorProto", stored: FileTensor) -> FileTensor:
     )
 
 
-def _nodes(proto: "onnx.ModelProto", manifest: FileManifest | None, chains: Mapping[int, str]) -> Iterable[FileNode]:
-    rows = manifest.rows if manifest is not None else ()
+def _nodes(proto: "onnx.ModelProto", manifest: Manifest | None, chains: Mapping[int, str]) -> Iterable[FileNode]:
+    rows = manifest.tensors if manifest is not None else ()
     names = {row.value: row.name for row in rows}
     sizes = {row.value: len(row.shape) for row in rows}
     traced = {row.value: row.node for row in rows}
@@ -235,7 +233,7 @@ def _op(node: "onnx.NodeProto") -> str:
     return node.op_type if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
 
 
-def _notices(proto: "onnx.ModelProto", manifest: FileManifest | None, *, missing_bytes: int) -> Iterable[str]:
+def _notices(proto: "onnx.ModelProto", manifest: Manifest | None, *, missing_bytes: int) -> Iterable[str]:
     if manifest is None and proto.producer_name != "pytorch":
         yield "it has no manifest of fedmef_fx: names of modules are those of its initializers"
     known = {value.name for value in (*proto.graph.input, *proto.graph.initializer)} | {""}

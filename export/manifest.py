@@ -24,6 +24,7 @@ __all__ = ["MANIFEST_KEY", "Manifest", "StoredTensor", "read_manifest", "write_m
 
 MANIFEST_KEY: Final = "fedmef_fx.tensors"
 _VERSION: Final = 1
+_LONGEST: Final = 50_000_000  # characters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,11 +111,13 @@ def read_manifest(proto: "onnx.ModelProto") -> Manifest | None:
     if text is None:
         return None
     try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"{len(text):,} characters")
         return _read(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ExportError(
-            f"read_manifest: metadata {MANIFEST_KEY!r} is no manifest of version {_VERSION}: {error}; the file is "
-            "damaged or from another version of fedmef_fx: export the model again"
+            f"its metadata {MANIFEST_KEY!r} is no manifest of version {_VERSION}: {type(error).__name__}: "
+            f"{error!s:.200}; the file is damaged or from another version of fedmef_fx: export the model again"
         ) from error
 
 
@@ -122,17 +125,23 @@ def _read(document: Any) -> Manifest:
     if document["version"] != _VERSION:
         raise ValueError(f"version {document['version']!r}")
     columns = document["columns"]
-    tensors = []
-    for row in document["rows"]:
-        fields = dict(zip(columns, row, strict=True))
-        stored = StoredTensor(**{name: fields[name] for name in _COLUMNS})
-        shape = tuple(stored.shape)
-        integers = (*shape, stored.active, stored.bytes)
-        texts = (stored.name, stored.value, stored.codec, stored.node)
-        if not all(type(n) is int and n >= 0 for n in integers) or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"row {row!r}")
-        tensors.append(dataclasses.replace(stored, shape=shape))
+    tensors = tuple(_tensor(dict(zip(columns, row, strict=True))) for row in document["rows"])
     weights, quantize = document["weights"], document["quantize"]
     if not isinstance(weights, str) or not isinstance(quantize, str | None):
         raise TypeError(f"weights {weights!r}, quantize {quantize!r}")
-    return Manifest(weights, quantize, tuple(tensors))
+    return Manifest(weights, quantize, tensors)
+
+
+def _tensor(fields: dict[str, Any]) -> StoredTensor:
+    stored = StoredTensor(**{name: fields[name] for name in _COLUMNS})
+    if not isinstance(stored.shape, list):
+        raise TypeError(f"shape {stored.shape!r}")
+    numbers = (*stored.shape, stored.active, stored.bytes)
+    texts = (stored.name, stored.value, stored.codec, stored.node)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"row of {stored.name!r}: {numbers}")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"row {texts!r}")
+    if stored.active > stored.numel:
+        raise ValueError(f"row of {stored.name!r}: {stored.active} active elements in {stored.shape}")
+    return dataclasses.replace(stored, shape=tuple(stored.shape))

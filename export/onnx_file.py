@@ -21,7 +21,7 @@ from fedmef_fx.export._precision import in_float32, low_precision, widened
 from fedmef_fx.export.compact import compact as remove_dead_channels
 from fedmef_fx.export.freeze import freeze
 from fedmef_fx.export.report import ExportReport
-from fedmef_fx.model import is_transformed
+from fedmef_fx.model import is_transformed, masked_parameters
 
 __all__ = ["export_onnx"]
 
@@ -135,7 +135,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     return ExportReport(
         path=target,
         bytes=total_bytes(target),
-        dense_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        dense_bytes=_dense_bytes(model),
         opset=built.opset,
         nodes=nodes,
         parity=parity,
@@ -172,3 +172,11 @@ def _in_float32(
         return model, plain, (inputs, kwargs), []
     notice = f"converted from {found} to float32: inputs and outputs of the file are float32"
     return in_float32(model), in_float32(plain), widened(inputs, kwargs), [notice]
+
+
+def _dense_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters in their dense form, however they are stored."""
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    packed = [entry for entry in masked_parameters(model).values() if entry.is_packed] if is_transformed(model) else []
+    missing = sum((entry.numel - entry.parameter.numel()) * entry.parameter.element_size() for entry in packed)
+    return stored + missing

@@ -1,11 +1,11 @@
 """What an export says about itself."""
 
 import dataclasses
-import html
 from pathlib import Path
 from typing import Any
 
 from fedmef_fx.export.manifest import StoredTensor
+from fedmef_fx.notebook import fragment, html_table
 
 __all__ = ["ExportReport", "Parity", "Runtime"]
 
@@ -115,13 +115,10 @@ class ExportReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        facts = "".join(f"<tr><th>{html.escape(n)}</th><td>{html.escape(v)}</td></tr>" for n, v in self._rows())
-        head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "codec", "density", "bytes"))
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _tensor_cells(tensor)) + "</tr>"
-            for tensor in self.tensors
-        )
-        return f"<table>{facts}</table>" + (f"<table><tr>{head}</tr>{rows}</table>" if rows else "")
+        facts = html_table(("", ""), self._rows(), left={0, 1})
+        headings = ("tensor", "shape", "codec", "density", "bytes")
+        tensors = [_tensor_cells(tensor) for tensor in self.tensors]
+        return fragment(facts, html_table(headings, tensors, left={0, 1, 2})) if tensors else fragment(facts)
 
     def _rows(self) -> list[tuple[str, str]]:
         size = f"{self.bytes:,} bytes; parameters {self.dense_bytes:,} bytes, {self.ratio:.2f} times the file"

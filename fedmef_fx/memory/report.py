@@ -1,7 +1,6 @@
 """`MemoryReport`: the bytes of one training step, for people, for machines and as a picture."""
 
 import dataclasses
-import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from fedmef_fx.memory.allocator import CudaPeak
 from fedmef_fx.memory.resident import ResidentGrowth
 from fedmef_fx.memory.timeline import CATEGORIES, Category, Event, LayerMemory, Site
+from fedmef_fx.notebook import escaped, fragment, html_table
 
 __all__ = ["MemoryReport"]
 
@@ -126,12 +126,9 @@ class MemoryReport:
         return "\n".join([*lines, f"peak at: {self.peak_site}", *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f'<tr><td style="text-align:left">{html.escape(label.strip())}</td><td>{count:,d}</td></tr>'
-            for label, count in self.rows()
-        )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in (f"peak at: {self.peak_site}", *self.notes))
-        return f"<table><tr><th></th><th>bytes</th></tr>{rows}</table><ul>{notes}</ul>"
+        rows = [(label.strip(), f"{count:,d}") for label, count in self.rows()]
+        table = html_table(("", "bytes"), rows, left={0}, caption=f"peak at: {self.peak_site}")
+        return fragment(table, *(f"<p>{escaped(note)}</p>" for note in self.notes))
 
     def plot(self, path: str | Path) -> None:
         """Draw what is alive over the step, stacked by category, as PNG or SVG.
