@@ -28,6 +28,7 @@ class PlannedModel:
         settings: Fields of the configuration that it differs in.
         sites: The layer that reads a packed input first, the site, and the parameters whose gradients it serves.
         limits: The most that each site may drop.
+        nothing: A gamma of 0 for each site.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class PlannedModel:
         settings: dict[str, Any],
         limit: Callable[[str], float],
         sample: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        measured: "PlannedModel | None" = None,
     ) -> None:
         self.model, self.settings, self._sample = model, settings, sample
         found: dict[int, tuple[str, PackActivation, set[str]]] = {}
@@ -46,8 +49,14 @@ class PlannedModel:
             found.setdefault(id(site), (layer, site, set()))[2].update(readers)
         self.sites = list(found.values())
         self.limits = [min(site.activation_sparsity, limit(layer)) for layer, site, _ in self.sites]
+        self.nothing = [0.0] * len(self.sites)
         self._kept: dict[float, list[float]] = {}
+        self._errors: dict[float, list[float]] = {}
         self._sizes: list[tuple[int, int]] = []  # elements and bytes per element of what each site packs
+        self._exact: dict[str, Tensor] | None = None
+        if measured is not None and [site[0] for site in measured.sites] == [site[0] for site in self.sites]:
+            # Formats change neither what is packed nor which part of it: only how it is stored.
+            self._kept, self._errors, self._sizes = measured._kept, measured._errors, measured._sizes
 
     def set(self, gammas: Sequence[float]) -> None:
         """Give every site its gamma, and the share that it kept when that was measured."""
@@ -59,8 +68,20 @@ class PlannedModel:
     def kept(self, gamma: float) -> list[float]:
         """Share that each site keeps at a level."""
         if gamma not in self._kept:
-            self.gradients([gamma] * len(self.sites))
+            self._measure(gamma)
         return self._kept[gamma]
+
+    @property
+    def exact(self) -> dict[str, Tensor]:
+        """Weight gradients with nothing dropped but zeros."""
+        if self._exact is None:
+            self._exact = self.gradients(self.nothing)
+        return self._exact
+
+    def _measure(self, gamma: float) -> None:
+        """Note what each site keeps at a level, and the error of the gradients that are computed from it."""
+        found = self.exact if gamma == 0.0 else self.gradients([gamma] * len(self.sites))
+        self._errors[gamma] = [square_distance(found, self.exact, readers) for _, _, readers in self.sites]
 
     def gradients(self, gammas: Sequence[float]) -> dict[str, Tensor]:
         """Weight gradients on the sample, of a surrogate loss: mean square distance of the results to fixed noise."""
@@ -92,18 +113,17 @@ class PlannedModel:
         packed = bitmap_nbytes(round(numel * share)) + round(kept * numel * share) * (2 if narrow else itemsize)
         return min(packed, round(numel * share) * itemsize)  # where packing would lose, a site leaves it
 
-    def levels(self, exact: Mapping[str, Tensor], share: float) -> list[LayerLevels]:
+    def levels(self, share: float) -> list[LayerLevels]:
         """What each layer may drop, and what that costs: one run per level, as errors of layers are independent.
 
         Args:
-            exact: Gradients with nothing dropped.
             share: Size of a part of the batch over that of the sample.
         """
         gammas = sorted({g for g in _LEVELS if g < max(self.limits)} | set(self.limits))
-        errors: list[list[float]] = []  # [level][site]
         for gamma in gammas:
-            found = self.gradients([gamma] * len(self.sites))
-            errors.append([square_distance(found, exact, readers) for _, _, readers in self.sites])
+            if gamma not in self._errors:
+                self._measure(gamma)
+        errors = [self._errors[gamma] for gamma in gammas]  # [level][site]
         result = []
         for i, (layer, _, _) in enumerate(self.sites):
             levels = [k for k, gamma in enumerate(gammas) if gamma <= self.limits[i]]

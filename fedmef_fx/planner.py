@@ -6,13 +6,14 @@ What is chosen, and in which order of preference:
    (`fedmef_fx.micro_batches`) down to a small size, packed weights.
 2. gamma per layer, at most `Config.activation_sparsity`, and formats of fewer bits. Forward and input gradients are
    exact under activation pruning, so that the error of a layer's weight gradient depends on its own gamma alone: one
-   run per level of gamma measures every layer. Layers then give up accuracy in the order of bytes saved per error
-   added, until the predicted peak fits (bisection). Of several formats the one with the least measured error wins.
+   run per level of gamma measures every layer, for all formats. Layers then give up accuracy in the order of bytes
+   saved per error added, until the predicted peak fits. Of several formats the one with the least measured error wins.
 3. Parts of fewer samples than `SMALLEST_PREFERRED`, where nothing else holds the budget.
 
 Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares that were kept when errors were measured.
 """
 
+import bisect
 import dataclasses
 import fnmatch
 import math
@@ -39,7 +40,8 @@ Transform = Callable[[Config], nn.Module]
 SMALLEST_PREFERRED: Final = 4
 _SAMPLES: Final = 16
 """Samples on which errors are measured: a sum over pixels and samples settles quickly."""
-_RUNGS: Final = (("weight_storage", "packed"), ("packed_dtype", "bfloat16"), ("saved_precision", "int8"))
+_EXACT: Final = (("weight_storage", "packed"),)
+_LOSSY: Final = (("packed_dtype", "bfloat16"), ("saved_precision", "int8"))
 
 
 def plan_memory(
@@ -96,23 +98,30 @@ class _Search:
         self.reasons: list[str] = []
         self.started = time.perf_counter()
         self._predictions: dict[tuple[PlannedModel, tuple[float, ...], int | None], MemoryReport] = {}
-        self._references: dict[str, dict[str, Tensor]] = {}
         self.batch, self.why_whole = _batch_size(args, kwargs)
         self._sample = (args, kwargs)
         if self.batch is not None:
             self._sample = pytree.tree_map_only(Tensor, operator.itemgetter(slice(_SAMPLES)), self._sample)
 
     def run(self) -> tuple[Config, MemoryPlan]:
-        """Find the best setting that holds the budget."""
-        best: _Candidate | None = None
-        rung: PlannedModel | None = None
-        for settings in self._settings():
+        """Find the best setting that holds the budget; errors are measured only if nothing exact holds it."""
+        exact: list[PlannedModel] = []
+        for settings in self._settings(_EXACT, {}):
             rung = self._model(settings)
-            best = self._better(best, self._candidate(rung, self._sizes(rung)))
-            if best is not None and best.error == 0.0:
-                break
-        if best is None and rung is not None:
-            best = self._candidate(rung, self._sizes(rung, smallest=1))
+            exact.append(rung)
+            unpruned = self._unpruned(rung, self._sizes(rung))
+            if unpruned is not None:
+                return self._result(unpruned)
+        base = min(exact, key=lambda rung: self._least_of(rung, rung.nothing, self._sizes(rung))[1])
+        best: _Candidate | None = None
+        for settings in self._settings(_LOSSY, base.settings):
+            rung = base if settings == base.settings else self._model(settings, base)
+            found = self._candidate(rung, base, self._sizes(rung))
+            best = self._better(best, found)
+            if found is not None and not any(found.gammas):
+                break  # a further format could only add to the error
+        if best is None:
+            best = self._candidate(rung, base, self._sizes(rung, smallest=1))
             if best is None:
                 self._refuse(rung)
         assert best is not None  # noqa: S101 -- _refuse raises
@@ -120,17 +129,17 @@ class _Search:
 
     # What there is to choose from
 
-    def _model(self, settings: dict[str, Any]) -> PlannedModel:
+    def _model(self, settings: dict[str, Any], measured: PlannedModel | None = None) -> PlannedModel:
         """The model with some formats."""
         base = self.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
-        return PlannedModel(self.transform(base), settings, self.limit, self._sample)
+        return PlannedModel(self.transform(base), settings, self.limit, self._sample, measured=measured)
 
-    def _settings(self) -> Iterator[dict[str, Any]]:
-        """The configuration as it is, then with one format more at a time."""
-        settings: dict[str, Any] = {}
+    def _settings(self, formats: Sequence[tuple[str, str]], first: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Some settings, then with one format more at a time."""
+        settings = dict(first)
         yield dict(settings)
         hints = get_type_hints(Config)
-        for name, value in _RUNGS:
+        for name, value in formats:
             if name in hints and value in get_args(hints[name]) and getattr(self.config, name) != value:
                 settings[name] = value
                 yield dict(settings)
@@ -161,52 +170,84 @@ class _Search:
 
     # Candidates
 
-    def _candidate(self, rung: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
-        nothing = [0.0] * len(rung.sites)
-        label = ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
-        size = self._leanest(rung, nothing, sizes)
-        if self.predict(rung, nothing, size).peak <= self.budget:
-            size = next(s for s in sizes if self.predict(rung, nothing, s).peak <= self.budget)
-            return self._made(rung, nothing, size, f"{label}: gamma 0 holds it with {_parts(size)}")
-        size = self._leanest(rung, rung.limits, sizes)
-        least = self.predict(rung, rung.limits, size).peak
-        if least > self.budget:
-            self._say(f"{label}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be")
+    def _unpruned(
+        self, rung: PlannedModel, sizes: Sequence[int | None], base: PlannedModel | None = None
+    ) -> "_Candidate | None":
+        """A candidate that drops nothing but zeros, with the largest parts that hold the budget; None if none does."""
+        size = self._largest(rung, sizes)
+        if self.predict(rung, rung.nothing, size).peak > self.budget:
             return None
-        gammas = self._least(rung, rung.levels(self.reference(rung), self.share(size)), size)
-        return self._made(rung, gammas, size, f"{label}: {_parts(size)}, and layers pruned by bytes per error")
+        return self._made(rung, base or rung, size, rung.nothing, f"gamma 0 holds it with {_parts(size)}")
 
-    def _leanest(self, rung: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]) -> int | None:
-        """The size that takes least: the smallest, or the whole batch, for which no gradient has to be added up."""
-        return min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
+    def _candidate(self, rung: PlannedModel, base: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
+        unpruned = self._unpruned(rung, sizes, base)
+        if unpruned is not None:
+            return unpruned
+        size, least = self._least_of(rung, rung.limits, sizes)
+        if least > self.budget:
+            self._say(
+                f"{_label(rung)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
+            )
+            return None
+        gammas = self._fewest_moves(rung, rung.levels(self.share(size)), size)
+        return self._made(rung, base, size, gammas, f"{_parts(size)}, and layers pruned by bytes per error")
 
-    def _least(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> list[float]:
-        """The fewest moves that hold the budget."""
-        order = moves(layers)
+    def _largest(self, rung: PlannedModel, sizes: Sequence[int | None]) -> int | None:
+        """The largest size that holds the budget with nothing pruned; one that does not if none does."""
+
+        def holds(size: int | None) -> bool:
+            return self.predict(rung, rung.nothing, size).peak <= self.budget
+
+        if len(sizes) == 1 or holds(sizes[0]) or not holds(sizes[-1]):
+            return sizes[0] if len(sizes) == 1 or holds(sizes[0]) else sizes[-1]
+        return sizes[bisect.bisect_left(range(1, len(sizes) - 1), 1, key=lambda i: int(holds(sizes[i]))) + 1]
+
+    def _least_of(
+        self, rung: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]
+    ) -> tuple[int | None, int]:
+        """The size that takes least, and its peak.
+
+        It is the smallest, or the whole batch, for which no gradient has to be added up.
+        """
+        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
+        return size, self.predict(rung, gammas, size).peak
+
+    def _fewest_moves(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> list[float]:
+        """The gammas after the fewest moves that hold the budget; after all of them it is held."""
+        steps = list(_after_moves(layers))
+        nbytes = [sum(layer.nbytes[k] for layer, k in zip(layers, levels, strict=True)) for levels in steps]
 
         def after(count: int) -> list[float]:
-            level = [0] * len(layers)
-            for index in order[:count]:
-                level[index] += 1
-            return [layer.gammas[k] for layer, k in zip(layers, level, strict=True)]
+            return [layer.gammas[k] for layer, k in zip(layers, steps[count], strict=True)]
 
-        low, high = 0, len(order)
+        def peak(count: int) -> int:
+            return self.predict(rung, after(count), size).peak
+
+        low, high, trials = 0, len(steps) - 1, 0
         while high - low > 1:
             middle = (low + high) // 2
-            if self.predict(rung, after(middle), size).peak <= self.budget:
+            if trials % 3 < 2:  # the peak is close to linear in what is kept, but for where its moment changes
+                share = (self.budget - peak(high)) / max(peak(low) - peak(high), 1)
+                wanted = nbytes[high] + share * (nbytes[low] - nbytes[high])
+                fitting = (count for count in range(low + 1, high) if nbytes[count] <= wanted)
+                middle = next(fitting, high - 1)
+            trials += 1
+            if peak(middle) <= self.budget:
                 high = middle
             else:
                 low = middle
         return after(high)
 
-    def _made(self, rung: PlannedModel, gammas: list[float], size: int | None, reason: str) -> _Candidate:
+    def _made(
+        self, rung: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
+    ) -> _Candidate:
+        """A candidate, with its error against the gradients of the exact model."""
         peak, error = self.predict(rung, gammas, size).peak, 0.0
-        self._say(f"{reason}: {shown_bytes(peak)}")
-        if any(gammas) or set(rung.settings) - {"weight_storage"}:
-            exact = self.reference(rung)
-            found = rung.gradients(gammas)
-            total = sum(float(g.double().square().sum()) for g in exact.values())
-            error = math.sqrt(square_distance(found, exact, set(exact)) / total) if total else 0.0
+        self._say(f"{_label(rung)}: {reason}: {shown_bytes(peak)}")
+        if any(gammas) or rung is not base:
+            total = sum(float(g.double().square().sum()) for g in base.exact.values())
+            distance = square_distance(rung.gradients(gammas), base.exact, set(base.exact))
+            error = math.sqrt(distance / total) if total else 0.0
         chosen = tuple(
             LayerChoice(layer, gamma, rung.nbytes(i, gamma, self.share(size)))
             for i, ((layer, _, _), gamma) in enumerate(zip(rung.sites, gammas, strict=True))
@@ -221,15 +262,6 @@ class _Search:
         return chosen
 
     # Measurements
-
-    def reference(self, rung: PlannedModel) -> dict[str, Tensor]:
-        """Exact weight gradients, in the form in which the rung's model has its weights."""
-        storage = str(rung.settings.get("weight_storage", self.config.weight_storage))
-        if storage not in self._references:
-            exact = {name: value for name, value in rung.settings.items() if name == "weight_storage"}
-            same = rung if exact == rung.settings else self._model(exact)
-            self._references[storage] = same.gradients([0.0] * len(same.sites))
-        return self._references[storage]
 
     def predict(self, rung: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
         """What a step takes with some gammas, without running it."""
@@ -253,7 +285,7 @@ class _Search:
             self.reasons.append(reason)
 
     def _refuse(self, rung: PlannedModel) -> None:
-        size = self._leanest(rung, rung.limits, self._sizes(rung, smallest=1))
+        size, _ = self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))
         floor = self.predict(rung, rung.limits, size)
         parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
         needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
@@ -285,6 +317,19 @@ class _Search:
 
 def _parts(size: int | None) -> str:
     return "the whole batch" if size is None else f"micro-batches of {size}"
+
+
+def _label(rung: PlannedModel) -> str:
+    return ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
+
+
+def _after_moves(layers: Sequence[LayerLevels]) -> Iterator[list[int]]:
+    """The level of each layer before the first move and after each."""
+    levels = [0] * len(layers)
+    yield list(levels)
+    for index in moves(layers):
+        levels[index] += 1
+        yield list(levels)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, str]:
