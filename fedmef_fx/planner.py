@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.plan import LayerChoice, LayerLevels, MemoryPlan, moves, parse_bytes, shown_bytes
+from fedmef_fx.memory.plan import LayerChoice, MemoryPlan, fewest_moves, parse_bytes, shown_bytes
 from fedmef_fx.memory.report import MemoryReport
 from fedmef_fx.memory_report import memory
 from fedmef_fx.micro_batches import batch_size_of, batch_statistics_in
@@ -114,13 +114,16 @@ class _Search:
                 return self._result(unpruned)
         base = min(exact, key=lambda rung: self._least_of(rung, rung.nothing, self._sizes(rung))[1])
         best: _Candidate | None = None
+        lossy: list[PlannedModel] = []
         for settings in self._settings(_LOSSY, base.settings):
             rung = base if settings == base.settings else self._model(settings, base)
+            lossy.append(rung)
             found = self._candidate(rung, base, self._sizes(rung))
             best = self._better(best, found)
             if found is not None and not any(found.gammas):
                 break  # a further format could only add to the error
-        if best is None:
+        if best is None:  # a further format may also take more: for a moment it needs both forms
+            rung = min(lossy, key=lambda rung: self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))[1])
             best = self._candidate(rung, base, self._sizes(rung, smallest=1))
             if best is None:
                 self._refuse(rung)
@@ -189,7 +192,7 @@ class _Search:
                 f"{_label(rung)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
             )
             return None
-        gammas = self._fewest_moves(rung, rung.levels(self.share(size)), size)
+        gammas = fewest_moves(rung.levels(self.share(size)), lambda g: self.predict(rung, g, size).peak, self.budget)
         return self._made(rung, base, size, gammas, f"{_parts(size)}, and layers pruned by bytes per error")
 
     def _largest(self, rung: PlannedModel, sizes: Sequence[int | None]) -> int | None:
@@ -211,32 +214,6 @@ class _Search:
         """
         size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
         return size, self.predict(rung, gammas, size).peak
-
-    def _fewest_moves(self, rung: PlannedModel, layers: Sequence[LayerLevels], size: int | None) -> list[float]:
-        """The gammas after the fewest moves that hold the budget; after all of them it is held."""
-        steps = list(_after_moves(layers))
-        nbytes = [sum(layer.nbytes[k] for layer, k in zip(layers, levels, strict=True)) for levels in steps]
-
-        def after(count: int) -> list[float]:
-            return [layer.gammas[k] for layer, k in zip(layers, steps[count], strict=True)]
-
-        def peak(count: int) -> int:
-            return self.predict(rung, after(count), size).peak
-
-        low, high, trials = 0, len(steps) - 1, 0
-        while high - low > 1:
-            middle = (low + high) // 2
-            if trials % 3 < 2:  # the peak is close to linear in what is kept, but for where its moment changes
-                share = (self.budget - peak(high)) / max(peak(low) - peak(high), 1)
-                wanted = nbytes[high] + share * (nbytes[low] - nbytes[high])
-                fitting = (count for count in range(low + 1, high) if nbytes[count] <= wanted)
-                middle = next(fitting, high - 1)
-            trials += 1
-            if peak(middle) <= self.budget:
-                high = middle
-            else:
-                low = middle
-        return after(high)
 
     def _made(
         self, rung: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
@@ -321,15 +298,6 @@ def _parts(size: int | None) -> str:
 
 def _label(rung: PlannedModel) -> str:
     return ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
-
-
-def _after_moves(layers: Sequence[LayerLevels]) -> Iterator[list[int]]:
-    """The level of each layer before the first move and after each."""
-    levels = [0] * len(layers)
-    yield list(levels)
-    for index in moves(layers):
-        levels[index] += 1
-        yield list(levels)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, str]:

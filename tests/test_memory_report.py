@@ -158,7 +158,7 @@ def test_the_timeline_adds_up() -> None:
 @pytest.mark.parametrize("transformed", [False, True], ids=["plain", "transformed"])
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_layers_and_prediction(name: str, transformed: bool) -> None:
-    model, images = REFERENCE_MODELS[name](), torch.randn(4, 3, 32, 32)
+    model, images = REFERENCE_MODELS[name](), torch.randn(2, 3, 32, 32)
     paths = {"", "loss", *(path for path, _ in model.named_modules())}
     candidate = fedmef_fx.transform(model) if transformed else model
     report = memory(candidate, (images,), optimizer="sgd-momentum")
