@@ -19,8 +19,8 @@ from fedmef_fx.model import masked_parameters
 from fedmef_fx.models import digits_cnn, resnet18
 
 KEEP = Config(normalization="keep", density=0.5)
-# With these formats chosen already, gamma is what is left to plan.
-LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16")
+# With every format chosen already, gamma is all that is left to plan.
+LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16", saved_precision="int8")
 
 
 def network() -> nn.Sequential:
