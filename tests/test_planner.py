@@ -47,6 +47,15 @@ def peak(model: nn.Module, x: Tensor, micro_batch: int | None = None) -> int:
     return memory(model, (x,), optimizer="sgd-momentum", micro_batch=micro_batch).peak
 
 
+def floor_of(model: nn.Module, config: Config, x: Tensor) -> int:
+    """The smallest budget, as the refusal of a smaller one names it."""
+    with pytest.raises(ConfigError, match="cannot be reached") as caught:
+        planned(model, 1000, config, x)
+    named = re.search(r"at least (\d+) bytes", str(caught.value))
+    assert named is not None
+    return int(named[1])
+
+
 def between(model: nn.Module, x: Tensor, share: float, config: Config = KEEP) -> int:
     """A budget that nothing exact holds: so far above the smallest peak, of the way to the exact one."""
     # Next to nothing but the zeros of the ReLUs is dropped at 0.01, and packing still takes place.
@@ -89,8 +98,9 @@ def test_layers_are_pruned_as_little_as_the_budget_allows(images: Tensor, monkey
     # Gamma is all that is left to plan: 8 bits for what BatchNorm keeps would spare it here.
     monkeypatch.setattr(planner, "_LOSSY", ())
     model, errors = network(), []
+    most, least = planned(model, "1GB", LEAN, images)[1].predicted_peak, floor_of(model, LEAN, images)
     for share in (0.8, 0.3):
-        budget = between(model, images, share, LEAN)
+        budget = int(least + share * (most - least))
         sparse, plan = planned(model, budget, LEAN, images)
         chosen = gammas(sparse)
         assert plan.predicted_peak <= budget
