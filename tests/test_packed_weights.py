@@ -398,8 +398,9 @@ def test_memory_of_weights_gradients_and_peak() -> None:
     assert ours.weights < 0.11 * theirs.weights
     assert ours.gradients < 0.11 * theirs.gradients
     assert ours.buffers < 0.13 * theirs.buffers
-    # Above all that stays there is one dense tensor at a time, and the active values in some copies.
-    assert ours.peak - ours.weights - ours.gradients - ours.buffers < 1.5 * one
+    # Above all that stays there is one dense tensor at a time, the active values in some copies, and a block of
+    # temporaries of the kernels.
+    assert ours.peak - ours.weights - ours.gradients - ours.buffers < 1.6 * one
 
 
 def test_a_convolution_never_holds_more_than_its_weight_and_its_gradient() -> None:

@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
 
     def images(count: int) -> TensorDataset:
@@ -26,4 +26,5 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         exec(compile(shorter, str(README), "exec"), names)  # noqa: S102 -- our own text
     assert (tmp_path / "model.onnx").stat().st_size > 0
     assert (tmp_path / "model.safetensors").stat().st_size > 0
+    assert (tmp_path / "model.html").stat().st_size > 0
     assert len(names["history"].rounds) == 2  # type: ignore[attr-defined]  # made by the last block

@@ -1,6 +1,6 @@
 """Pooling that keeps shapes and window offsets instead of its input and 8-byte indices."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -40,16 +40,10 @@ class _MaxPool(Function):
             x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode, return_indices=True
         )
         ctx.geometry = (x.shape, kernel, stride, padding, dilation)
-        offset = torch.zeros_like(index)
-        for axis in range(-dims, 0):
-            size = x.shape[axis:].numel()
-            coordinate = index.remainder(size).div_(max(size // x.shape[axis], 1), rounding_mode="floor")
-            coordinate -= _positions(
-                index.shape, index.device, axis % index.dim(), stride=stride[axis], padding=padding[axis]
-            )
-            offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
         window = torch.Size(kernel).numel()
-        ctx.offset = offset.to(torch.uint8 if window <= 256 else torch.int32)
+        ctx.offset = torch.empty_like(index, dtype=torch.uint8 if window <= 256 else torch.int32)
+        for part, target in zip(_parts(index), _parts(ctx.offset), strict=True):
+            target.copy_(_offsets(part, x.shape, kernel=kernel, stride=stride, padding=padding, dilation=dilation))
         announce(ctx.offset, "bitmap")
         return out
 
@@ -58,21 +52,69 @@ class _MaxPool(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shape, kernel, stride, padding, dilation = ctx.geometry
         dims = len(kernel)
-        offset, index = ctx.offset.long(), None
-        ctx.offset = None
-        place = 1
-        for axis in range(-1, -dims - 1, -1):
-            coordinate = offset.remainder(kernel[axis]).mul_(dilation[axis])
-            offset = offset.div_(kernel[axis], rounding_mode="floor")
-            coordinate += _positions(
-                grad.shape, grad.device, axis % grad.dim(), stride=stride[axis], padding=padding[axis]
-            )
-            index = coordinate if index is None else index.add_(coordinate.mul_(place))
-            place *= shape[axis]
-        assert index is not None  # noqa: S101 -- a pool has at least one dimension
+        offset, ctx.offset = ctx.offset, None
         result = grad.new_zeros(shape)
-        result.flatten(-dims).scatter_add_(-1, index.flatten(-dims), grad.contiguous().flatten(-dims))
+        parts = zip(_parts(offset), _parts(grad), torch.split(result, _parts_at(offset)), strict=True)
+        for part, given, target in parts:
+            index = _indices(part, shape, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
+            target.flatten(-dims).scatter_add_(-1, index.flatten(-dims), given.contiguous().flatten(-dims))
         return result, None, None, None, None, None
+
+
+# Indices take 8 bytes each, so they are worked out part by part, along the first dimension.
+_PART: Final = 1 << 16
+
+
+def _parts_at(tensor: Tensor) -> int:
+    """Size of a part along the first dimension."""
+    return max(1, _PART // max(tensor[:1].numel(), 1))
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, _parts_at(tensor))
+
+
+def _offsets(
+    index: Tensor,
+    shape: torch.Size,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """Where in its window each maximum lies, from its index into the input's last dimensions."""
+    offset = torch.zeros_like(index)
+    for axis in range(-len(kernel), 0):
+        size = shape[axis:].numel()
+        coordinate = index.remainder(size).div_(max(size // shape[axis], 1), rounding_mode="floor")
+        coordinate -= _positions(
+            index.shape, index.device, axis % index.dim(), stride=stride[axis], padding=padding[axis]
+        )
+        offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
+    return offset
+
+
+def _indices(
+    offset: Tensor,
+    shape: torch.Size,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """The inverse of `_offsets`."""
+    rest, index, place = offset.long(), torch.zeros_like(offset, dtype=torch.int64), 1
+    for axis in range(-1, -len(kernel) - 1, -1):
+        coordinate = rest.remainder(kernel[axis]).mul_(dilation[axis])
+        rest = rest.div_(kernel[axis], rounding_mode="floor")
+        coordinate += _positions(
+            offset.shape, offset.device, axis % offset.dim(), stride=stride[axis], padding=padding[axis]
+        )
+        index.add_(coordinate.mul_(place))
+        place *= shape[axis]
+    return index
 
 
 class _AvgPool(Function):

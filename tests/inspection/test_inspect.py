@@ -150,8 +150,10 @@ def test_every_model_of_the_zoo(name: str) -> None:
     for network, inspection in ((model, before), (sparse, after)):
         torch.manual_seed(0)
         total = memory(network, inputs).saved_total
-        assert inspection.table().total.saved == total
-        assert sum(node.saved_bytes or 0 for graph in inspection.graphs for node in graph.nodes) == total
+        of_nodes = sum(node.saved_bytes or 0 for graph in inspection.graphs for node in graph.nodes)
+        assert inspection.table().total.saved == of_nodes
+        # `memory` looks at the second step, in which dropout draws anew.
+        assert of_nodes == pytest.approx(total, rel=0.1)
 
 
 @pytest.mark.parametrize("build", [digits_cnn, pytest.param(mobilenet_v2, marks=pytest.mark.slow)])

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.memory import PackedTensor, SavedTensors
+from fedmef_fx.memory import LiveBytes, PackedTensor, SavedTensors
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import bit_dropout
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
@@ -214,3 +214,19 @@ def test_dropout_drops_scales_and_keeps_one_bit():
     assert torch.equal(x.grad, out.detach())
     assert bit_dropout(x, p=0.25, training=False) is x
     assert torch.equal(bit_dropout(x, p=1.0, training=True), torch.zeros_like(x))
+
+
+def test_pooling_in_many_parts_takes_little_at_a_time():
+    x = torch.randn(6, 64, 64, 64, dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    options = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    with LiveBytes(x) as live:
+        out = max_pool(x, **options)
+    # Besides the result and its 8-byte indices there are offsets of a byte and temporaries of one part.
+    assert live.peak < x.nbytes + 2 * out.nbytes + out.numel() + 4_000_000
+    expected = F.max_pool2d(other, 3, 2, 1)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(out, expected)
+    assert torch.equal(x.grad, other.grad)

@@ -121,7 +121,7 @@ def test_columns_and_sums_of_rows_without_values() -> None:
 
 @pytest.mark.parametrize("gain", [None, torch.ones(4)])
 def test_shapes_are_known_without_data(gain: Tensor | None) -> None:
-    weight, bitmap = torch.randn(7, device="meta"), torch.zeros(4, dtype=torch.uint8, device="meta")
+    weight, bitmap = torch.randn(7, device="meta"), torch.zeros(3, dtype=torch.uint8, device="meta")
     gain = None if gain is None else gain.to("meta")
     stored = StoredWeight(weight, gain, bitmap, KernelForm(), torch.Size((4, 2, 3)))
     dense = effective_weight(stored)
