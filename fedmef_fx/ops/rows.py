@@ -10,6 +10,7 @@ A *column* holds one number per row and broadcasts against values by `spread`.
   `[rows]`.
 """
 
+import abc
 import dataclasses
 import functools
 import weakref
@@ -108,19 +109,19 @@ class DenseRows:
         return vector.unsqueeze(1)
 
 
-class _PackedRows:
+class _PackedRows(abc.ABC):
     """What the packed forms share: there are no masked values to clear."""
 
     def active(self, values: Tensor) -> Tensor:
         """See `Rows.active`."""
         return values.clone()
 
-    def clear_(self, values: Tensor) -> None:
+    def clear_(self, values: Tensor) -> None:  # noqa: B027 -- nothing is masked: there is nothing to do
         """See `Rows.clear_`."""
 
+    @abc.abstractmethod
     def sum(self, values: Tensor) -> Tensor:
         """See `Rows.sum`."""
-        raise NotImplementedError
 
     def square_norm(self, values: Tensor) -> Tensor:
         """See `Rows.square_norm`."""
