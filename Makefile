@@ -28,6 +28,9 @@ install: $(INSTALLED)  ## Make .venv and install the project into it
 demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a minute
 	$(BIN)/fedmef-fx demo
 
+# Threads that wait by spinning slow each other down many times over when another process wants a core.
+test test-fast test-slow: export OMP_WAIT_POLICY ?= passive
+
 test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
