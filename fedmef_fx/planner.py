@@ -7,7 +7,8 @@ What is chosen, and in which order of preference:
 2. gamma per layer, at most `Config.activation_sparsity`, and formats of fewer bits. Forward and input gradients are
    exact under activation pruning, so that the error of a layer's weight gradient depends on its own gamma alone: one
    run per level of gamma measures every layer, for all formats. Layers then give up accuracy in the order of bytes
-   saved per error added, until the predicted peak fits. Of several formats the one with the least measured error wins.
+   saved per error added, until the predicted peak fits; or all alike, where that costs less. Of several formats the
+   one with the least measured error wins.
 3. Parts of fewer samples than `SMALLEST_PREFERRED`, where nothing else holds the budget.
 
 Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares that were kept when errors were measured.
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.plan import LayerChoice, MemoryPlan, fewest_moves, parse_bytes, shown_bytes
+from fedmef_fx.memory.plan import LayerChoice, LayerLevels, MemoryPlan, fewest_moves, parse_bytes, shown_bytes
 from fedmef_fx.memory.report import MemoryReport
 from fedmef_fx.memory_report import memory
 from fedmef_fx.micro_batches import batch_size_of, batch_statistics_in
@@ -192,8 +193,20 @@ class _Search:
                 f"{_label(rung)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
             )
             return None
-        gammas = fewest_moves(rung.levels(self.share(size)), lambda g: self.predict(rung, g, size).peak, self.budget)
-        return self._made(rung, base, size, gammas, f"{_parts(size)}, and layers pruned by bytes per error")
+        levels = rung.levels(self.share(size))
+        priced = fewest_moves(levels, lambda g: self.predict(rung, g, size).peak, self.budget)
+        found = self._made(rung, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
+        # Prices know bytes, not which of them are alive at the peak: where it is narrow, an even hand can do better.
+        even = self._evenly(rung, levels, size)
+        if even == priced:
+            return found
+        return self._better(found, self._made(rung, base, size, even, f"{_parts(size)}, and one gamma everywhere"))
+
+    def _evenly(self, rung: PlannedModel, levels: Sequence[LayerLevels], size: int | None) -> list[float]:
+        """The smallest gamma for all layers, up to their limits, that holds the budget; the limits themselves do."""
+        tried = sorted({gamma for layer in levels for gamma in layer.gammas})
+        all_gammas = [[min(gamma, limit) for limit in rung.limits] for gamma in tried]
+        return next(gammas for gammas in all_gammas if self.predict(rung, gammas, size).peak <= self.budget)
 
     def _largest(self, rung: PlannedModel, sizes: Sequence[int | None]) -> int | None:
         """The largest size that holds the budget with nothing pruned; one that does not if none does."""
