@@ -16,7 +16,7 @@ from fedmef_fx.capture.tracer import has_user_hooks
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
-from fedmef_fx.passes._nodes import bound, is_inplace, is_view
+from fedmef_fx.passes._nodes import bound, is_inplace, owns_input
 from fedmef_fx.program import Region
 
 __all__ = ["Compression", "match"]
@@ -134,7 +134,7 @@ def match(region: Region, node: fx.Node, carriers: Collection[fx.Node]) -> Compr
         return found
     if module is not None and (has_user_hooks(module) or nn.utils.parametrize.is_parametrized(module)):
         return "it has hooks or parametrizations, which need the module call"
-    if is_inplace(region, node) and not _owns_input(region, node):
+    if is_inplace(region, node) and not owns_input(region, node):
         return "it works in place on a tensor with other users"
     return found
 
@@ -263,15 +263,3 @@ def _match_attention(node: fx.Node, carriers: Collection[fx.Node]) -> Compressio
     if not any(x in carriers for x in (q, k, v)):
         return "no gradient passes through it"
     return Compression(compressed_attention, (q, k, v), lambda kept: (q, kept[0], k, kept[1], v, kept[2], mask), given)
-
-
-def _owns_input(region: Region, node: fx.Node) -> bool:
-    """Whether a node is the only one that reads its input's storage, as far as views show."""
-    x: Any = node.args[0] if node.args else None
-    while isinstance(x, fx.Node):
-        if len(x.users) != 1 or x.op in ("placeholder", "get_attr"):
-            return False
-        if not is_view(region, x):
-            return True
-        x = x.args[0]
-    return False

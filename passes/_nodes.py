@@ -25,6 +25,7 @@ __all__ = [
     "is_layer",
     "is_view",
     "layers",
+    "owns_input",
     "single_user",
     "source_of_weight",
     "without_views",
@@ -168,3 +169,15 @@ def is_layer(node: fx.Node) -> bool:
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:
     """The functional convolutions and linear layers of a graph, in order."""
     yield from filter(is_layer, graph.nodes)
+
+
+def owns_input(region: Region, node: fx.Node) -> bool:
+    """Whether a node is the only one that reads its input's storage, as far as views show."""
+    x = node.args[0] if node.args else None
+    while isinstance(x, fx.Node):
+        if len(x.users) != 1 or x.op in ("placeholder", "get_attr"):
+            return False
+        if not is_view(region, x):
+            return True
+        x = x.args[0]
+    return False

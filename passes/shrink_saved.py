@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, single_user
+from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, owns_input, single_user
 from fedmef_fx.passes._saves import kept_by, kept_tensors
 from fedmef_fx.passes._sites import add_site
 from fedmef_fx.pipeline import PassResult, Refusal
@@ -64,7 +64,7 @@ class ShrinkSaved:
             if region.role == "fallback":
                 continue
             found = {n: r for n in graph.nodes if (r := _match(region, n)) is not None}
-            for node in [n for n in found if is_inplace(region, n) and not _owns_input(region, n)]:
+            for node in [n for n in found if is_inplace(region, n) and not owns_input(region, n)]:
                 refusals.append(Refusal(region.full_name(node.name), "it works in place on a tensor with other users"))
                 del found[node]
             kept = kept_tensors(region, graph, rewritten={*found, *layers(graph)})
@@ -99,7 +99,7 @@ class ShrinkSaved:
 def shrinkable(region: Region, graph: fx.Graph) -> set[fx.Node]:
     """The nodes of a graph that the pass rewrites unless something else keeps their result anyway."""
     found = (n for n in graph.nodes if _match(region, n) is not None)
-    return {n for n in found if not is_inplace(region, n) or _owns_input(region, n)}
+    return {n for n in found if not is_inplace(region, n) or owns_input(region, n)}
 
 
 def _match(region: Region, node: fx.Node) -> _Replacement | None:
@@ -221,18 +221,6 @@ def _avg_pool(
 
 def _adaptive_pool(dims: int, output_size: Any) -> _Replacement:
     return _Replacement(adaptive_avg_pool, output_size=_per_dimension(output_size, dims))
-
-
-def _owns_input(region: Region, node: fx.Node) -> bool:
-    """Whether a node is the only one that reads its input's storage, as far as views show."""
-    x = node.args[0] if node.args else None
-    while isinstance(x, fx.Node):
-        if len(x.users) != 1 or x.op in ("placeholder", "get_attr"):
-            return False
-        if not is_view(region, x):
-            return True
-        x = x.args[0]
-    return False
 
 
 def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
