@@ -1,6 +1,6 @@
 """Pooling that keeps shapes and window offsets instead of its input and 8-byte indices."""
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,49 +16,56 @@ __all__ = ["adaptive_avg_pool", "avg_pool", "max_pool"]
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-def _positions(shape: torch.Size, device: torch.device, axis: int, *, stride: int, padding: int) -> Tensor:
-    """Where the windows of an axis begin, shaped to broadcast over `shape`."""
-    start = torch.arange(shape[axis], device=device) * stride - padding
-    return start.view([-1 if i == axis else 1 for i in range(len(shape))])
+class _Window(NamedTuple):
+    """A pooling window, per dimension.
+
+    Attributes:
+        kernel: Its size.
+        stride: Step.
+        padding: Implicit -inf on both sides.
+        dilation: Spacing.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def _starts(results: Tensor, axis: int, window: _Window) -> Tensor:
+    """Where the windows of an axis, counted from the last, begin; shaped to broadcast over the results."""
+    start = torch.arange(results.shape[axis], device=results.device) * window.stride[axis] - window.padding[axis]
+    return start.view(-1, *(1,) * (-axis - 1))
 
 
 class _MaxPool(Function):
     """Indices into the input are recomputed from the offset of the maximum in its window, which fits in a byte."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kernel: tuple[int, ...],
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        ceil_mode: bool,
-    ) -> Tensor:
-        dims = len(kernel)
-        out, index = _MAX_POOL[dims](
+    def forward(ctx: Any, x: Tensor, window: _Window, ceil_mode: bool) -> Tensor:
+        kernel, stride, padding, dilation = window
+        out, index = _MAX_POOL[len(kernel)](
             x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode, return_indices=True
         )
-        ctx.geometry = (x.shape, kernel, stride, padding, dilation)
-        window = torch.Size(kernel).numel()
-        ctx.offset = torch.empty_like(index, dtype=torch.uint8 if window <= 256 else torch.int32)
+        ctx.shape, ctx.window = x.shape, window
+        small = torch.Size(kernel).numel() <= 256
+        ctx.offset = torch.empty_like(index, dtype=torch.uint8 if small else torch.int32)
         for part, target in zip(_parts(index), _parts(ctx.offset), strict=True):
-            target.copy_(_offsets(part, x.shape, kernel=kernel, stride=stride, padding=padding, dilation=dilation))
+            target.copy_(_offsets(part, x.shape, window))
         announce(ctx.offset, "bitmap")
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shape, kernel, stride, padding, dilation = ctx.geometry
-        dims = len(kernel)
+        dims = len(ctx.window.kernel)
         offset, ctx.offset = ctx.offset, None
-        result = grad.new_zeros(shape)
+        result = grad.new_zeros(ctx.shape)
         parts = zip(_parts(offset), _parts(grad), torch.split(result, _parts_at(offset)), strict=True)
         for part, given, target in parts:
-            index = _indices(part, shape, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
+            index = _indices(part, ctx.shape, ctx.window)
             target.flatten(-dims).scatter_add_(-1, index.flatten(-dims), given.contiguous().flatten(-dims))
-        return result, None, None, None, None, None
+        return result, None, None
 
 
 # Indices take 8 bytes each, so they are worked out part by part, along the first dimension.
@@ -74,45 +81,24 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tensor, _parts_at(tensor))
 
 
-def _offsets(
-    index: Tensor,
-    shape: torch.Size,
-    *,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Tensor:
+def _offsets(index: Tensor, shape: torch.Size, window: _Window) -> Tensor:
     """Where in its window each maximum lies, from its index into the input's last dimensions."""
     offset = torch.zeros_like(index)
-    for axis in range(-len(kernel), 0):
+    for axis in range(-len(window.kernel), 0):
         size = shape[axis:].numel()
         coordinate = index.remainder(size).div_(max(size // shape[axis], 1), rounding_mode="floor")
-        coordinate -= _positions(
-            index.shape, index.device, axis % index.dim(), stride=stride[axis], padding=padding[axis]
-        )
-        offset.mul_(kernel[axis]).add_(coordinate.div_(dilation[axis], rounding_mode="floor"))
+        coordinate -= _starts(index, axis, window)
+        offset.mul_(window.kernel[axis]).add_(coordinate.div_(window.dilation[axis], rounding_mode="floor"))
     return offset
 
 
-def _indices(
-    offset: Tensor,
-    shape: torch.Size,
-    *,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Tensor:
+def _indices(offset: Tensor, shape: torch.Size, window: _Window) -> Tensor:
     """The inverse of `_offsets`."""
     rest, index, place = offset.long(), torch.zeros_like(offset, dtype=torch.int64), 1
-    for axis in range(-1, -len(kernel) - 1, -1):
-        coordinate = rest.remainder(kernel[axis]).mul_(dilation[axis])
-        rest = rest.div_(kernel[axis], rounding_mode="floor")
-        coordinate += _positions(
-            offset.shape, offset.device, axis % offset.dim(), stride=stride[axis], padding=padding[axis]
-        )
-        index.add_(coordinate.mul_(place))
+    for axis in range(-1, -len(window.kernel) - 1, -1):
+        coordinate = rest.remainder(window.kernel[axis]).mul_(window.dilation[axis])
+        rest = rest.div_(window.kernel[axis], rounding_mode="floor")
+        index.add_((coordinate + _starts(offset, axis, window)).mul_(place))
         place *= shape[axis]
     return index
 
@@ -187,7 +173,7 @@ def max_pool(
     if not (torch.is_grad_enabled() and x.requires_grad):
         pooled: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
         return pooled
-    result: Tensor = _MaxPool.apply(x, kernel, stride, padding, dilation, ceil_mode)  # type: ignore[no-untyped-call]  # torch's
+    result: Tensor = _MaxPool.apply(x, _Window(kernel, stride, padding, dilation), ceil_mode)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 

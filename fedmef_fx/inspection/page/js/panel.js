@@ -80,13 +80,7 @@ function nodePanel(app, part) {
       node.o === "opaque" ? "a module that runs as Python" : `${node.o} ${shorten(node.x, 60)}`,
       part,
     ),
-    part.changes.length
-      ? el(
-          "p",
-          { class: "chips" },
-          part.changes.map((index) => passChip(app, index)),
-        )
-      : null,
+    passChips(app, part),
     ...weightSections(
       app,
       node.weights.map((index) => app.content.parameters[index]),
@@ -108,6 +102,15 @@ function nodePanel(app, part) {
   ];
 }
 
+function passChips(app, part) {
+  if (!part.changes.length) return null;
+  return el(
+    "p",
+    { class: "chips" },
+    part.changes.map((index) => passChip(app, index)),
+  );
+}
+
 function groupPanel(app, part) {
   const rows = part.weights.map((index) => app.content.parameters[index]);
   const sum = (key) => rows.reduce((total, row) => total + (row[key] ?? 0), 0);
@@ -119,13 +122,7 @@ function groupPanel(app, part) {
       part.run === "python" ? "a module whose forward Python runs" : "a module",
       part,
     ),
-    part.changes.length
-      ? el(
-          "p",
-          { class: "chips" },
-          part.changes.map((index) => passChip(app, index)),
-        )
-      : null,
+    passChips(app, part),
     section(
       "Facts",
       facts([
