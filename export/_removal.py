@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from fedmef_fx.export._constants import Constants, can_fold
+from fedmef_fx.export._constant_rules import can_fold
+from fedmef_fx.export._constants import Constants
 from fedmef_fx.export._operations import operation_of
 from fedmef_fx.export._ties import Exit, IntArray, Ties, channels_in
 from fedmef_fx.export._weights import add_parameter, readers
