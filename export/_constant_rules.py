@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.export._operations import Operation
+from fedmef_fx.export._operations import Operation, operation_of
 from fedmef_fx.export._view_ties import full_index, matched_dims, part_sizes, permutation
 from fedmef_fx.passes._nodes import TRANSPOSED
 
