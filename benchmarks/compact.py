@@ -1,6 +1,7 @@
 """Channel masks, compacted: parameters, operations and latency in onnxruntime against the dense model.
 
-    python benchmarks/compact.py [--density 0.5] [--multiple 8] [--repeats 40] [--batch 1] [--models NAME ...]
+    python benchmarks/compact.py [--density 0.5] [--multiple 8] [--repeats 40] [--batch 1] [--size 32]
+        [--models NAME ...]
 
 Both files are exported from the same architecture with `export_onnx`, run in onnxruntime on one thread, and timed in
 turns, so that what else the machine does hits both; a latency is the minimum over the repeats. "parity" is the largest
@@ -59,30 +60,30 @@ def calibrated(model: nn.Module) -> nn.Module:
     return model
 
 
-def measure(name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, folder: Path) -> None:
+def measure(name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, size: int, folder: Path) -> None:
     """Add the rows of one architecture."""
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, 32, 32)
+    x = torch.randn(batch, 3, size, size)
     plain = calibrated(REFERENCE_MODELS[name]())
     common = {"density": density, "allocation": "uniform", "normalization": "keep"}
     channel = fedmef_fx.transform(plain, Config(**common, granularity="channel", channel_multiple=multiple)).eval()
     weight = fedmef_fx.transform(plain, Config(**common)).eval()
     small = fedmef_fx.compact(channel, (x,))
     report = fedmef_fx.compact_report(small)
-    unseen = torch.randn(5, 3, 32, 32)
+    unseen = torch.randn(5, 3, size, size)
     with torch.no_grad():
         parity = float((small(unseen) - channel(unseen)).abs().max())
     models = {"dense": plain.eval(), "weight masks": weight, "channel masks": channel, "compacted": small}
     sessions = [session(model, x, folder, f"{name}-{index}") for index, model in enumerate(models.values())]
     times = interleaved_minima(sessions, x, repeats=repeats)
     sizes = [sum(p.numel() for p in model.parameters()) for model in models.values()]
-    for (label, _), seconds, size in zip(models.items(), times, sizes, strict=True):
+    for (label, _), seconds, parameters in zip(models.items(), times, sizes, strict=True):
         is_small = label == "compacted"
         flops = report.flops_after if is_small else report.flops_before
         table.add_row(
             name,
             label,
-            f"{size:,}",
+            f"{parameters:,}",
             f"{flops / batch / 1e6:.1f}",
             f"{seconds * 1e3:.2f}",
             f"{times[0] / seconds:.2f}",
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, default=8, help="Config.channel_multiple")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"], choices=sorted(REFERENCE_MODELS))
     options = parser.parse_args()
 
@@ -114,6 +116,7 @@ def main() -> None:
                 multiple=options.multiple,
                 repeats=options.repeats,
                 batch=options.batch,
+                size=options.size,
                 folder=Path(folder),
             )
     console.print(table)
