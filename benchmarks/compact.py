@@ -60,7 +60,9 @@ def calibrated(model: nn.Module) -> nn.Module:
     return model
 
 
-def measure(name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, size: int, folder: Path) -> None:
+def measure(
+    name: str, table: Table, *, density: float, multiple: int, repeats: int, batch: int, size: int, folder: Path
+) -> None:
     """Add the rows of one architecture."""
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size)

@@ -27,7 +27,7 @@ from fedmef_fx.memory.layout import is_same_memory
 from fedmef_fx.memory.spans import BLOCK, run_spans
 from fedmef_fx.memory.words import Words, magnitude_mask, nearest, round_down, word, words
 
-__all__ = ["NumbaBackend", "compiled"]
+__all__ = ["NumbaBackend", "aligned_bytes", "compiled", "lowest_bit"]
 
 # Elements that are clamped and marked while they are in the second-level cache; long enough to hide the calls.
 _STRIP: Final = 2 * BLOCK
@@ -40,9 +40,10 @@ def compiled(*, reassociate: bool = False) -> Callable[[Function], Function]:
     """Compile a function when it first runs; without the interpreter lock, and kept for the next process.
 
     Args:
-        reassociate: Whether sums may be taken in another order, which lets them run on vectors.
+        reassociate: Whether sums may be taken in another order, which lets them run on vectors, and with products that
+            are not rounded before they are added.
     """
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc"} if reassociate else False}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract"} if reassociate else False}
 
     def decorate(function: Function) -> Function:
         try:
@@ -70,7 +71,7 @@ def _generate_lowest_bit(_typing: Any, _word: Any) -> Any:
 
 
 # numba passes the first argument itself, which its annotations do not say
-_lowest_bit = cast("Callable[[Any], Any]", intrinsic(_generate_lowest_bit))
+lowest_bit = cast("Callable[[Any], Any]", intrinsic(_generate_lowest_bit))
 
 
 # The inner loops over 8 elements have no branches and a constant length, which is the shape that LLVM turns into one
@@ -102,7 +103,7 @@ def _compress(source: Words, bitmap: Bytes, values: Words) -> None:
     for i in range(whole):
         rest = marks[i]
         while rest:
-            values[count] = source[i * 64 + np.int64(_lowest_bit(rest))]
+            values[count] = source[i * 64 + np.int64(lowest_bit(rest))]
             count += 1
             rest &= rest - np.uint64(1)
     for k in range(whole * 64, source.size):
@@ -122,7 +123,7 @@ def _expand(bitmap: Bytes, values: Words, out: Words) -> None:
             out[i * 64 + j] = 0
         rest = marks[i]
         while rest:
-            out[i * 64 + np.int64(_lowest_bit(rest))] = values[count]
+            out[i * 64 + np.int64(lowest_bit(rest))] = values[count]
             count += 1
             rest &= rest - np.uint64(1)
     for k in range(whole * 64, out.size):
@@ -191,7 +192,7 @@ def _clamp_in_place(data: Any, low: Any, high: Any, bitmap: Bytes) -> None:
     _clamp(data, low, high, data, bitmap)
 
 
-def _aligned(bitmap: Tensor) -> Bytes:
+def aligned_bytes(bitmap: Tensor) -> Bytes:
     """The bytes of a bitmap at an address from which the kernels may read words of 8 bytes."""
     aligned: Bytes = (bitmap if bitmap.data_ptr() % 8 == 0 else bitmap.clone()).numpy()
     return aligned
@@ -221,7 +222,7 @@ class NumbaBackend:
         """See `Backend.unpack`."""
         check_bitmap(bitmap, out.numel())
         check_count(bitmap, values)
-        marks, kept, target = _aligned(bitmap), words(values), words(out)
+        marks, kept, target = aligned_bytes(bitmap), words(values), words(out)
 
         def span(start: int, stop: int) -> None:
             first = count_bits(marks[: start // 8]) if start else 0
@@ -232,7 +233,7 @@ class NumbaBackend:
     def gather(self, bitmap: Tensor, dense: Tensor) -> Tensor:
         """See `Backend.gather`."""
         check_bitmap(bitmap, dense.numel())
-        marks, source = _aligned(bitmap), words(dense)
+        marks, source = aligned_bytes(bitmap), words(dense)
         values = torch.empty(count_bits(marks), dtype=dense.dtype)
         target = words(values)
 

@@ -1,4 +1,4 @@
-"""Run a kernel over consecutive spans of a flat tensor, on as many threads as torch uses.
+"""Run a kernel over consecutive spans of a flat tensor, or over parts of anything, on as many threads as torch uses.
 
 Plain threads rather than numba's parallel loops: `nogil` kernels let go of the interpreter lock, several callers may
 use the threads at once (numba's default threading layer ends the process in that case), and serial kernels compile
@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import torch
 
-__all__ = ["BLOCK", "run_spans"]
+__all__ = ["BLOCK", "run_parts", "run_spans"]
 
 Result = TypeVar("Result")
 
@@ -43,10 +43,28 @@ def run_spans(numel: int, work: Callable[[int, int], Result]) -> list[Result]:
         The results in the order of the spans; at least one, also when `numel` is 0.
     """
     spans = max(1, min(torch.get_num_threads(), numel // _SMALLEST_SPAN))
-    if spans == 1:
-        return [work(0, numel)]
     blocks = -(-numel // BLOCK)
-    edges = [blocks * i // spans * BLOCK for i in range(spans)] + [numel]
+    return _run([blocks * i // spans * BLOCK for i in range(spans)] + [numel], work)
+
+
+def run_parts(count: int, work: Callable[[int, int], Result], *, most: int) -> list[Result]:
+    """Call `work(first, last)` for parts of nearly equal size that cover `[0, count)`.
+
+    Args:
+        count: Whatever is counted.
+        work: Called concurrently.
+        most: Parts, at most; never more than torch has threads.
+
+    Returns:
+        The results in the order of the parts; at least one, also when `count` is 0.
+    """
+    parts = max(1, min(torch.get_num_threads(), most, count))
+    return _run([count * i // parts for i in range(parts + 1)], work)
+
+
+def _run(edges: list[int], work: Callable[[int, int], Result]) -> list[Result]:
+    if len(edges) == 2:
+        return [work(*edges)]
     pool = _pool(os.getpid())
     others = [pool.submit(work, start, stop) for start, stop in itertools.pairwise(edges[1:])]
     return [work(edges[0], edges[1]), *(future.result() for future in others)]

@@ -5,10 +5,9 @@ is approximate (exact when nothing was dropped) while the gradients of the input
 weight is made again in backward instead of being kept.
 """
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +17,13 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.memory import PackedTensor
-from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward, recipe_of
+from fedmef_fx.ops import growth
+from fedmef_fx.ops.effective_weight import StoredWeight, recipe_of
+from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
-
-
-class _Layer(Protocol):
-    """How a layer maps its input, and the gradients of that map."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def parameter_gradients(
-        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]: ...
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor: ...
-    def bias_gradient(self, grad: Tensor) -> Tensor: ...
 
 
 class ConvolutionGeometry(NamedTuple):
@@ -103,6 +93,11 @@ class ConvolutionGeometry(NamedTuple):
         """Gradient of the bias."""
         return grad.sum(dim=[0, *range(2, grad.dim())])
 
+    def is_pointwise(self, weight_shape: torch.Size) -> bool:
+        """Whether each pixel of the result depends on the same pixel of the input alone, by one matrix."""
+        is_plain = not self.transposed and self.groups == 1 and not any(self.padding)
+        return is_plain and all(size == 1 for size in (*self.stride, *weight_shape[2:]))
+
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
         return torch.ops.aten.convolution_backward(
             grad,
@@ -137,6 +132,9 @@ class _Linear:
     def bias_gradient(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
 
+    def is_pointwise(self, weight_shape: torch.Size) -> bool:
+        return False  # pixels are what is consecutive in memory there; here it is channels
+
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type a layer computes in: autocast's where it is on, else the weight's."""
@@ -162,13 +160,14 @@ class _PrunedLayer(Function):
         gain: Tensor | None,
         bias: Tensor | None,
         packed: PackedTensor | None,
-        layer: _Layer,
+        layer: Layer,
         stored: StoredWeight,
     ) -> Tensor:
         dtype = _compute_dtype(x, weight)
+        ctx.layer = layer
         computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
         if any(ctx.needs_input_grad):
-            ctx.layer, ctx.x_shape, ctx.x_dtype = layer, x.shape, x.dtype
+            ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
             ctx.mask, ctx.form, ctx.packed_shape = stored.mask, stored.form, stored.packed_shape
             ctx.reads_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
             ctx.packed = packed if ctx.reads_input else None
@@ -176,8 +175,9 @@ class _PrunedLayer(Function):
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with _without_autocast(x.device.type):
             ctx.recipe = recipe_of(stored)
-            effective = effective_weight(stored, dtype, recipe=ctx.recipe)
-            out = layer.forward(computed, effective, None if bias is None else bias.to(dtype))
+            ctx.is_sparse = is_sparse(layer, stored, computed, dtype)
+            product = _product(ctx, stored, dtype)
+            out = product.forward(computed, None if bias is None else bias.to(dtype))
         # Linear layers give a view for inputs of three or more dimensions, which nothing could change in place.
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
@@ -186,26 +186,32 @@ class _PrunedLayer(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
-        # Made when it is first asked for: a linear layer's dense weight and dense gradient never live together.
-        effective = functools.cache(lambda: effective_weight(stored, grad.dtype, recipe=ctx.recipe))
+        product = _product(ctx, stored, grad.dtype)
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.reads_input:
             dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
             ctx.packed = None
-            dense_gradient, grad_bias = ctx.layer.parameter_gradients(
-                grad, dense.to(grad.dtype), effective, has_bias=ctx.needs_input_grad[3]
-            )
-            del dense, x
-            grad_weight, grad_gain = effective_weight_backward(stored, dense_gradient, recipe=ctx.recipe)
-            del dense_gradient
+            dense = dense.to(grad.dtype)
+            del x
+            gradient, grad_bias = product.gradients(grad, dense, has_bias=ctx.needs_input_grad[3])
+            del dense
+            grad_weight, grad_gain = product.stored_gradients(gradient)
+            del gradient
         if ctx.needs_input_grad[0]:
-            grad_input = ctx.layer.input_gradient(grad, ctx.x_shape, effective()).to(ctx.x_dtype)
+            grad_input = product.input_gradient(grad, ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[3] and grad_bias is None:
             grad_bias = ctx.layer.bias_gradient(grad)
         return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
 
 
-def _apply(layer: _Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct:
+    """Growth candidates are collected from dense gradients, which the sparse way does not make."""
+    if ctx.is_sparse and not growth.is_collecting():
+        return SparseProduct(ctx.layer, stored, ctx.recipe)
+    return DenseProduct(ctx.layer, stored, ctx.recipe, dtype)
+
+
+def _apply(layer: Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
     if not x.is_floating_point():
         raise FedmefError(
             f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "

@@ -17,6 +17,7 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple
@@ -187,6 +188,11 @@ def _compiled(rows: Rows, values: Tensor) -> ModuleType | None:
         return None
     if backend().name != "numba":
         return None
+    return _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
     # Imported here: it imports numba.
     return importlib.import_module("fedmef_fx.ops.compiled_rows")
 

@@ -20,7 +20,16 @@ from fedmef_fx.ops import growth
 from fedmef_fx.ops.nsconv import Columns, KernelForm, standardize_backward, standardized
 from fedmef_fx.ops.rows import Rows, SegmentRows
 
-__all__ = ["Recipe", "gather", "recipe_of", "unpack", "unpacked", "unpacked_backward"]
+__all__ = [
+    "Recipe",
+    "active_values",
+    "active_values_backward",
+    "gather",
+    "recipe_of",
+    "unpack",
+    "unpacked",
+    "unpacked_backward",
+]
 
 
 class Recipe(NamedTuple):
@@ -87,11 +96,24 @@ def unpacked(
     """
     if has_no_values(weight):  # there are shapes only, and no bits to look at
         return unpack(weight.detach().to(dtype), bitmap, shape)
+    return unpack(active_values(weight, gain, bitmap, form, shape=shape, recipe=recipe).to(dtype), bitmap, shape)
+
+
+def active_values(
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    shape: torch.Size,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    """The active values to compute with, [active]; arguments as in `unpacked`."""
     values = weight.detach()
-    if gain is not None:
-        rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
-        values = standardized(values, rows, columns)
-    return unpack(values.to(dtype), bitmap, shape)
+    if gain is None:
+        return values
+    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+    return standardized(values, rows, columns)
 
 
 def unpacked_backward(
@@ -124,10 +146,27 @@ def unpacked_backward(
     if gain is None:
         growth.offer(bitmap, grad)
         return active, None
-    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     if growth.is_collecting():
-        growth.offer(bitmap, _scaled(grad, columns.scale, form))
-    return standardize_backward(weight.detach(), columns, rows, active, g=form.g)
+        recipe = recipe or recipe_of(weight, gain, bitmap, form, shape=shape)
+        growth.offer(bitmap, _scaled(grad, recipe.columns.scale, form))
+    return active_values_backward(weight, gain, bitmap, form, shape=shape, grad=active, recipe=recipe)
+
+
+def active_values_backward(
+    weight: Tensor,
+    gain: Tensor | None,
+    bitmap: Tensor,
+    form: KernelForm,
+    *,
+    shape: torch.Size,
+    grad: Tensor,
+    recipe: Recipe | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the stored values and of gain from that of `active_values`, [active]; arguments as there."""
+    if gain is None:
+        return grad, None
+    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+    return standardize_backward(weight.detach(), columns, rows, grad, g=form.g)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:

@@ -1,0 +1,131 @@
+"""The two ways in which a layer multiplies by its stored weight: through a dense one, or by the active values alone."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.ops import pointwise
+from fedmef_fx.ops.effective_weight import Recipe, StoredWeight, effective_weight, effective_weight_backward
+from fedmef_fx.ops.packed_weight import active_values, active_values_backward
+from fedmef_fx.ops.pointwise import PackedMatrix
+
+__all__ = ["DenseProduct", "Layer", "LayerProduct", "SparseProduct", "is_sparse"]
+
+
+class Layer(Protocol):
+    """How a layer maps its input by a dense weight, and the gradients of that map."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's result."""
+
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the dense weight and the bias, from that of the result; exact in x."""
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """Gradient of an input of some shape."""
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the bias."""
+
+    def is_pointwise(self, weight_shape: torch.Size) -> bool:
+        """Whether each pixel of the result depends on the same pixel of the input alone, by one matrix."""
+
+
+class LayerProduct(Protocol):
+    """A layer with its stored weight."""
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's result."""
+
+    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight that is multiplied by, and of the bias, from that of the result; exact in x."""
+
+    def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the stored weight, exactly 0 where masked, and of gain, from that of `gradients`."""
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+        """Gradient of an input of some shape."""
+
+
+def is_sparse(layer: Layer, stored: StoredWeight, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `SparseProduct` is the faster way.
+
+    Args:
+        layer: The layer.
+        stored: Its weight.
+        x: Its input.
+        dtype: To compute in.
+    """
+    return (
+        stored.packed_shape is not None
+        and x.dtype == dtype == stored.weight.dtype
+        and layer.is_pointwise(stored.packed_shape)
+        and pointwise.is_faster(x, stored.weight.numel(), stored.packed_shape)
+    )
+
+
+class DenseProduct:
+    """Through the dense weight, which is made when it is first asked for.
+
+    Args:
+        layer: The layer.
+        stored: Its weight.
+        recipe: From `recipe_of` on it.
+        dtype: To compute in.
+    """
+
+    def __init__(self, layer: Layer, stored: StoredWeight, recipe: Recipe | None, dtype: torch.dtype) -> None:
+        self._layer, self._stored, self._recipe = layer, stored, recipe
+        # A linear layer's dense weight and dense gradient never live together.
+        self._weight = functools.cache(lambda: effective_weight(stored, dtype, recipe=recipe))
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LayerProduct.forward`."""
+        return self._layer.forward(x, self._weight(), bias)
+
+    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """See `LayerProduct.gradients`; that of the dense weight."""
+        return self._layer.parameter_gradients(grad, x, self._weight, has_bias=has_bias)
+
+    def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `LayerProduct.stored_gradients`."""
+        return effective_weight_backward(self._stored, gradient, recipe=self._recipe)
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+        """See `LayerProduct.input_gradient`."""
+        return self._layer.input_gradient(grad, x_shape, self._weight())
+
+
+class SparseProduct:
+    """By the active values alone; arguments as of `DenseProduct`."""
+
+    def __init__(self, layer: Layer, stored: StoredWeight, recipe: Recipe | None) -> None:
+        weight, gain, bitmap, form, shape = stored
+        if bitmap is None or shape is None:
+            raise TypeError("SparseProduct: got a weight that is stored dense; expected a packed one")
+        self._layer = layer
+        self._given = (weight, gain, bitmap, form)
+        self._options: dict[str, Any] = {"shape": shape, "recipe": recipe}
+        self._matrix = PackedMatrix(active_values(*self._given, **self._options), bitmap, shape)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LayerProduct.forward`."""
+        return self._matrix.forward(x, bias)
+
+    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """See `LayerProduct.gradients`; that of the active values, [active]."""
+        return self._matrix.weight_gradient(grad, x), self._layer.bias_gradient(grad) if has_bias else None
+
+    def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `LayerProduct.stored_gradients`."""
+        return active_values_backward(*self._given, grad=gradient, **self._options)
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+        """See `LayerProduct.input_gradient`."""
+        del x_shape  # that of grad says it
+        return self._matrix.input_gradient(grad)
