@@ -36,6 +36,7 @@ from fedmef_fx.model import (
     set_masks,
     transformation_of,
 )
+from fedmef_fx.sparsity.optimizer_state import trust_loaded_state
 
 __all__ = ["StoredTensor", "load", "read_tensors", "save"]
 
@@ -147,6 +148,7 @@ def load(
     with torch.no_grad():
         for name in state.keys() - masks.keys():
             state[name].copy_(values[name])
+    trust_loaded_state(model.parameters())
     return model
 
 
