@@ -86,7 +86,8 @@ def unpacked(
         recipe: From `recipe_of` on the same weight; None to make it here.
     """
     if has_no_values(weight):  # there are shapes only, and no bits to look at
-        return unpack(weight.detach().to(dtype), bitmap, shape)
+        values = weight.detach() if gain is None else torch.empty_like(weight)
+        return unpack(values.to(dtype), bitmap, shape)
     values = weight.detach()
     if gain is not None:
         rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
@@ -118,8 +119,7 @@ def unpacked_backward(
     """
     shape = grad.shape
     if has_no_values(weight):
-        announce_temporary(block_nbytes(grad) if grad.device.type == "cpu" and backend().name == "numpy" else 0)
-        return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+        return _shapes_backward(weight, gain, grad)
     active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:
         growth.offer(bitmap, grad)
@@ -128,6 +128,19 @@ def unpacked_backward(
     if growth.is_collecting():
         growth.offer(bitmap, _scaled(grad, columns.scale, form))
     return standardize_backward(weight.detach(), columns, rows, active, g=form.g)
+
+
+def _shapes_backward(weight: Tensor, gain: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`unpacked_backward` without values: makes what `gather` and `standardize_backward` make, one after the other."""
+    active = torch.empty_like(weight)
+    if grad.device.type == "cpu" and backend().name == "numpy":
+        # The pieces of all blocks, which are joined into a tensor that exists by then.
+        announce_temporary(active.numel() * grad.dtype.itemsize + block_nbytes(grad))
+    if gain is None:
+        return active, None
+    # The compiled kernel makes nothing but its result; what else runs centres the values beside it.
+    made = [torch.empty_like(weight) for _ in range(1 if backend().name == "numba" else 2)]
+    return made[-1], torch.empty_like(gain)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:
