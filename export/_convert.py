@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export._examples import Call, Examples, evaluating
+from fedmef_fx.source_names import source_name, with_source_names
 
 __all__ = ["Converted", "convert"]
 
@@ -150,7 +151,7 @@ def _reason(error: BaseException) -> str:
     """The line of a long message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     listed = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    return (listed or lines or [type(error).__name__])[0]
+    return with_source_names((listed or lines or [type(error).__name__])[0])
 
 
 def _translation_failure(error: BaseException, exported: torch.export.ExportedProgram) -> str:
@@ -166,7 +167,7 @@ def _translation_failure(error: BaseException, exported: torch.export.ExportedPr
     if operator:
         return f"operator {operator[1]}{where} has no ONNX form; replace it in the model by operators that have one"
     reason = chain[-1].strip().splitlines() or [repr(error)]
-    return f"torch.onnx cannot translate it{where}: {reason[0]}"
+    return f"torch.onnx cannot translate it{where}: {with_source_names(reason[0])}"
 
 
 def _source_of(name: str, exported: torch.export.ExportedProgram) -> str:
@@ -180,4 +181,4 @@ def _source_of(name: str, exported: torch.export.ExportedProgram) -> str:
     if not own:
         return ""
     file, line, code = own[-1]
-    return f", {os.path.basename(file)}:{line}: {code.strip()}"
+    return f", {source_name(file)}:{line}: {code.strip()}"

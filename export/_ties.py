@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fedmef_fx.program import Region
 
-__all__ = ["Dims", "Exit", "IntArray", "State", "Ties", "channels_in"]
+__all__ = ["Dims", "Exit", "IntArray", "State", "Ties", "channels_in", "title"]
 
 IntArray: TypeAlias = NDArray[np.int64]
 Dims: TypeAlias = tuple[IntArray | None, ...]
@@ -146,3 +146,9 @@ def channels_in(state: State) -> Sequence[IntArray]:
     if isinstance(state, list):
         return [channels for part in state for channels in channels_in(part)]
     return [channels for channels in state if channels is not None]
+
+
+def title(node: fx.Node) -> str:
+    """How reasons name an operation."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{target} ({node.name})"

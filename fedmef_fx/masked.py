@@ -124,7 +124,7 @@ class MaskedParameter:
     def change(self, mask: Tensor) -> None:
         """Change the topology: weights that stay active keep their value, others become 0.
 
-        So do their gradients, and their state in optimizers before the next step.
+        So do their gradients, and their state in optimizers.
 
         Args:
             mask: Boolean, of the dense weight's shape.

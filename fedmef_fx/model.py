@@ -9,7 +9,7 @@ else is needed to train on.
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.memory.plan import MemoryPlan
 from fedmef_fx.pipeline import PassReport
 from fedmef_fx.sparsity.granularity import Layout
-from fedmef_fx.sparsity.optimizer_state import forget_state
+from fedmef_fx.sparsity.optimizer_state import forget_state, watch_optimizers
 
 if TYPE_CHECKING:
     from fedmef_fx.inspection.records import GraphRecord
@@ -136,12 +136,18 @@ class Transformation(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        watch_optimizers()
         self.config = config
         self.prunable: dict[str, PrunableParameter] = {}
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
         self.plan: MemoryPlan | None = None
         self.original: tuple[GraphRecord, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or a pickle, which are made without `__init__`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        watch_optimizers()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
@@ -244,8 +250,9 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Change the topology of a transformed model in place, without tracing again.
 
     Weights that stay active keep their value, pruned and grown ones become 0. Parameters stay the same objects, and
-    optimizers that hold them stay valid: before their next step the momentum of pruned and grown weights becomes 0,
-    that of the others stays. A packed parameter changes its size with its number of active weights.
+    optimizers that hold them stay valid: the momentum of pruned and grown weights becomes 0, that of the others stays.
+    A packed parameter changes its size with its number of active weights. An optimizer whose state was loaded is known
+    after its first step only: load it after the model's state, and change masks later.
 
     Any mask is taken, whatever `Config.granularity` is; with "channel", biases of channels that are off become 0.
 

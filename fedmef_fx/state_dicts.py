@@ -21,6 +21,7 @@ from fedmef_fx.errors import CheckpointError
 from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.model import apply_masks, masked_parameters
+from fedmef_fx.sparsity.optimizer_state import trust_loaded_state
 
 __all__ = ["dense_state_dict", "forget_load_hooks", "keep_masks_on_load"]
 
@@ -189,3 +190,4 @@ def _put(entry: MaskedParameter, keys: _Names, state: dict[str, Any], *, mask: T
 
 def _mask_after_load(model: nn.Module, _: object) -> None:
     apply_masks(model)
+    trust_loaded_state(model.parameters())

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from fedmef_fx.program import Region
 
-__all__ = ["activation_gain", "nonlinearity"]
+__all__ = ["ACTIVATION_MODULES", "ACTIVATION_NAMES", "activation_gain", "nonlinearity"]
 
-_MODULES: Final = (
+ACTIVATION_MODULES: Final = (
     nn.CELU,
     nn.ELU,
     nn.GELU,
@@ -50,6 +50,8 @@ _FUNCTIONS: Final[dict[Callable[..., Any] | str, Callable[..., Tensor]]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+ACTIVATION_NAMES: Final = frozenset(f if isinstance(f, str) else f.__name__ for f in _FUNCTIONS)
+"""What these functions are called, not in place: `relu`, `gelu`, ..."""
 
 
 def nonlinearity(region: Region, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
@@ -58,8 +60,8 @@ def nonlinearity(region: Region, node: fx.Node) -> Callable[[Tensor], Tensor] | 
     The result never works in place, whatever the node does.
     """
     module = region.module(node)
-    if type(module) in _MODULES:
-        return lambda z: module(z.clone())  # type: ignore[misc]  # a module of _MODULES
+    if type(module) in ACTIVATION_MODULES:
+        return lambda z: module(z.clone())  # type: ignore[misc]  # one of ACTIVATION_MODULES
     if node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
         kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
         return lambda z: _FUNCTIONS[node.target](z.clone(), *node.args[1:], **kwargs)

@@ -15,76 +15,35 @@ Rules
    steps keep the sum of a channel, because the gradient of a centred kernel sums to 0.
 
 The BatchNorm's modules and running statistics stay in the model, so that dictionaries of the original load; they are
-no longer read. A pair is rewritten only if it occurs, once, in every graph that uses one of its parts.
-
-Refused: a BatchNorm that does not directly follow a convolution or linear layer, or whose input has other users;
-a layer or BatchNorm that is called more than once; one that Python code calls; ignored layers.
+no longer read. `_batch_norm_pairs` says which pairs are rewritten, and what is refused.
 """
 
 import dataclasses
 import inspect
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from fedmef_fx.capture import capture_graphs
-from fedmef_fx.capture.tracer import has_user_hooks
-from fedmef_fx.compiled import original_class
-from fedmef_fx.errors import CaptureError
-from fedmef_fx.model import is_ignored, mask_name
+from fedmef_fx.model import mask_name
 from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, channel_affine, nsconv_weight
+from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
 from fedmef_fx.passes._activations import activation_gain, nonlinearity
+from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
 from fedmef_fx.passes._nodes import (
     CONVOLUTIONS,
     TRANSPOSED,
     bound,
-    is_layer,
     is_view,
     layers,
     single_user,
     source_of_weight,
 )
 from fedmef_fx.pipeline import PassResult, Refusal
-from fedmef_fx.program import GraphMode, Program, Region, set_provenance
+from fedmef_fx.program import Program, Region, set_provenance
 from fedmef_fx.signature import AnyTensors
 
 __all__ = ["NormalizeKernels"]
-
-_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Pair:
-    """A layer and the BatchNorm that follows it, in one graph.
-
-    Attributes:
-        region: The region of the graph.
-        layer: Node of the layer.
-        norm: Node of the BatchNorm.
-        weight: Target of the layer's weight.
-        path: Path of the module that holds the BatchNorm's parameters.
-    """
-
-    region: Region
-    layer: fx.Node
-    norm: fx.Node
-    weight: str
-    path: str
-
-    @property
-    def parts(self) -> tuple[int, int]:
-        """What the pair consists of, whichever region names it: identities of the weight and the BatchNorm."""
-        return id(self.region.attribute(self.weight)), id(self.region.owner.get_submodule(self.path))
-
-    @property
-    def name(self) -> str:
-        """Name of the BatchNorm in the model."""
-        return self.region.full_name(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +61,7 @@ class NormalizeKernels:
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
-        pairs, refused = self._match(program)
-        refused |= _called_by_python(program)
+        pairs, refused = find_pairs(program, ignore=self.ignore)
         gains: dict[str, float] = {}
         for pair in pairs:
             self._rewrite(pair.region, pair, gains)
@@ -112,54 +70,7 @@ class NormalizeKernels:
         rewrites = dict.fromkeys(pair.name for pair in pairs)
         return PassResult(self.name, tuple(rewrites), tuple(Refusal(*entry) for entry in refused.items()))
 
-    def _match(self, program: Program) -> tuple[list[_Pair], dict[str, str]]:
-        """The pairs to rewrite, and per BatchNorm that stays the reason why."""
-        graphs = [(region, graph) for region, _, graph in program.graphs() if region.role != "fallback"]
-        pairs: list[_Pair] = []
-        refused: dict[str, str] = {}
-        uses: dict[int, set[fx.Graph]] = {}
-        for region, graph in graphs:
-            weights = Counter(source_of_weight(region, node.args[1]) for node in layers(graph))
-            norms = list(_batch_norms(region, graph))
-            calls = Counter(path for _, path in norms)
-            parts = [id(region.attribute(target)) for target in weights if target is not None]
-            for part in (*parts, *(id(region.owner.get_submodule(path)) for path in calls)):
-                uses.setdefault(part, set()).add(graph)
-            for norm, path in norms:
-                reason = self._reason(region, norm, path, weights, calls)
-                if reason is not None:
-                    refused[region.full_name(path)] = reason
-                    continue
-                layer = norm.all_input_nodes[0]
-                pairs.append(_Pair(region, layer, norm, str(source_of_weight(region, layer.args[1])), path))
-        refused |= _in_some_graphs_only(pairs, uses)
-        if any(region.may_run_python for region in program.regions):
-            refused |= {
-                pair.name: "its Python code, which may run for other calls, could not be traced on its own"
-                for pair in pairs
-                if pair.name not in refused and _affine_graphs(pair.region.owner.get_submodule(pair.path)) is None
-            }
-        return [pair for pair in pairs if pair.name not in refused], refused
-
-    def _reason(
-        self, region: Region, norm: fx.Node, path: str, uses: Counter[str | None], calls: Counter[str]
-    ) -> str | None:
-        before = norm.args[0] if norm.args else norm.kwargs.get("input")
-        if not isinstance(before, fx.Node) or not is_layer(before):
-            return "no convolution or linear layer stands directly before it"
-        weight = source_of_weight(region, before.args[1])
-        if weight is None:
-            return "the weight of the layer before it is not a parameter of the model"
-        if len(before.users) != 1:
-            return "its input has other users, which need the values before it"
-        if uses[weight] != 1 or calls[path] != 1:
-            return "it, or the layer before it, is called more than once"
-        for name in (weight.rpartition(".")[0], path):
-            if is_ignored(self.ignore, region.full_name(name), region.owner.get_submodule(name)):
-                return "ignored by Config.ignore"
-        return None
-
-    def _rewrite(self, region: Region, pair: _Pair, gains: dict[str, float]) -> None:
+    def _rewrite(self, region: Region, pair: Pair, gains: dict[str, float]) -> None:
         layer, graph = pair.layer, pair.layer.graph
         _ensure_affine(region, pair)
         masked = layer.args[1]
@@ -186,7 +97,7 @@ class NormalizeKernels:
         for new in filter(None, (weight, mask, gain, shift, kernel)):
             set_provenance(new, by=self.name, origin=region.full_name(pair.path))
 
-    def _rewrite_fallbacks(self, program: Program, pairs: list[_Pair]) -> None:
+    def _rewrite_fallbacks(self, program: Program, pairs: list[Pair]) -> None:
         """Rule 3, for the layers and BatchNorms of all pairs."""
         kernels = {pair.parts[0]: pair.layer.args[1] for pair in pairs}
         for region in program.regions:
@@ -199,8 +110,8 @@ class NormalizeKernels:
         norms = {pair.parts[1]: pair for pair in pairs}
         for pair in norms.values():
             norm = pair.region.owner.get_submodule(pair.path)
-            graphs = _affine_graphs(norm)
-            assert graphs is not None  # noqa: S101 -- _match has tried it
+            graphs = affine_graphs(norm)
+            assert graphs is not None  # noqa: S101 -- find_pairs has tried it
             program.regions.append(Region(pair.name, norm, graphs, _required(norm), role="fallback"))
             for graph in graphs.values():
                 for node in graph.nodes:
@@ -222,70 +133,12 @@ class NormalizeKernels:
             set_provenance(new, by=self.name, origin=region.full_name(target))
 
 
-def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
-    """The BatchNorms of a graph with the path of the module that holds their parameters."""
-    for node in graph.nodes:
-        module = region.module(node)
-        if module is not None and original_class(module) in _BATCH_NORMS and not has_user_hooks(module):
-            yield node, str(node.target)
-        if node.op == "call_function" and node.target is F.batch_norm:
-            weight = bound(node).get("weight")
-            if isinstance(weight, fx.Node) and isinstance(region.tensor(weight), nn.Parameter):
-                yield node, str(weight.target).rpartition(".")[0]
-
-
-def _in_some_graphs_only(pairs: list[_Pair], uses: dict[int, set[fx.Graph]]) -> dict[str, str]:
-    """Pairs that do not stand in every graph that uses their layer or their BatchNorm.
-
-    All graphs must agree on the form of a kernel, and refusing one pair may break another.
-    """
-    refused: dict[str, str] = {}
-    while True:
-        kept = [pair for pair in pairs if pair.name not in refused]
-        graphs: dict[tuple[int, int], set[fx.Graph]] = {}
-        for pair in kept:
-            graphs.setdefault(pair.parts, set()).add(pair.layer.graph)
-        mixed = {pair.name for pair in kept if any(uses[part] != graphs[pair.parts] for part in pair.parts)}
-        if not mixed:
-            return refused
-        refused |= dict.fromkeys(mixed, "its layer is used without it in another mode or kind of call")
-
-
-def _called_by_python(program: Program) -> dict[str, str]:
-    """BatchNorms outside of all graphs."""
-    inside = {id(m) for region in program.regions if region.role == "region" for m in region.owner.modules()}
-    reason = "Python code calls it, so that no graph shows what comes before it"
-    outside = [(path, m) for path, m in program.model.named_modules() if id(m) not in inside]
-    return {path: reason for path, module in outside if isinstance(module, _BATCH_NORMS)}
-
-
-def _affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
-    """The forward of a BatchNorm with `channel_affine` in place of the normalisation; None if it cannot be traced."""
-    if original_class(norm) in _BATCH_NORMS:
-        graph = fx.Graph()
-        x = graph.placeholder("input")
-        graph.output(graph.call_function(channel_affine, (x, graph.get_attr("weight"), graph.get_attr("bias"))))
-        return {"both": graph}
-    try:
-        graphs = capture_graphs(norm)
-    except CaptureError:
-        return None
-    for graph in graphs.values():
-        for node in graph.find_nodes(op="call_function", target=F.batch_norm):
-            with graph.inserting_before(node):
-                weight, bias = graph.get_attr("weight"), graph.get_attr("bias")
-                affine = graph.call_function(channel_affine, (bound(node)["input"], weight, bias))
-            node.replace_all_uses_with(affine)
-            graph.erase_node(node)
-    return graphs
-
-
 def _required(module: nn.Module) -> AnyTensors:
     parameters = inspect.signature(module.forward).parameters.values()
     return AnyTensors(frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty))
 
 
-def _ensure_affine(region: Region, pair: _Pair) -> None:
+def _ensure_affine(region: Region, pair: Pair) -> None:
     norm = region.owner.get_submodule(pair.path)
     weight = region.owner.get_parameter(pair.weight)
     channels = _channels(pair.layer, weight)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmef_fx import Config, load, save, transform
-from fedmef_fx.checkpoint import _digest
+from fedmef_fx.checkpoint_file import digest_of
 from fedmef_fx.errors import CheckpointError
 
 
@@ -58,7 +58,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], N
     metadata: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     tensors = safetensors.torch.load(data)
     change(tensors, metadata)
-    metadata["digest"] = _digest(tensors, metadata)
+    metadata["digest"] = digest_of(tensors, metadata)
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 

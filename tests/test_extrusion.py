@@ -2,56 +2,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch import Tensor
+from torch.optim import SGD
 
-from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.extrusion import Extrusion
-from fedmef_fx.model import HOLDER, PrunableParameter, Transformation, register_mask
-from fedmef_fx.sparsity import adjustment_count, extrusion_rate
-
-NAMES = ("a.weight", "b.weight")
-
-
-class Masked(nn.Linear):
-    """A linear layer whose weight gets no gradient where its mask is off."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, torch.where(self.weight_mask, self.weight, 0.0), self.bias)
-
-
-def make_model(*, masked: bool = True, density: float = 0.5, **config: object) -> nn.Module:
-    """Two masked layers, 4 -> 5 -> 3, as a transformation would leave them."""
-    torch.manual_seed(1)
-    model = nn.Sequential()
-    model.add_module("a", Masked(4, 5))
-    model.add_module("b", Masked(5, 3))
-    holder = Transformation(Config(density=density, **config))
-    for name in NAMES:
-        weight = model.get_parameter(name)
-        holder.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)
-        mask = torch.rand(weight.shape) < density if masked else torch.ones(weight.shape, dtype=torch.bool)
-        register_mask(model, name, mask)
-    model.add_module(HOLDER, holder)
-    return model
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    return model.b(model.a(x).relu())
-
-
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    return run(model, x).square().mean()
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss_of(model, x).backward()
-    return {name: model.get_parameter(name).grad.clone() for name in NAMES}
-
-
-X = torch.linspace(-1, 1, 24).reshape(6, 4)
+from fedmef_fx.sparsity import adjustment_count
+from tests.extrusion_models import NAMES, X, gradients, loss_of, make_model, rates_used
 
 
 def test_the_gradient_is_that_of_the_surrogate_loss():
@@ -112,104 +69,6 @@ def test_marks_stay_fixed_while_weights_change_places():
             model.a.weight.mul_(-10 * (torch.arange(20.0).reshape(5, 4) + 1))
         gradients(model, X)
         assert all(torch.equal(extrusion.marked[name], before[name]) for name in NAMES)
-
-
-def rates_used(optimizer, extrusion: Extrusion, model: nn.Module, scheduled: list[float]) -> list[float]:
-    """The learning rate of each step under a schedule, checking that the schedule itself is left alone."""
-    used: list[float] = []
-    handle = optimizer.register_step_pre_hook(lambda o, *_: used.append(float(o.param_groups[0]["lr"])))
-    for rate in scheduled:
-        optimizer.param_groups[0]["lr"] = rate
-        gradients(model, X)
-        optimizer.step()
-        assert optimizer.param_groups[0]["lr"] == rate
-        assert extrusion.learning_rate == used[-1]
-    handle.remove()
-    return used
-
-
-def test_the_rate_of_a_step_is_floored_and_the_schedule_is_left_alone():
-    model = make_model()
-    optimizer = SGD(model.parameters(), lr=0.2)
-    with Extrusion(model, optimizer, budget_steps=4) as extrusion:
-        for step in range(4):
-            optimizer.param_groups[0]["lr"] = 0.001
-            gradients(model, X)
-            expected = max(0.001, extrusion_rate(step, budget=4, norm=extrusion.norm(), initial_rate=0.2))
-            optimizer.step()
-            assert extrusion.learning_rate == expected
-            assert optimizer.param_groups[0]["lr"] == 0.001
-
-
-def test_the_floored_rate_is_what_the_step_uses():
-    model = make_model()
-    model.requires_grad_(False)
-    model.a.weight.requires_grad_(True)
-    optimizer = SGD([model.a.weight], lr=0.5)
-    with Extrusion(model, optimizer, budget_steps=2, counts={"a.weight": 1}) as extrusion:
-        optimizer.param_groups[0]["lr"] = 0.0
-        before = model.a.weight.detach().clone()
-        loss_of(model, X).backward()
-        optimizer.step()
-        # The difference of two float32 weights below 1 is good to about 1e-7.
-        moved = before - model.a.weight.detach()
-        assert extrusion.learning_rate > 0
-        torch.testing.assert_close(moved, model.a.weight.grad * extrusion.learning_rate, rtol=0, atol=1e-7)
-
-
-def test_a_constant_schedule_is_inert_and_the_budget_ends():
-    model = make_model()
-    optimizer = SGD(model.parameters(), lr=0.2)
-    with Extrusion(model, optimizer, budget_steps=2) as extrusion:
-        assert rates_used(optimizer, extrusion, model, [0.2, 0.2]) == [0.2, 0.2]
-        assert rates_used(optimizer, extrusion, model, [0.0, 0.0]) == [0.0, 0.0]
-        assert extrusion.step == 4
-
-
-def test_a_scheduler_sees_its_own_rates():
-    def rates(*, extrude: bool) -> list[float]:
-        model = make_model()
-        optimizer = SGD(model.parameters(), lr=0.2)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
-        seen = []
-        extrusion = Extrusion(model, optimizer, budget_steps=4, strength=1e-4 if extrude else 0.0)
-        with extrusion:
-            for _ in range(4):
-                gradients(model, X)
-                optimizer.step()
-                scheduler.step()
-                seen.append(scheduler.get_last_lr()[0])
-        return seen
-
-    assert rates(extrude=True) == rates(extrude=False)
-
-
-def test_each_group_is_floored_by_its_own_initial_rate():
-    model = make_model()
-    groups = [{"params": [model.a.weight], "lr": 0.1}, {"params": [model.b.weight], "lr": 1.0}]
-    optimizer = SGD(groups, lr=0.1)
-    used = []
-    with Extrusion(model, optimizer, budget_steps=2) as extrusion:
-        optimizer.register_step_pre_hook(lambda o, *_: used.extend(group["lr"] for group in o.param_groups))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        gradients(model, X)
-        norm = extrusion.norm()
-        optimizer.step()
-    assert used == [extrusion_rate(0, budget=2, norm=norm, initial_rate=rate) for rate in (0.1, 1.0)]
-
-
-def test_a_learning_rate_tensor_stays_the_same_object():
-    model = make_model()
-    rate = torch.tensor(0.2)
-    optimizer = Adam(model.parameters(), lr=rate)
-    with Extrusion(model, optimizer, budget_steps=2) as extrusion:
-        rate.fill_(0.0)
-        gradients(model, X)
-        optimizer.step()
-        assert extrusion.learning_rate > 0
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert rate == 0
 
 
 def test_extrusion_shrinks_what_it_marked():
@@ -289,31 +148,6 @@ def test_bfloat16_and_autocast(autocast):
     assert not torch.equal(extruded.flatten()[marked], plain.flatten()[marked])
 
 
-def test_a_scaled_loss_scales_the_term():
-    results = []
-    for scale in (None, 1024.0):
-        model = make_model()
-        optimizer = SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        with Extrusion(model, optimizer, budget_steps=2, strength=0.5, scaler=scaler) as extrusion:
-            scaler.scale(loss_of(model, X)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert extrusion.step == 1
-        results.append(model.a.weight.detach())
-    torch.testing.assert_close(results[0], results[1])  # powers of two, but cancellation of the loss differs
-
-
-def test_a_step_that_the_scaler_skips_does_not_count():
-    model = make_model()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    with Extrusion(model, optimizer, budget_steps=2, scaler=scaler) as extrusion:
-        scaler.scale(loss_of(model, X * math.inf)).backward()
-        scaler.step(optimizer)
-        assert extrusion.step == 0
-
-
 def test_hooks_and_rates_are_gone_after_an_exception():
     model = make_model()
     plain = gradients(model, X)
@@ -364,70 +198,3 @@ def test_strength_zero_marks_and_does_nothing_else():
         assert all(torch.equal(plain[name], inside[name]) for name in NAMES)
         assert extrusion.norm() > 0
         assert rates_used(optimizer, extrusion, model, [0.0]) == [0.0]
-
-
-def test_only_parameters_that_the_optimizer_trains_are_marked():
-    model = make_model()
-    with Extrusion(model, SGD([model.b.weight], lr=0.1), budget_steps=2) as extrusion:
-        assert list(extrusion.marked) == ["b.weight"]
-
-
-def test_a_model_that_was_not_transformed_is_rejected():
-    model = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="is not a transformed model"):
-        Extrusion(model, SGD(model.parameters(), lr=0.1), budget_steps=2)
-
-
-def test_a_model_without_masks_is_rejected():
-    model = make_model(masked=False, density=1.0)
-    with pytest.raises(ConfigError, match="no masks"):
-        Extrusion(model, SGD(model.parameters(), lr=0.1), budget_steps=2)
-
-
-def test_an_optimizer_of_another_model_is_rejected():
-    with pytest.raises(ConfigError, match="holds none of the model's masked parameters"):
-        Extrusion(make_model(), SGD(make_model().parameters(), lr=0.1), budget_steps=2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"budget_steps": 0}, "budget_steps: got 0"),
-        ({"accumulation_steps": 0}, "accumulation_steps: got 0"),
-        ({"strength": -1.0}, "strength: got -1"),
-        ({"strength": math.nan}, "strength: got nan"),
-        ({"round_index": 3}, "stop=100"),
-        ({"counts": {"c.weight": 1}}, "'c.weight' has no mask; masked parameters: a.weight, b.weight"),
-    ],
-)
-def test_arguments_out_of_range_are_rejected(arguments, message):
-    model = make_model()
-    with pytest.raises(ConfigError, match=message):
-        Extrusion(model, SGD(model.parameters(), lr=0.1), **({"budget_steps": 2} | arguments))
-
-
-def test_more_marks_than_active_weights_are_rejected():
-    model = make_model()
-    with (
-        pytest.raises(ConfigError, match="k=21"),
-        Extrusion(model, SGD(model.parameters(), lr=0.1), budget_steps=2, counts={"a.weight": 21}),
-    ):
-        pass
-
-
-@pytest.mark.gpu
-def test_scaled_half_precision_training_on_an_accelerator():
-    model = make_model().cuda()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
-    with Extrusion(model, optimizer, budget_steps=50, strength=0.5, scaler=scaler) as extrusion:
-        start = extrusion.norm()
-        for _ in range(50):
-            optimizer.zero_grad()
-            with torch.autocast("cuda", dtype=torch.float16):
-                loss = loss_of(model, X.cuda())
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        assert extrusion.step == 50
-        assert extrusion.norm() < 0.1 * start

@@ -1,21 +1,16 @@
 import copy
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmef_fx import growth
 from fedmef_fx.config import Config
-from fedmef_fx.errors import ConfigError, DataError, PassError
+from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.growth import growth_candidates
-from fedmef_fx.memory import pack_bits
 from fedmef_fx.model import HOLDER, PrunableParameter, Transformation, masks, register_mask
-from fedmef_fx.ops import growth as ops_growth
-from fedmef_fx.ops.growth import collecting, is_collecting, offer
+from fedmef_fx.ops.growth import is_collecting, offer
 from fedmef_fx.ops.packing import PackActivation
 from fedmef_fx.sparsity import largest_inactive
 
@@ -279,100 +274,6 @@ def test_a_k_that_cannot_be_used_is_rejected(k, message):
         growth_candidates(make_model(), loss_fn, [make_batch(4)], k=k)
 
 
-MASK = torch.tensor([[True, False, False], [False, True, False]])
-
-
-def test_offers_without_a_collector_cost_nothing_and_change_nothing():
-    offer(MASK, torch.zeros(1))
-    assert not is_collecting()
-
-
-def test_streaming_keeps_a_bounded_set_and_forgets_what_falls_out():
-    mask = torch.tensor([True, False, False, False])
-    with collecting({"w": (mask, 1)}, oversampling=2) as collector:
-        for values in ([9.0, 3.0, 2.0, 1.0], [9.0, 0.0, 0.0, 2.5]):
-            with collector.batch(1.0):
-                offer(mask, torch.tensor(values))
-        layer = collector._layers["w"]
-        assert layer.sums.numel() == 2
-        # Coordinate 3 had collected 1.0 when it was forgotten: 2.5 is left of 3.5, and 3.0 stays the largest.
-        assert layer.sums.tolist() == [3.0, 2.5]
-    result = collector.candidates()["w"]
-    assert (result.positions.tolist(), result.values.tolist()) == ([1], [1.5])
-
-
-@given(rows=st.lists(st.lists(st.integers(-9, 9), min_size=6, max_size=6), min_size=1, max_size=5), k=st.integers(0, 4))
-def test_streaming_is_exact_when_everything_fits(rows, k):
-    gradients = torch.tensor(rows, dtype=torch.float32).reshape(-1, 2, 3)
-    with collecting({"w": (MASK, k)}) as collector:
-        for weight, gradient in enumerate(gradients, start=1):
-            with collector.batch(float(weight)):
-                offer(MASK, gradient)
-    weights = torch.arange(1.0, len(rows) + 1)
-    average = (gradients * weights[:, None, None]).sum(0) / weights.sum()
-    reference = largest_inactive(average, MASK, k)
-    result = collector.candidates()["w"]
-    assert torch.equal(result.positions, reference.positions)
-    assert torch.equal(result.values, reference.values)  # sums of small integers are exact
-
-
-def test_uses_within_a_batch_add_up_before_the_selection():
-    # Coordinate 1 wins in each use, coordinate 3 in the sum; with room for one coordinate only the sum may decide.
-    mask = torch.tensor([True, False, False, False])
-    with collecting({"w": (mask, 1)}, oversampling=1) as collector, collector.batch(1.0):
-        offer(mask, torch.tensor([0.0, 5.0, 0.0, 4.0]))
-        offer(mask, torch.tensor([0.0, -5.0, 0.0, 4.0]))
-    assert collector.candidates()["w"].positions.tolist() == [3]
-    assert collector.candidates()["w"].values.tolist() == [8.0]
-
-
-def test_masks_are_known_by_their_storage():
-    with collecting({"w": (MASK, 2)}) as collector, collector.batch(1.0):
-        offer(MASK.clone(), torch.full((2, 3), 7.0))  # another model's
-        offer(MASK.detach(), torch.ones(2, 3))  # another object, the same buffer
-    assert collector.candidates()["w"].values.tolist() == [1.0, 1.0]
-
-
-def test_two_models_can_be_collected_at_once_but_one_model_not_twice():
-    other = MASK.clone()
-    with collecting({"w": (MASK, 1)}) as first, collecting({"w": (other, 1)}) as second:
-        with first.batch(1.0), second.batch(1.0):
-            offer(other, torch.ones(2, 3))
-        with pytest.raises(ConfigError, match="being collected already"), collecting({"w": (MASK, 1)}):
-            pass
-        assert is_collecting()
-    assert first.candidates()["w"].positions.numel() == 0
-    assert second.candidates()["w"].positions.numel() == 1
-    assert not is_collecting()
-
-
-def test_half_precision_gradients_are_summed_in_single_precision():
-    with collecting({"w": (MASK, 4)}) as collector:
-        for _ in range(300):
-            with collector.batch(1.0):
-                offer(MASK, torch.ones(2, 3, dtype=torch.bfloat16))
-    assert collector.candidates()["w"].values.tolist() == [1.0] * 4  # bfloat16 would stop counting at 256
-
-
-def test_an_op_that_offers_the_wrong_shape_is_a_bug():
-    with (
-        pytest.raises(PassError, match=r"'w': got a gradient of shape \(3,\); expected \(2, 3\)"),
-        collecting({"w": (MASK, 1)}),
-    ):
-        offer(MASK, torch.ones(3))
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
-def test_a_batch_weight_that_is_not_positive_is_rejected(weight):
-    with collecting({"w": (MASK, 1)}) as collector, pytest.raises(ConfigError, match="weight"), collector.batch(weight):
-        pass
-
-
-def test_oversampling_below_one_is_rejected():
-    with pytest.raises(ConfigError, match="oversampling: got 0"), collecting({"w": (MASK, 1)}, oversampling=0):
-        pass
-
-
 @pytest.mark.gpu
 def test_backward_in_threads_of_autograd_is_collected_on_an_accelerator():
     model, batches = make_model(dropout=0.5), [make_batch(8), make_batch(4, 1)]
@@ -386,24 +287,3 @@ def test_backward_in_threads_of_autograd_is_collected_on_an_accelerator():
         assert torch.equal(result[name].positions.cpu(), expected[name].positions)
         # Kernels add in another order.
         torch.testing.assert_close(result[name].values.cpu(), expected[name].values, rtol=1e-4, atol=1e-6)
-
-
-@given(
-    mask=st.lists(st.booleans(), min_size=1, max_size=70),
-    k=st.integers(1, 20),
-    packed=st.booleans(),
-)
-def test_positions_are_right_wherever_blocks_end(mask: list[bool], k: int, packed: bool) -> None:
-    active = torch.tensor(mask)
-    gradient = torch.randperm(len(mask)).float() + 1
-    buffer = pack_bits(active) if packed else active
-    with (
-        mock.patch.object(ops_growth, "_BLOCK", 16),
-        collecting({"w": (buffer, k)}, packed_shapes={"w": active.shape}) as collector,
-        collector.batch(1.0),
-    ):
-        offer(buffer, gradient)
-    found = collector.candidates()["w"]
-    expected = largest_inactive(gradient, active, min(k, int((~active).sum())))
-    assert torch.equal(found.positions, expected.positions)
-    assert torch.equal(found.values, expected.values)

@@ -1,83 +1,30 @@
 """Packed weights train as dense ones do: step for step, through topology changes, in a fraction of the memory."""
 
 import copy
-import gc
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD
 
-from fedmef_fx import Config, Extrusion, density, growth_candidates, masks, memory, report, set_masks, transform
+from fedmef_fx import Extrusion, density, growth_candidates, masks, set_masks
 from fedmef_fx.clipping import clip_gradients
-from fedmef_fx.memory import LiveBytes
-from fedmef_fx.memory.registry import held_buffers
 from fedmef_fx.model import masked_parameters
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive
-from tests.packed_models import MODELS, build
-
-# Sums over a row run in another order, which costs a few units in the last place of double precision per step.
-TIGHT = 1e-12
-# Adam divides a gradient by its own size: where one is almost 0, as of weights just grown, it magnifies such noise.
-OVER_STEPS = {"sgd": TIGHT, "adamw": 1e-10}
-
-OPTIMIZERS = {
-    "sgd": lambda model: SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda model: AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, amsgrad=True),
-}
-CONFIG = Config(density=0.3, activation_sparsity=0.0)
-
-
-def twins(name: str, config: Config = CONFIG) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """The same sparse model in dense and in packed storage, and a batch."""
-    model, x, y = build(name)
-    dense = transform(model, config)
-    packed = transform(model, config.replace(weight_storage="packed"))
-    assert {entry.is_packed for entry in masked_parameters(packed).values()} == {True}
-    return dense, packed, x, y
-
-
-def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def assert_same_weights(dense: nn.Module, packed: nn.Module, *, tolerance: float = TIGHT) -> None:
-    ours, theirs = masked_parameters(packed), masked_parameters(dense)
-    for name, entry in ours.items():
-        assert torch.equal(entry.mask, theirs[name].mask)
-        assert relative(entry.dense(), theirs[name].parameter.detach()) < tolerance, name
-
-
-def relative(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    if not right.numel():
-        return 0.0
-    return float((left - right).abs().max() / right.abs().max().clamp_min(1e-30))
-
-
-def change_topology(dense: nn.Module, packed: nn.Module, x: Tensor, y: Tensor, *, uneven: bool) -> None:
-    """Prune and grow k weights per layer by the same rule; uneven changes the number of active weights, too."""
-    changed = {}
-    for name, entry in masked_parameters(dense).items():
-        generator = torch.Generator().manual_seed(entry.numel)
-        gradient = torch.randn(entry.shape, generator=generator, dtype=torch.float64)
-        k = min(entry.active, entry.numel - entry.active) // 3
-        mask = adjust_mask(entry.dense(), entry.mask, largest_inactive(gradient, entry.mask, k), k)
-        if uneven:
-            mask &= torch.rand(mask.shape, generator=generator) < 0.8
-            mask |= torch.rand(mask.shape, generator=generator) < 0.05
-        changed[name] = mask
-    set_masks(dense, changed)
-    set_masks(packed, changed)
+from tests.packed_models import MODELS
+from tests.packed_twins import (
+    CONFIG,
+    OPTIMIZERS,
+    OVER_STEPS,
+    TIGHT,
+    assert_same_weights,
+    change_topology,
+    relative,
+    step,
+    twins,
+)
 
 
 @pytest.mark.parametrize("normalization", ["nsconv", "keep"])
@@ -188,17 +135,6 @@ def test_extrusion_marks_and_moves_the_same_weights() -> None:
     assert_same_weights(dense, packed)
 
 
-def test_extrusion_follows_a_topology_change_inside_of_it() -> None:
-    dense, packed, x, y = twins("conv")
-    for model in (dense, packed):
-        optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9)
-        with Extrusion(model, optimizer, budget_steps=6, strength=0.05):
-            step(model, optimizer, x, y)
-            set_masks(model, {name: mask.roll(1) for name, mask in masks(model).items()})
-            step(model, optimizer, x, y)
-    assert_same_weights(dense, packed)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_adaptive_clipping_is_the_same(name: str) -> None:
     dense, packed, x, y = twins(name)
@@ -209,88 +145,6 @@ def test_adaptive_clipping_is_the_same(name: str) -> None:
     assert counts[0] == counts[1] > 0
     for key, entry in masked_parameters(packed).items():
         assert relative(entry.expand(entry.parameter.grad), masked_parameters(dense)[key].parameter.grad) < TIGHT
-
-
-def test_only_active_values_have_gradients_and_optimizer_state() -> None:
-    _, packed, x, y = twins("conv")
-    optimizer = Adam(packed.parameters(), lr=1e-3)
-    step(packed, optimizer, x, y)
-    for _ in range(2):
-        for entry in masked_parameters(packed).values():
-            active = int(entry.mask.sum())
-            assert entry.parameter.shape == entry.parameter.grad.shape == (active,)
-            assert optimizer.state[entry.parameter]["exp_avg"].shape == (active,)
-            assert optimizer.state[entry.parameter]["exp_avg_sq"].shape == (active,)
-        change_topology(packed, packed, x, y, uneven=True)
-        step(packed, optimizer, x, y)
-
-
-@pytest.mark.parametrize("optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, amsgrad=True)])
-def test_momentum_of_survivors_is_kept_and_of_grown_weights_zero(optimizer) -> None:
-    _, packed, x, y = twins("conv")
-    opt = optimizer(packed.parameters())
-    for _ in range(3):
-        step(packed, opt, x, y)
-    entry = masked_parameters(packed)["conv2.weight"]
-    before = {k: entry.expand(v) for k, v in opt.state[entry.parameter].items() if v is not None and v.dim()}
-    count = opt.state[entry.parameter].get("step")
-    old, new = entry.mask, torch.rand(entry.shape) < 0.5
-    set_masks(packed, {"conv2.weight": new})
-    opt.param_groups[0]["lr"] = 0.0
-    for group in opt.param_groups:
-        group["weight_decay"] = 0.0
-    weights = entry.values()
-    opt.zero_grad(set_to_none=True)  # a step without gradients moves nothing, but the state is brought up to date
-    opt.step()
-    assert torch.equal(entry.values(), weights)
-    for key, value in before.items():
-        after = entry.expand(opt.state[entry.parameter][key])
-        assert torch.equal(after, torch.where(old & new, value, 0.0))
-    assert opt.state[entry.parameter].get("step") == count
-
-
-def test_set_masks_keeps_objects_weights_and_gradients() -> None:
-    _, packed, x, y = twins("conv")
-    F.cross_entropy(packed(x), y).backward()
-    entry = masked_parameters(packed)["conv3.weight"]
-    weight, gradient, old = entry.dense(), entry.expand(entry.parameter.grad), entry.mask
-    new = torch.rand(entry.shape) < 0.6
-    set_masks(packed, {"conv3.weight": new})
-    after = masked_parameters(packed)["conv3.weight"]
-    assert after.parameter is entry.parameter
-    assert torch.equal(after.mask, new)
-    assert torch.equal(after.dense(), torch.where(old & new, weight, 0.0))
-    assert torch.equal(after.expand(after.parameter.grad), torch.where(old & new, gradient, 0.0))
-
-
-def test_a_graph_of_an_earlier_topology_does_not_get_in_the_way() -> None:
-    dense, packed, x, y = twins("conv")
-    kept = []  # as a training loop that keeps its losses for logging does
-    for model in (dense, packed):
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        kept.append(loss)
-        set_masks(model, {name: ~mask for name, mask in masks(model).items()})
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-    for key, entry in masked_parameters(packed).items():
-        assert relative(entry.expand(entry.parameter.grad), masked_parameters(dense)[key].parameter.grad) < TIGHT
-
-
-def test_layers_without_active_weights_and_dense_ones_train() -> None:
-    dense, packed, x, y = twins("conv")
-    empty = {name: torch.zeros_like(mask) for name, mask in masks(packed).items()}
-    full = {name: torch.ones_like(mask) for name, mask in masks(packed).items()}
-    optimizers = [OPTIMIZERS["adamw"](model) for model in (dense, packed)]
-    for changed in (empty, full, {**full, "conv2.weight": empty["conv2.weight"]}):
-        for model in (dense, packed):
-            set_masks(model, changed)
-        losses = [step(model, opt, x, y) for model, opt in zip((dense, packed), optimizers, strict=True)]
-        for model in (dense, packed):
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            clip_gradients(model, 0.01)
-        assert float((losses[0] - losses[1]).abs()) < TIGHT
-    assert_same_weights(dense, packed)
 
 
 def test_gradients_accumulate_and_are_clipped_by_norm() -> None:
@@ -320,25 +174,6 @@ def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in grads[1].values())
     # The kernels agree to single precision; rounded to 16 bits a few of them land on neighbouring numbers.
     assert all(relative(grads[1][key], gradient) < 2e-2 for key, gradient in grads[0].items())
-
-
-def test_distributed_training_between_topology_changes(tmp_path: Path) -> None:
-    dense, packed, x, y = twins("conv")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        optimizers = [OPTIMIZERS["sgd"](model) for model in (dense, packed)]
-        for number in range(2):
-            parallel = [nn.parallel.DistributedDataParallel(model) for model in (dense, packed)]
-            for _ in range(3):
-                losses = [step(model, opt, x, y) for model, opt in zip(parallel, optimizers, strict=True)]
-            assert float((losses[0] - losses[1]).abs()) < TIGHT
-            del parallel
-            for model, opt in zip((dense, packed), optimizers, strict=True):
-                opt.zero_grad()
-                uneven = {name: mask.roll(3) & mask for name, mask in masks(model).items()}
-                set_masks(model, uneven if number else {name: ~mask for name, mask in uneven.items()})
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["weight", "gain"])
@@ -386,89 +221,3 @@ def test_copies_are_independent_and_equal() -> None:
     step(twin, SGD(twin.parameters(), lr=0.1), x, y)
     assert density(twin) == pytest.approx(1 - density(packed), abs=0.01)
     assert packed(x).shape == twin(x).shape
-
-
-def test_memory_of_weights_gradients_and_peak() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU())
-    x = torch.randn(2, 512)
-    dense, packed = (transform(model, Config(density=0.1, weight_storage=s)) for s in ("dense", "packed"))
-    assert report(packed)["pack-weights"].refusals == ()
-    theirs, ours = memory(dense, (x,)), memory(packed, (x,))
-    one = 512 * 512 * 4
-    assert ours.weights < 0.11 * theirs.weights
-    assert ours.gradients < 0.11 * theirs.gradients
-    assert ours.buffers < 0.13 * theirs.buffers
-    # Above all that stays there is one dense tensor at a time, the active values in some copies, and a block of
-    # temporaries of the kernels.
-    assert ours.peak - ours.weights - ours.gradients - ours.buffers < 1.6 * one
-
-
-def test_a_convolution_never_holds_more_than_its_weight_and_its_gradient() -> None:
-    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-    packed = transform(model, Config(density=0.1, weight_storage="packed"))
-    x = torch.randn(1, 64, 4, 4)
-    with LiveBytes(packed, x) as live:
-        before = live.current
-        packed(x).sum().backward()
-    assert live.peak - before < 2.6 * 64 * 64 * 9 * 4
-
-
-class Broken(torch.autograd.Function):
-    """Fails in backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("broken")
-
-
-def _fail_in_forward(model: nn.Module, x: Tensor) -> None:
-    model(x[:, :, :3])  # too small for the last convolution
-
-
-def _fail_before_backward(model: nn.Module, x: Tensor) -> None:
-    Broken.apply(model(x)).sum().backward()
-
-
-def _fail_after_backward(model: nn.Module, x: Tensor) -> None:
-    model(Broken.apply(x.requires_grad_())).sum().backward()
-
-
-@pytest.mark.parametrize("fail", [_fail_in_forward, _fail_before_backward, _fail_after_backward])
-def test_exceptions_leave_no_packed_buffers_alive(fail) -> None:
-    gc.collect()
-    before = set(held_buffers())
-    model, x, _ = build("conv")
-    packed = transform(model, CONFIG.replace(activation_sparsity=0.5, weight_storage="packed"))
-    with pytest.raises(RuntimeError):
-        fail(packed, x)
-    gc.collect()
-    assert set(held_buffers()) <= before
-
-
-def test_hundreds_of_steps_leak_nothing() -> None:
-    _, packed, x, y = twins("grouped", CONFIG.replace(activation_sparsity=0.5))
-    optimizer = SGD(packed.parameters(), lr=0.01, momentum=0.9)
-    counts = []
-    for number in range(210):
-        step(packed, optimizer, x, y)
-        if number % 35 == 0:
-            change_topology(packed, packed, x, y, uneven=False)
-            optimizer.zero_grad()
-        if number % 70 == 69:
-            gc.collect()
-            counts.append((len(held_buffers()), sum(issubclass(type(o), Tensor) for o in gc.get_objects())))
-    assert counts[1] == counts[2]
-
-
-def test_a_model_can_be_freed() -> None:
-    _, packed, x, y = twins("grouped")
-    step(packed, SGD(packed.parameters(), lr=0.01), x, y)
-    set_masks(packed, {name: ~mask for name, mask in masks(packed).items()})
-    reference = weakref.ref(masked_parameters(packed)["head.weight"].parameter)
-    del packed
-    gc.collect()
-    assert reference() is None

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -11,41 +10,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import fedmef_fx
-from fedmef_fx import Config, report, transform
-from fedmef_fx.errors import ConfigError, FedmefError
+from fedmef_fx import Config, transform
 from fedmef_fx.model import masked_parameters
 from fedmef_fx.passes._activations import activation_gain
-from tests.models import ZOO, Optional, Residual, Tied, build
-
-IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0)
-SPARSE = Config(density=0.3)
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
-    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
-}
-
-
-def outputs(result):
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def seeded(model, inputs, *, training, seed=1):
-    model.train(training)
-    torch.manual_seed(seed)
-    return outputs(model(*inputs))
-
-
-def loss_of(result):
-    return sum(tensor.square().mean() for tensor in outputs(result))
-
-
-def assert_masked_weights_are_zero(model):
-    entries = masked_parameters(model)
-    assert entries
-    for name, (parameter, mask) in entries.items():
-        assert bool((parameter.detach()[~mask] == 0).all()), name
+from tests.models import ZOO, Optional, Residual, build
+from tests.transform_checks import (
+    IDENTITY,
+    OPTIMIZERS,
+    SPARSE,
+    assert_masked_weights_are_zero,
+    loss_of,
+    outputs,
+    seeded,
+)
 
 
 @pytest.mark.parametrize("examples", [True, False])
@@ -194,94 +171,6 @@ def test_pickle_keeps_the_function(name):
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("allocation", ["erk", "uniform"])
-def test_density_is_exact_to_one_weight(density, allocation):
-    sparse = transform(Residual(), Config(density=density, allocation=allocation))
-    entries = masked_parameters(sparse).values()
-    total = sum(entry.mask.numel() for entry in entries)
-    assert abs(sum(int(entry.mask.sum()) for entry in entries) - density * total) <= 1
-    assert fedmef_fx.density(sparse) == pytest.approx(density, abs=1 / total)
-
-
-def test_density_one_prunes_nothing_and_inserts_no_masks():
-    sparse = transform(Residual(), Config(density=1.0))
-    assert fedmef_fx.masks(sparse) == {}
-    assert fedmef_fx.density(sparse) == 1.0
-    assert not any(key.endswith("_mask") for key in sparse.state_dict())
-
-
-def test_magnitude_masks_keep_the_largest_weights():
-    model = Residual()
-    sparse = transform(model, Config(density=0.3, mask_init="magnitude"))
-    for name, mask in fedmef_fx.masks(sparse).items():
-        weight = model.get_parameter(name).detach().abs()
-        if bool(mask.all()):
-            continue
-        assert weight[mask].min() >= weight[~mask].max()
-
-
-def test_tied_weights_share_one_mask():
-    sparse = transform(Tied(), Config(density=0.5))
-    assert set(fedmef_fx.masks(sparse)) == {"first.weight", "by_hand"}
-    assert sparse.first.weight is sparse.second.weight
-    sparse(torch.randn(2, 6)).sum().backward()
-    mask = fedmef_fx.masks(sparse)["first.weight"]
-    assert bool((sparse.first.weight.grad[~mask] == 0).all())
-
-
-def test_set_masks_zeroes_grown_weights_and_keeps_the_optimizer_valid():
-    model, inputs = build("residual")
-    sparse = transform(model, SPARSE)
-    optimizer = OPTIMIZERS["sgd"](sparse.parameters())
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(sparse(*inputs)).backward()
-        optimizer.step()
-    old = fedmef_fx.masks(sparse)
-    values = {name: entry.parameter.detach().clone() for name, entry in masked_parameters(sparse).items()}
-    new = {name: mask.roll(1, -1) for name, mask in old.items()}
-    fedmef_fx.set_masks(sparse, new)
-    for name, (parameter, mask) in masked_parameters(sparse).items():
-        assert torch.equal(mask, new[name])
-        assert torch.equal(parameter.detach(), torch.where(old[name] & mask, values[name], 0.0))
-    optimizer.zero_grad()
-    loss_of(sparse(*inputs)).backward()
-    optimizer.step()
-    assert_masked_weights_are_zero(sparse)
-
-
-def test_set_masks_refuses_and_changes_nothing():
-    sparse = transform(Residual(), SPARSE)
-    before = fedmef_fx.masks(sparse)
-    good = {"conv1.weight": ~before["conv1.weight"]}
-    with pytest.raises(ConfigError, match=r"'nope' has no mask.*conv1\.weight"):
-        fedmef_fx.set_masks(sparse, {**good, "nope": torch.ones(1, dtype=torch.bool)})
-    with pytest.raises(ConfigError, match=r"expected torch.bool of shape \(16, 16, 3, 3\)"):
-        fedmef_fx.set_masks(sparse, {**good, "conv2.weight": torch.ones(16, 16, 3, 3)})
-    after = fedmef_fx.masks(sparse)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_ignore_by_name_glob_and_type():
-    model = Residual()
-    names = set(fedmef_fx.masks(transform(model, SPARSE)))
-    by_name = transform(model, SPARSE.replace(ignore=("conv1",)))
-    assert set(fedmef_fx.masks(by_name)) == names - {"conv1.weight"}
-    by_glob = transform(model, SPARSE.replace(ignore=("conv*",)))
-    assert set(fedmef_fx.masks(by_glob)) == names - {"conv1.weight", "conv2.weight"}
-    by_type = transform(model, SPARSE.replace(ignore=(nn.Linear,)))
-    assert set(fedmef_fx.masks(by_type)) == names - {"fc.weight"}
-    rows = {row.name: row for row in fedmef_fx.coverage(by_name).rows}
-    assert rows["conv1.weight"].reason == "ignored by Config.ignore"
-
-
-def test_names_are_matched_whole_and_not_by_prefix():
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
-    sparse = transform(model, Config(density=0.5, ignore=("1",)))
-    assert set(fedmef_fx.masks(sparse)) == {f"{i}.weight" for i in range(12) if i != 1}
-
-
 def test_the_optional_argument_is_specialised_and_asserted():
     model = Optional()
     sparse = transform(model, IDENTITY)
@@ -314,115 +203,6 @@ def test_activation_variance_stays_bounded_with_depth():
     with torch.no_grad():
         out = sparse(torch.randn(8, 16, 16, 16))
     assert 0.05 < out.var().item() < 20
-
-
-class Untraceable(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.calls = 0
-
-    def forward(self, x):
-        if x.sum() > 0:
-            return self.layer(x)
-        return x
-
-
-class Counting(Untraceable):
-    def forward(self, x):
-        self.calls += 1
-        return self.layer(x)
-
-
-class PythonRandom(Untraceable):
-    def forward(self, x):
-        import random  # noqa: PLC0415
-
-        return self.layer(x) * random.random()  # noqa: S311
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (Untraceable, r"Untraceable: torch.fx cannot trace forward .*x\.sum\(\) > 0"),
-        (Counting, r"changes the attribute 'calls'"),
-        (PythonRandom, r"Python's or NumPy's random numbers"),
-    ],
-)
-def test_what_cannot_be_traced_keeps_its_python_and_its_masks(model, message):
-    instance = model()
-    sparse = transform(instance, SPARSE)
-    assert instance.calls == 0
-    refusals = report(sparse)["capture"].refusals
-    assert re.search(message, str(refusals[0])), refusals
-    assert [row.tier for row in fedmef_fx.coverage(sparse).rows] == ["module"]
-    optimizer = OPTIMIZERS["sgd"](sparse.parameters())
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(sparse(torch.rand(2, 4))).backward()
-        optimizer.step()
-    assert_masked_weights_are_zero(sparse)
-
-
-def test_random_tensors_stay_random():
-    class Noise(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(x) + torch.rand(4) + torch.randn_like(x)
-
-    model = Noise()
-    sparse = transform(model, IDENTITY)
-    x = torch.randn(2, 4)
-    for seed in (1, 2):
-        assert torch.equal(*(seeded(m, (x,), training=True, seed=seed)[0] for m in (model, sparse)))
-    assert not torch.equal(sparse(x), sparse(x))
-
-
-@pytest.mark.parametrize("density", [0, 0.0, 1.5, -0.1, math.nan])
-def test_density_out_of_range(density):
-    with pytest.raises(ConfigError, match=r"Config\.density: got .*; expected a number in \(0, 1\]"):
-        Config(density=density)
-
-
-def test_a_model_without_prunable_weights():
-    with pytest.raises(ConfigError, match="Sequential has no prunable weights"):
-        transform(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)))
-
-
-def test_an_unknown_name_in_ignore():
-    with pytest.raises(ConfigError, match=r"no module of Residual is named 'conv3'; did you mean .*'conv"):
-        transform(Residual(), Config(ignore=("conv3",)))
-
-
-def test_integer_inputs_to_a_convolution():
-    x = torch.zeros(1, 3, 8, 8, dtype=torch.int64)
-    with pytest.raises(
-        ConfigError, match=r"Residual itself fails on the example inputs \(x=torch.int64\[1, 3, 8, 8\]\)"
-    ):
-        transform(Residual(), example_inputs=(x,))
-    with pytest.raises(FedmefError, match="expected a floating point"):
-        transform(Residual())(x)
-
-
-def test_example_inputs_of_the_wrong_arity():
-    with pytest.raises(ConfigError, match=r"do not fit Residual\.forward\(x.*got 2 positional"):
-        transform(Residual(), example_inputs=(torch.zeros(1), torch.zeros(1)))
-    with pytest.raises(ConfigError, match=r"expected a tuple of arguments"):
-        transform(Residual(), example_inputs=torch.zeros(1, 3, 8, 8))
-
-
-def test_transforming_twice_is_refused():
-    with pytest.raises(ConfigError, match="transformed already"):
-        transform(transform(Residual()))
-
-
-def test_untransformed_models_are_named():
-    for call in (fedmef_fx.masks, fedmef_fx.density, fedmef_fx.coverage, fedmef_fx.report):
-        with pytest.raises(ConfigError, match=r"Residual is not a transformed model"):
-            call(Residual())
 
 
 def test_gradients_are_exact_when_nothing_is_dropped():
@@ -477,13 +257,6 @@ def test_optional_arguments_keep_their_names(examples):
     with pytest.raises(AssertionError, match=r"traced for mask=None, the default; transform the model with example"):
         sparse(x, mask=torch.zeros(4))
     transform(WithDefaults(), IDENTITY)  # what was pickled breaks no later trace
-
-
-def test_a_name_that_cannot_stand_in_code_is_refused():
-    model = nn.Sequential()
-    model.add_module('a"b', nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"module name 'a\"b' has quotes"):
-        transform(model)
 
 
 def test_an_activation_after_a_linear_layer_on_sequences_works_in_place() -> None:

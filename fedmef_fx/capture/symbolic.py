@@ -27,6 +27,7 @@ from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.program import GraphMode
+from fedmef_fx.source_names import source_name, with_source_names
 
 __all__ = ["as_graphs", "capture_graphs", "failure"]
 
@@ -110,11 +111,14 @@ def _trace(module: nn.Module, given: Mapping[str, object] | None) -> fx.Graph:
 
 
 def failure(module: nn.Module, error: Exception) -> CaptureError:
-    """Why a module was not captured, as an error that names the line."""
+    """Why a module was not captured, as an error that names the line, but no folder of this machine."""
     if isinstance(error, CaptureError):
         reason = str(error)
-        return error if reason.startswith(type(module).__name__) else CaptureError(f"{_at(module, error)}: {reason}")
-    return CaptureError(f"{_at(module, error)}: {type(error).__name__}: {error}")
+        if reason.startswith(type(module).__name__):
+            return error
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return CaptureError(f"{_at(module, error)}: {with_source_names(reason)}")
 
 
 def _at(module: nn.Module, error: Exception) -> str:
@@ -136,7 +140,7 @@ def _line(error: Exception) -> str:
     own = str(Path(__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if "/torch/" not in f.filename.replace("\\", "/") and not f.filename.startswith(own)]
-    return f" ({theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
+    return f" ({source_name(theirs[-1].filename)}:{theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
 
 
 def _share_constants(module: nn.Module, *graphs: fx.Graph) -> None:

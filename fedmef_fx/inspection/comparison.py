@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.checkpoint import StoredTensor
+from fedmef_fx.checkpoint_file import StoredTensor
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection.comparison_sources import Source, tensors_of
 from fedmef_fx.inspection.text_table import text_table

@@ -7,7 +7,7 @@ from typing import Final, TypeAlias
 
 from torch import Tensor, nn
 
-from fedmef_fx.checkpoint import StoredTensor, read_tensors
+from fedmef_fx.checkpoint_file import StoredTensor, read_tensors
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.model import bitmap_name, is_transformed, mask_name, masked_parameters
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fedmef_fx.memory.layout import Layout
-from fedmef_fx.memory.registry import announce
+from fedmef_fx.memory.registry import announce, announce_temporary
 from fedmef_fx.memory.words import check_float
 
 __all__ = ["BLOCK", "BlockwiseTensor", "Rounding", "blockwise_nbytes"]
@@ -102,6 +102,9 @@ class BlockwiseTensor:
         codes = x.new_empty(layout.numel, dtype=torch.uint8, requires_grad=False)
         ranges = x.new_empty(-(-layout.numel // BLOCK), 2, dtype=_range_dtype(x.dtype), requires_grad=False)
         if x.is_meta or isinstance(x, FakeTensor):
+            # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
+            gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
+            announce_temporary(gathered + _chunk_nbytes(x, ranges.dtype))
             return cls(codes, ranges, layout, x.dtype)
         has_exceptions, start = False, 0
         with torch.no_grad():
@@ -116,6 +119,8 @@ class BlockwiseTensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         dense = self.codes.new_empty_strided(self.layout.shape, self.layout.stride, dtype=self.dtype)
         if dense.is_meta or isinstance(dense, FakeTensor):
+            if dense.dtype != self.ranges.dtype:  # decoded elsewhere, and then rounded
+                announce_temporary(_chunk_nbytes(dense, self.ranges.dtype))
             return dense
         flat, step = self.layout.flatten(dense), _chunk_elements(dense)
         for start in range(0, flat.numel(), step):
@@ -153,6 +158,11 @@ def _chunk_elements(x: Tensor) -> int:
     """Elements per chunk, a multiple of the block."""
     wide = torch.promote_types(x.dtype, torch.float32).itemsize
     return (_CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE) // wide
+
+
+def _chunk_nbytes(x: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of a temporary for one chunk, or for all of a smaller tensor."""
+    return min(_chunk_elements(x), x.numel()) * dtype.itemsize
 
 
 def _chunks(x: Tensor, layout: Layout) -> Iterator[Tensor]:

@@ -94,8 +94,6 @@ def unpacked(
         dtype: Of the result.
         recipe: From `recipe_of` on the same weight; None to make it here.
     """
-    if has_no_values(weight):  # there are shapes only, and no bits to look at
-        return unpack(weight.detach().to(dtype), bitmap, shape)
     return unpack(active_values(weight, gain, bitmap, form, shape=shape, recipe=recipe).to(dtype), bitmap, shape)
 
 
@@ -112,6 +110,8 @@ def active_values(
     values = weight.detach()
     if gain is None:
         return values
+    if has_no_values(weight):  # there are shapes only, and no bits to look at
+        return torch.empty_like(weight)
     rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     return standardized(values, rows, columns)
 
@@ -140,8 +140,7 @@ def unpacked_backward(
     """
     shape = grad.shape
     if has_no_values(weight):
-        announce_temporary(block_nbytes(grad) if grad.device.type == "cpu" and backend().name == "numpy" else 0)
-        return torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+        return _shapes_backward(weight, gain, grad)
     active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:
         growth.offer(bitmap, grad)
@@ -167,6 +166,19 @@ def active_values_backward(
         return grad, None
     rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     return standardize_backward(weight.detach(), columns, rows, grad, g=form.g)
+
+
+def _shapes_backward(weight: Tensor, gain: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`unpacked_backward` without values: makes what `gather` and `standardize_backward` make, one after the other."""
+    active = torch.empty_like(weight)
+    if grad.device.type == "cpu" and backend().name == "numpy":
+        # The pieces of all blocks, which are joined into a tensor that exists by then.
+        announce_temporary(active.numel() * grad.dtype.itemsize + block_nbytes(grad))
+    if gain is None:
+        return active, None
+    # The compiled kernel makes nothing but its result; what else runs centres the values beside it.
+    made = [torch.empty_like(weight) for _ in range(1 if backend().name == "numba" else 2)]
+    return made[-1], torch.empty_like(gain)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:

@@ -1,23 +1,29 @@
 """Topology changes keep optimizers valid: the state of coordinates that were pruned or grown is forgotten.
 
-A momentum buffer that survives the pruning of its weight would move the weight away from 0 at the next step. The
-model does not know the optimizers that train it, so parameters whose topology changed wait here until an optimizer
-that holds them takes its next step; just before it, the state of their changed coordinates is set to 0. The state of a
-packed parameter, whose number of values may have changed, is moved to the places that its survivors have now.
+A momentum buffer that survives the pruning of its weight would move the weight away from 0 at the next step. A
+topology change therefore sets the state of the changed coordinates to 0, and moves the state of a packed parameter,
+whose number of values may have changed, to the places that its survivors have now. It does so at once and in every
+optimizer that has state of the parameter.
 
-A process that never changes a topology has no hook on its optimizers; afterwards the hook costs one comparison per
-step. A parameter in two optimizers is treated in the one that steps first.
+The model is not told which optimizers train it. From the moment that a transformed model exists, a hook notes every
+optimizer that takes a step, so that all are known whose state came about here. What an optimizer has that never took a
+step was loaded into it, at a time that nobody knows. It is taken for that of the present masks if these came from a
+checkpoint or a state dictionary, too; where they were changed in another way, the optimizer's step is an error.
 """
 
 import dataclasses
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Move", "forget_state", "move_state"]
+from fedmef_fx.errors import ConfigError
+
+__all__ = ["Move", "forget_state", "move_state", "trust_loaded_state", "watch_optimizers"]
 
 
 class _Change(Protocol):
@@ -83,67 +89,83 @@ class Move:
         return moved
 
 
-class _Waiting:
-    """Parameters whose optimizer state has to change at the next step, held weakly."""
+class _Optimizers:
+    """The optimizers that took a step, held weakly, and the parameters whose loaded state cannot be trusted."""
 
     def __init__(self) -> None:
-        self._changes: dict[int, tuple[weakref.ref[nn.Parameter], list[_Change]]] = {}
-        self._registered = False
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._changed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._watching = False
 
-    def add(self, parameter: nn.Parameter, change: _Change) -> None:
-        key = id(parameter)
-        known = self._changes.get(key)
-        earlier = known[1] if known is not None and known[0]() is parameter else []
-        reference = weakref.ref(parameter, lambda _: self._changes.pop(key, None))
-        self._changes[key] = (reference, [*earlier, change])
-        if not self._registered:
-            # For good: torch iterates over these hooks while it calls them, so they cannot remove themselves.
+    def watch(self) -> None:
+        """Note from now on which optimizers take steps."""
+        if not self._watching:
             register_optimizer_step_pre_hook(self._before_step)
-            self._registered = True
+            self._watching = True
 
     @torch.no_grad()
+    def change(self, parameter: nn.Parameter, change: _Change) -> None:
+        """Apply a change to all that known optimizers have of a parameter."""
+        self.watch()
+        self._changed[parameter] = True
+        held = [optimizer.state[parameter] for optimizer in self._known if parameter in optimizer.state]
+        # An optimizer that wraps another one may share its state with it.
+        for state in {id(state): state for state in held}.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and change.applies_to(value):
+                    state[name] = change.on(value)
+
+    def trust_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take loaded state of parameters for that of their present masks."""
+        for parameter in parameters:
+            if parameter in self._changed:
+                del self._changed[parameter]
+
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._changes:
+        if optimizer in self._known:
             return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) not in self._changes:
-                    continue
-                reference, changes = self._changes[id(parameter)]
-                found = reference()
-                if found is None or found is not parameter:
-                    continue
-                _apply(changes, optimizer.state[found])
-                del self._changes[id(parameter)]
+        for parameter in [p for group in optimizer.param_groups for p in group["params"] if p in self._changed]:
+            state = optimizer.state.get(parameter, {})
+            loaded = [name for name, value in state.items() if isinstance(value, Tensor) and value.dim()]
+            if loaded:
+                kind = type(optimizer).__name__
+                raise ConfigError(
+                    f"{kind}.step: {', '.join(loaded)} of a parameter of shape {tuple(parameter.shape)} was loaded or "
+                    "copied into this optimizer, before or after the masks changed; expected state that is known to "
+                    "fit the masks. To resume, load the model's state first (fedmef_fx.load or model.load_state_dict), "
+                    "then the optimizer's, and change masks after a first step; to start anew, make a new optimizer"
+                )
+        self._known.add(optimizer)
 
 
-def _apply(changes: list[_Change], state: dict[Any, Any]) -> None:
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or not changes[0].applies_to(value):
-            continue
-        for change in changes:
-            value = change.on(value)  # noqa: PLW2901 -- the changes follow one another
-        state[name] = value
+_OPTIMIZERS = _Optimizers()
 
 
-_WAITING = _Waiting()
+def watch_optimizers() -> None:
+    """Note from now on which optimizers take steps, so that topology changes can reach their state."""
+    _OPTIMIZERS.watch()
 
 
 def forget_state(parameter: nn.Parameter, *, keep: Tensor) -> None:
-    """Zero the optimizer state of some coordinates of a parameter before the next optimizer step.
+    """Zero what optimizers know of some coordinates of a parameter.
 
     Args:
         parameter: A parameter whose topology changed.
         keep: Boolean, of its shape: coordinates that keep their state.
     """
-    _WAITING.add(parameter, _Keep(keep.clone()))
+    _OPTIMIZERS.change(parameter, _Keep(keep))
 
 
 def move_state(parameter: nn.Parameter, move: Move) -> None:
-    """Move the optimizer state of a packed parameter before the next optimizer step.
+    """Move what optimizers know of a packed parameter.
 
     Args:
         parameter: A packed parameter whose topology changed; it has the values of the new one already.
         move: From the old topology to the new one.
     """
-    _WAITING.add(parameter, move)
+    _OPTIMIZERS.change(parameter, move)
+
+
+def trust_loaded_state(parameters: Iterable[nn.Parameter]) -> None:
+    """Take state that optimizers load for that of the present masks, which were loaded as well."""
+    _OPTIMIZERS.trust_loaded(parameters)

@@ -1,12 +1,9 @@
-"""Compaction on every structure that channels are followed through, and what it must leave alone.
+"""Compaction on every structure that channels are followed through.
 
 Models run in float64, where what is removed changes the order of sums by 1e-14: a tolerance of 1e-10 leaves room for
 depth and none for a channel that was not dead.
 """
 
-import copy
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,55 +13,9 @@ from torch.nn import functional as F
 
 import fedmef_fx
 from fedmef_fx import compact, compact_report
-from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.models import digits_cnn
+from tests.export.compact_models import DEAD, Residual, check, kill, lively
 
-DEAD = [1, 2, 5]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads would only wait for each other on tensors this small, for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def kill(*layers: nn.Module, channels: list[int] = DEAD, bias: float = 0.0) -> None:
-    """Make output channels of layers, or of norms, constant."""
-    for layer in layers:
-        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-        weight = layer.weight.transpose(0, 1) if transposed else layer.weight
-        weight[channels] = 0.0
-        if layer.bias is not None:
-            layer.bias[channels] = bias
-
-
-@torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    """In eval mode and float64, with statistics that are not those of a new BatchNorm."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.uniform_(0.5, 2.0)
-            module.bias.normal_()
-    return model.double().eval()
-
-
-def check(model: nn.Module, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> nn.Module:
-    """Compact, compare on inputs that were not shown and of another batch size, and compare the shapes."""
-    before = copy.deepcopy(model.state_dict())
-    result = compact(model, (torch.randn(2, *shape).double(),))
-    for batch in (1, 5):
-        x = torch.randn(batch, *shape).double()
-        torch.testing.assert_close(result(x), model(x), rtol=1e-10, atol=1e-10)
-    assert {name: tuple(result.get_parameter(name).shape) for name in expected} == expected
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert set(result.state_dict()) <= set(before) | {name.replace("weight", "bias") for name in before}
-    return result
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -116,22 +67,6 @@ def test_dead_chains_go_backwards_and_forwards() -> None:
         model[2].weight[:, 0] = 0.0
         model[2].weight[1, 0] = 1.0  # ... neither is that
     check(model, (4,), {"0.weight": (7, 4), "2.weight": (5, 7), "4.weight": (3, 5)})
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        out = F.relu(self.conv1(x), inplace=True)
-        out = self.conv2(out)
-        out += x
-        return self.head(F.relu(out)).mean((2, 3))
 
 
 def test_a_residual_sum_removes_what_both_sides_lack() -> None:
@@ -259,152 +194,6 @@ def test_a_constant_before_padding_differs_at_the_border_and_stays() -> None:
     assert "3 dead channels stay" in str(compact_report(result))
     kill(model[0], bias=-0.7)  # which ReLU makes 0
     check(model, (3, 6, 6), {"0.weight": (5, 3, 3, 3)})
-
-
-@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm([8, 4, 4])])
-def test_norms_over_channels_keep_them(norm: nn.Module) -> None:
-    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)))
-    kill(model[0])
-    result = check(model, (3, 6, 6), {"0.weight": (8, 3, 3, 3)})
-    assert "statistics over all channels" in compact_report(result).refusals[0][1]
-
-
-class Unknown(nn.Module):
-    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.head, self.operation = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.operation(F.relu(self.conv(x))))
-
-
-@pytest.mark.parametrize(
-    ("operation", "reason"),
-    [
-        (lambda x: x.flip(1), "flip"),
-        (lambda x: x.softmax(1), "normalises over it"),
-        (lambda x: x - x.mean(1, keepdim=True), "takes the mean over it"),
-        (lambda x: F.normalize(x, dim=1), "normalize"),
-        (lambda x: torch.roll(x, 1, 1), "roll"),
-        (lambda x: torch.cat([x[:, 4:], x[:, :4]], 1), "takes a part of it by its place"),
-    ],
-)
-def test_what_is_not_understood_keeps_its_channels(operation: Callable[[Tensor], Tensor], reason: str) -> None:
-    model = lively(Unknown(operation))
-    kill(model.conv)
-    result = check(model, (3, 4, 4), {"conv.weight": (8, 3, 1, 1)})
-    assert reason in compact_report(result).refusals[0][1]
-
-
-class WritesInPlace(nn.Module):
-    """What a channel holds changes after it was zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv(x)
-        view = hidden.view(hidden.shape)
-        view.add_(1.0)
-        return self.head(hidden)
-
-
-def test_values_that_are_overwritten_are_not_known() -> None:
-    model = lively(WritesInPlace())
-    kill(model.conv)
-    check(model, (3, 4, 4), {"conv.weight": (8, 3, 1, 1)})
-
-
-def test_outputs_stay_and_so_does_one_channel_of_what_is_dead_altogether() -> None:
-    model = lively(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)))
-    kill(model[0], channels=list(range(8)))
-    kill(model[2])
-    check(model, (4,), {"0.weight": (1, 4), "2.weight": (8, 1)})
-
-
-def test_tied_weights_lose_what_both_uses_lack() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
-            self.second.weight = self.first.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
-
-    model = lively(Tied())
-    kill(model.first)
-    result = check(model, (6,), {"first.weight": (6, 6)})  # its columns read inputs of the model
-    assert result.get_parameter("first.weight") is result.get_parameter("second.weight")
-
-
-def test_a_transformed_model_is_frozen_first() -> None:
-    model = fedmef_fx.transform(digits_cnn(), fedmef_fx.Config())
-    x = torch.randn(2, 1, 8, 8)
-    result = compact(model, (x,))
-    assert not any("fedmef" in str(type(module)) for module in result.modules())
-    torch.testing.assert_close(result(x), model.eval()(x), rtol=1e-4, atol=1e-5)  # float32, folded in another order
-
-
-def test_a_model_that_is_no_graph_comes_back_whole_with_the_reason() -> None:
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            while float(x.sum()) < 3:
-                x = self.layer(x).abs() + 1
-            return x
-
-    model = Loop().eval()
-    result = compact(model, (torch.randn(2, 4),))
-    x = torch.randn(3, 4)
-    assert torch.equal(result(x), model(x))
-    assert result is not model
-    assert "cannot be traced as one graph" in compact_report(result).refusals[0][1]
-
-
-def test_the_report_counts_and_becomes_json() -> None:
-    model = lively(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
-    kill(model[0], channels=[0, 1, 2, 3])
-    report = compact_report(compact(model, (torch.randn(2, 4).double(),)))
-    assert (report.parameters_before, report.parameters_after) == (4 * 8 + 8 + 8 * 2 + 2, 4 * 4 + 4 + 4 * 2 + 2)
-    assert (report.flops_before, report.flops_after) == (2 * 2 * (4 * 8 + 8 * 2), 2 * 2 * (4 * 4 + 4 * 2))
-    assert type(report).of_dict(json.loads(json.dumps(report.as_dict()))) == report
-    assert "2.00 times fewer" in str(report)
-
-
-def test_what_cannot_be_used_is_said() -> None:
-    model = nn.Sequential(nn.Linear(4, 2))
-    with pytest.raises(ConfigError, match="compact: example_inputs is a Tensor"):
-        compact(model, torch.randn(2, 4))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="was not made by compact"):
-        compact_report(model)
-
-
-def test_a_model_that_draws_random_numbers_is_refused() -> None:
-    class Noise(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) + torch.randn_like(x)
-
-    with pytest.raises(ExportError, match="draws random numbers"):
-        compact(Noise(), (torch.randn(2, 4),))
-
-
-def test_a_compacted_model_can_be_copied_and_compacted_again() -> None:
-    model = lively(Residual())
-    kill(model.stem, model.conv2)
-    x = torch.randn(2, 3, 6, 6).double()
-    once = compact(model, (x,))
-    twice = compact(copy.deepcopy(once), (x,))
-    assert torch.equal(once(x), twice(x))
-    assert compact_report(twice).parameters_after == compact_report(once).parameters_after
 
 
 def test_a_file_of_the_compacted_model_is_smaller_and_the_same(tmp_path: Path) -> None:

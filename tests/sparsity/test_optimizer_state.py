@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fedmef_fx.sparsity import forget_state
-from fedmef_fx.sparsity.optimizer_state import Move, move_state
+from fedmef_fx.sparsity.optimizer_state import Move, move_state, watch_optimizers
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -20,6 +20,12 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adam": lambda parameters: Adam(parameters, lr=0.1, amsgrad=True),
     "adamw": lambda parameters: AdamW(parameters, lr=0.1, weight_decay=0.1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _watched():
+    """Transformed models see to that; here are none."""
+    watch_optimizers()
 
 
 def _train(parameter: nn.Parameter, optimizer: Optimizer, *, mask: torch.Tensor, steps: int) -> None:
@@ -95,18 +101,14 @@ def test_state_is_cleared_once_and_grown_weights_gather_their_own(make_optimizer
     assert all(value[~KEEP].abs().min() > 0 for value in state)
 
 
-def _global_hooks() -> int:
-    return len(_global_optimizer_pre_hooks)
-
-
-def test_a_waiting_parameter_is_not_kept_alive():
-    parameter = nn.Parameter(torch.ones(4))
-    reference = weakref.ref(parameter)
+def test_neither_parameters_nor_optimizers_are_kept_alive():
+    parameter, optimizer = _trained(OPTIMIZERS["sgd"])
+    references = weakref.ref(parameter), weakref.ref(optimizer)
     _prune(parameter, KEEP)
-    del parameter
+    del parameter, optimizer
     gc.collect()
-    assert reference() is None
-    # Whatever is trained next is not affected by what the dead parameter left waiting.
+    assert [reference() for reference in references] == [None, None]
+    # Whatever is trained next is not affected by what the dead parameter left behind.
     other, optimizer = _trained(OPTIMIZERS["sgd"])
     _train(other, optimizer, mask=torch.ones(4, dtype=torch.bool), steps=1)
     assert optimizer.state[other]["momentum_buffer"].abs().min() > 0
@@ -173,3 +175,21 @@ def test_packed_state_follows_several_changes_at_once(make_optimizer):
     for name, value in optimizer.state[packed].items():
         if isinstance(value, torch.Tensor) and value.dim():
             assert torch.equal(value, other.state[dense][name][active])
+
+
+def test_a_wrapper_that_shares_state_moves_it_once():
+    class Wrapper(SGD):
+        def __init__(self, inner: Optimizer) -> None:
+            super().__init__(inner.param_groups, lr=0.1, momentum=0.9)
+            self.state, self.inner = inner.state, inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    parameter = nn.Parameter(torch.ones(3))
+    wrapper = Wrapper(SGD([parameter], lr=0.1, momentum=0.9))
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+    wrapper.step()
+    old, new = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 1, 1]).bool()
+    _repack(parameter, Move.between(old, new))
+    assert torch.equal(wrapper.state[parameter]["momentum_buffer"], torch.tensor([2.0, 3.0, 0.0]))

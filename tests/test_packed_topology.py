@@ -1,0 +1,126 @@
+"""Packed weights through topology changes: parameters stay the same objects, optimizers stay valid."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW
+
+from fedmef_fx import Extrusion, masks, set_masks
+from fedmef_fx.clipping import clip_gradients
+from fedmef_fx.model import masked_parameters
+from tests.packed_twins import OPTIMIZERS, TIGHT, assert_same_weights, change_topology, relative, step, twins
+
+
+def test_extrusion_follows_a_topology_change_inside_of_it() -> None:
+    dense, packed, x, y = twins("conv")
+    for model in (dense, packed):
+        optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9)
+        with Extrusion(model, optimizer, budget_steps=6, strength=0.05):
+            step(model, optimizer, x, y)
+            set_masks(model, {name: mask.roll(1) for name, mask in masks(model).items()})
+            step(model, optimizer, x, y)
+    assert_same_weights(dense, packed)
+
+
+def test_only_active_values_have_gradients_and_optimizer_state() -> None:
+    _, packed, x, y = twins("conv")
+    optimizer = Adam(packed.parameters(), lr=1e-3)
+    step(packed, optimizer, x, y)
+    for _ in range(2):
+        for entry in masked_parameters(packed).values():
+            active = int(entry.mask.sum())
+            assert entry.parameter.shape == entry.parameter.grad.shape == (active,)
+            assert optimizer.state[entry.parameter]["exp_avg"].shape == (active,)
+            assert optimizer.state[entry.parameter]["exp_avg_sq"].shape == (active,)
+        change_topology(packed, packed, x, y, uneven=True)
+        step(packed, optimizer, x, y)
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, amsgrad=True)])
+def test_momentum_of_survivors_is_kept_and_of_grown_weights_zero(optimizer) -> None:
+    _, packed, x, y = twins("conv")
+    opt = optimizer(packed.parameters())
+    for _ in range(3):
+        step(packed, opt, x, y)
+    entry = masked_parameters(packed)["conv2.weight"]
+    before = {k: entry.expand(v) for k, v in opt.state[entry.parameter].items() if v is not None and v.dim()}
+    count = opt.state[entry.parameter].get("step")
+    old, new = entry.mask, torch.rand(entry.shape) < 0.5
+    set_masks(packed, {"conv2.weight": new})
+    opt.param_groups[0]["lr"] = 0.0
+    for group in opt.param_groups:
+        group["weight_decay"] = 0.0
+    weights = entry.values()
+    opt.zero_grad(set_to_none=True)  # a step without gradients moves nothing, but the state is brought up to date
+    opt.step()
+    assert torch.equal(entry.values(), weights)
+    for key, value in before.items():
+        after = entry.expand(opt.state[entry.parameter][key])
+        assert torch.equal(after, torch.where(old & new, value, 0.0))
+    assert opt.state[entry.parameter].get("step") == count
+
+
+def test_set_masks_keeps_objects_weights_and_gradients() -> None:
+    _, packed, x, y = twins("conv")
+    F.cross_entropy(packed(x), y).backward()
+    entry = masked_parameters(packed)["conv3.weight"]
+    weight, gradient, old = entry.dense(), entry.expand(entry.parameter.grad), entry.mask
+    new = torch.rand(entry.shape) < 0.6
+    set_masks(packed, {"conv3.weight": new})
+    after = masked_parameters(packed)["conv3.weight"]
+    assert after.parameter is entry.parameter
+    assert torch.equal(after.mask, new)
+    assert torch.equal(after.dense(), torch.where(old & new, weight, 0.0))
+    assert torch.equal(after.expand(after.parameter.grad), torch.where(old & new, gradient, 0.0))
+
+
+def test_a_graph_of_an_earlier_topology_does_not_get_in_the_way() -> None:
+    dense, packed, x, y = twins("conv")
+    kept = []  # as a training loop that keeps its losses for logging does
+    for model in (dense, packed):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        kept.append(loss)
+        set_masks(model, {name: ~mask for name, mask in masks(model).items()})
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+    for key, entry in masked_parameters(packed).items():
+        assert relative(entry.expand(entry.parameter.grad), masked_parameters(dense)[key].parameter.grad) < TIGHT
+
+
+def test_layers_without_active_weights_and_dense_ones_train() -> None:
+    dense, packed, x, y = twins("conv")
+    empty = {name: torch.zeros_like(mask) for name, mask in masks(packed).items()}
+    full = {name: torch.ones_like(mask) for name, mask in masks(packed).items()}
+    optimizers = [OPTIMIZERS["adamw"](model) for model in (dense, packed)]
+    for changed in (empty, full, {**full, "conv2.weight": empty["conv2.weight"]}):
+        for model in (dense, packed):
+            set_masks(model, changed)
+        losses = [step(model, opt, x, y) for model, opt in zip((dense, packed), optimizers, strict=True)]
+        for model in (dense, packed):
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip_gradients(model, 0.01)
+        assert float((losses[0] - losses[1]).abs()) < TIGHT
+    assert_same_weights(dense, packed)
+
+
+def test_distributed_training_between_topology_changes(tmp_path: Path) -> None:
+    dense, packed, x, y = twins("conv")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        optimizers = [OPTIMIZERS["sgd"](model) for model in (dense, packed)]
+        for number in range(2):
+            parallel = [nn.parallel.DistributedDataParallel(model) for model in (dense, packed)]
+            for _ in range(3):
+                losses = [step(model, opt, x, y) for model, opt in zip(parallel, optimizers, strict=True)]
+            assert float((losses[0] - losses[1]).abs()) < TIGHT
+            del parallel
+            for model, opt in zip((dense, packed), optimizers, strict=True):
+                opt.zero_grad()
+                uneven = {name: mask.roll(3) & mask for name, mask in masks(model).items()}
+                set_masks(model, uneven if number else {name: ~mask for name, mask in uneven.items()})
+    finally:
+        torch.distributed.destroy_process_group()
