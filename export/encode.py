@@ -6,6 +6,9 @@ Rules
    vectors stay exact, and so do small weights: first layers and depthwise kernels. These are percents of the bytes, and
    what all later layers amplify: on MobileNetV2 rounding them makes up 6/7 of the error.
 3. A tensor that several nodes read is stored and decoded once.
+4. Exponents of float32 values are coded in a graph of which at most 1/8 of the weights are active. Decoding them takes some
+   50 bytes of memory per active weight, which runtimes keep until they have folded everything: in denser graphs it would
+   be most of what creating a session takes.
 """
 
 import dataclasses
@@ -34,6 +37,7 @@ _LEAST_LOSSY_NUMEL: Final = 256
 _LARGEST_SMALL_NUMEL: Final = 8192
 _SMALL_SHARE: Final = 1 / 400
 _LARGEST_FLOAT16: Final = float(np.finfo(np.float16).max)
+_MOST_SPLIT_DENSITY: Final = 1 / 8
 _SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
 
 
@@ -69,6 +73,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
     notices = []
     candidates = _candidates(proto) if weights != "dense" else []
     share = int(_SMALL_SHARE * sum(math.prod(tensor.dims) for tensor in candidates))
+    splits = _density(candidates) <= _MOST_SPLIT_DENSITY
     lossy_numel = max(_LEAST_LOSSY_NUMEL, min(_LARGEST_SMALL_NUMEL, share))
     for tensor in candidates:
         array = numpy_helper.to_array(tensor)
@@ -78,7 +83,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
         if values == "float16" and (largest := float(np.abs(array).max())) > _LARGEST_FLOAT16:
             notices.append(f"{tensor.name} stays float32: it reaches {largest:.3g}, more than float16 holds")
             values = "float32"
-        encoded = encode_tensor(array, values)
+        encoded = encode_tensor(array, values, splits=splits)
         if encoded is not None:
             tensors[tensor.name] = encoded
     return Encoding(tensors, tuple(notices))
@@ -103,6 +108,12 @@ def apply_encoding(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> N
     graph.node.extend([*decoders.nodes, *nodes])
     graph.ClearField("initializer")
     graph.initializer.extend([*kept, *decoders.initializers])
+
+
+def _density(tensors: list[TensorProto]) -> float:
+    """Active share of all elements."""
+    arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
+    return sum(np.count_nonzero(array) for array in arrays) / max(1, sum(array.size for array in arrays))
 
 
 def _candidates(proto: ModelProto) -> list[TensorProto]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from fedmef_fx import Config, freeze, transform
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export import _build, _write
+from fedmef_fx.export import _write
 from fedmef_fx.export._checks import check_folded, check_graph, check_masked
 from fedmef_fx.export._decode_graph import short_names
+from fedmef_fx.export._entropy import entropy_bounds
 from fedmef_fx.export._names import drop_defaults, names_of, shorten_names
 from fedmef_fx.export._shrink import share_equal, shrink_quantizers
 from fedmef_fx.export.encode import apply_encoding, encode, round_weights, zero_is_positive
@@ -271,10 +272,23 @@ def test_size_arithmetic(tensor_bytes: int, is_split: bool) -> None:
     assert _write.needs_second_file(tensor_bytes) is is_split
 
 
-def test_the_entropy_bound() -> None:
+def test_the_entropy_bounds() -> None:
     weight = np.zeros((10, 100), np.float32)
-    weight[:, :11] = 1.0
+    weight[:, :11] = [1.0, *[2.0, -3.0] * 5]
     proto = _twice(weight)
 
-    # 1000 H(0.11) bits, 110 values of 4 bytes.
-    assert _build._entropy_bytes(proto, {}) == pytest.approx(1000 * 0.499916 / 8 + 110 * 4, rel=1e-6)
+    bounds = entropy_bounds(proto, {})
+
+    # 1000 H(0.11) bits, 110 values of 4 bytes; with exponents, of which one is in 1 of 11 values, of 24 + H(1 / 11) bits.
+    assert bounds.whole == pytest.approx(1000 * 0.499916 / 8 + 110 * 4, rel=1e-6)
+    assert bounds.exponents == pytest.approx(1000 * 0.499916 / 8 + 110 * (24 + 0.439497) / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(("density", "is_split"), [(0.1, True), (0.12, True), (0.2, False), (1.0, False)])
+def test_exponents_are_coded_where_few_weights_are_active(density: float, is_split: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
+    weight.reshape(-1)[int(density * weight.size) :] = 0.0
+
+    tensors = encode(_twice(weight), "packed").tensors
+
+    assert any(tensor.exponents is not None for tensor in tensors.values()) == is_split
