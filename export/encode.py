@@ -6,9 +6,9 @@ Rules
    vectors stay exact, and so do small weights: first layers and depthwise kernels. These are percents of the bytes, and
    what all later layers amplify: on MobileNetV2 rounding them makes up 6/7 of the error.
 3. A tensor that several nodes read is stored and decoded once.
-4. Exponents of float32 values are coded in a graph of which at most 1/8 of the weights are active. Decoding them takes some
-   50 bytes of memory per active weight, which runtimes keep until they have folded everything: in denser graphs it would
-   be most of what creating a session takes.
+4. Exponents of float32 values are coded in as many active weights as are 4 % of all weights, in the largest tensors
+   first. Decoding them takes some 40 bytes of memory per active weight, which onnxruntime keeps until it has folded
+   everything: with all of them, ResNet50 at density 0.1 takes 1.8 times the memory of the dense file, in place of 1.6.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _LEAST_LOSSY_NUMEL: Final = 256
 _LARGEST_SMALL_NUMEL: Final = 8192
 _SMALL_SHARE: Final = 1 / 400
 _LARGEST_FLOAT16: Final = float(np.finfo(np.float16).max)
-_MOST_SPLIT_DENSITY: Final = 1 / 8
+_SPLIT_SHARE: Final = 0.04
 _SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
 
 
@@ -73,7 +73,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
     notices = []
     candidates = _candidates(proto) if weights != "dense" else []
     share = int(_SMALL_SHARE * sum(math.prod(tensor.dims) for tensor in candidates))
-    splits = _density(candidates) <= _MOST_SPLIT_DENSITY
+    split = _split(candidates)
     lossy_numel = max(_LEAST_LOSSY_NUMEL, min(_LARGEST_SMALL_NUMEL, share))
     for tensor in candidates:
         array = numpy_helper.to_array(tensor)
@@ -83,7 +83,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
         if values == "float16" and (largest := float(np.abs(array).max())) > _LARGEST_FLOAT16:
             notices.append(f"{tensor.name} stays float32: it reaches {largest:.3g}, more than float16 holds")
             values = "float32"
-        encoded = encode_tensor(array, values, splits=splits)
+        encoded = encode_tensor(array, values, splits=tensor.name in split)
         if encoded is not None:
             tensors[tensor.name] = encoded
     return Encoding(tensors, tuple(notices))
@@ -110,10 +110,16 @@ def apply_encoding(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> N
     graph.initializer.extend([*kept, *decoders.initializers])
 
 
-def _density(tensors: list[TensorProto]) -> float:
-    """Active share of all elements."""
-    arrays = [numpy_helper.to_array(tensor) for tensor in tensors]
-    return sum(np.count_nonzero(array) for array in arrays) / max(1, sum(array.size for array in arrays))
+def _split(tensors: list[TensorProto]) -> set[str]:
+    """Those whose exponents may be coded."""
+    active = {tensor.name: int(np.count_nonzero(numpy_helper.to_array(tensor))) for tensor in tensors}
+    left = int(_SPLIT_SHARE * sum(math.prod(tensor.dims) for tensor in tensors))
+    chosen = set()
+    for name in sorted(active, key=lambda name: -active[name]):
+        if active[name] <= left:
+            chosen.add(name)
+            left -= active[name]
+    return chosen
 
 
 def _candidates(proto: ModelProto) -> list[TensorProto]:

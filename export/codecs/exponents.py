@@ -1,12 +1,12 @@
 """float32 values, split: 3 bytes of sign and mantissa each, and a code of a few bits for the exponent.
 
-Signs and mantissas of weights are noise. Exponents are not: half of all weights of a layer lie within two powers of two,
-so that 8 bits hold about 2.5. They are numbered by how often they occur, and the numbers written as fields, in levels:
+Signs and mantissas of weights are noise. Exponents are not: most weights of a layer have one of three, so that 8 bits
+hold about 2.5. They are numbered by how often they occur, and the numbers written as fields, in levels:
 
     level of w bits    r < 2**w - 1 stands for itself; 2**w - 1 says that r - (2**w - 1) stands in the next level
     last level         r < 2**w
 
-Levels of 2, 2 and 4 bits hold 21 exponents and the zero in about 2.8 bits per value. Values of other exponents, subnormal
+Levels of 2, 2 and 4 bits hold 21 exponents and 0, in about 2.8 bits per value. Values of other exponents, subnormal
 numbers and whatever else is no product of an integer and a normal power of two are *outliers*: kept as they are, with
 their index.
 

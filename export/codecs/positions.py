@@ -1,12 +1,12 @@
 """Where the active elements of a flat tensor are: three codes for a strictly increasing list of positions.
 
 Let p_i be the n positions, p_n the size, and g_i = p_(i+1) - p_i - 1 >= 0 the gaps, H(d) the entropy of density d. A
-position is told by its distance to the end, which is the sum of all steps from there on: as a negative index, the sum is
-the result, without another operation.
+position is told by its distance to the end, the sum of all steps from there on: as a negative index, the sum is the
+result, without another operation.
 
 - `Bitmap`: one bit per element. Best above a density of about 1/3.
-- `Gaps(k)`: fields of k bits. A field s < E = 2**k - 1 is a position, s + 1 elements before what follows; s = E goes back
-  by E and marks nothing. 5.04 bits per position at density 0.1 with k = 4; H/d is 4.69.
+- `Gaps(k)`: fields of k bits. A field s < E = 2**k - 1 is a position, s + 1 elements before what follows; s = E goes
+  back by E and marks nothing. 5.04 bits per position at density 0.1 with k = 4; H/d is 4.69.
 - `Rice(k)`: g = q * 2**k + r. The remainders r are fields of k bits; the quotients stand in unary, a one and q zeros,
   in a bit stream. 4.76 bits per position at density 0.1 with k = 3 (Golomb, IEEE Trans. Inf. Theory 1966;
   Rice, JPL 1979).

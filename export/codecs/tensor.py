@@ -24,8 +24,8 @@ __all__ = ["CHUNK_ELEMENTS", "Chunk", "EncodedTensor", "decode_tensor", "encode_
 CHUNK_ELEMENTS: Final = 1 << 22
 _WORTH_IT: Final = 0.98  # of the dense bytes: less is not worth a decoder
 _NODE_BYTES: Final = 500  # of a chunk's decoder in the file
-# Of all bytes: what Rice codes have to save, as decoding them takes half as long and half as much memory again as decoding
-# fields; and beside values whose exponents are coded, which take memory of their own.
+# Of all bytes: what Rice codes have to save, as decoding them takes half as long and half as much memory again as
+# decoding fields; and beside values whose exponents are coded, which take memory of their own.
 _RICE_PAYS: Final = 0.01
 _RICE_PAYS_BESIDE_SPLIT: Final = 0.02
 

@@ -279,16 +279,22 @@ def test_the_entropy_bounds() -> None:
 
     bounds = entropy_bounds(proto, {})
 
-    # 1000 H(0.11) bits, 110 values of 4 bytes; with exponents, of which one is in 1 of 11 values, of 24 + H(1 / 11) bits.
+    # 1000 H(0.11) bits, 110 values of 4 bytes; or of 24 + H(1 / 11) bits, as 1 of 11 has an exponent of its own.
     assert bounds.whole == pytest.approx(1000 * 0.499916 / 8 + 110 * 4, rel=1e-6)
     assert bounds.exponents == pytest.approx(1000 * 0.499916 / 8 + 110 * (24 + 0.439497) / 8, rel=1e-6)
 
 
-@pytest.mark.parametrize(("density", "is_split"), [(0.1, True), (0.12, True), (0.2, False), (1.0, False)])
-def test_exponents_are_coded_where_few_weights_are_active(density: float, is_split: bool) -> None:
-    weight = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
-    weight.reshape(-1)[int(density * weight.size) :] = 0.0
+def test_exponents_are_coded_in_the_largest_tensors_that_fit() -> None:
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, active in (("too many", 23_000), ("most", 12_000), ("no more", 9_000), ("rest", 7_000)):
+        weights[name] = np.zeros(125_000, np.float32)
+        weights[name][rng.choice(125_000, active, replace=False)] = rng.standard_normal(active)
+    proto = _model(
+        [helper.make_node("Add", ["x", "rest"], ["y"])], {n: w.reshape(250, 500) for n, w in weights.items()}
+    )
 
-    tensors = encode(_twice(weight), "packed").tensors
+    tensors = encode(proto, "packed").tensors
 
-    assert any(tensor.exponents is not None for tensor in tensors.values()) == is_split
+    # 4 % of 500,000 weights are 20,000.
+    assert {name for name, tensor in tensors.items() if tensor.exponents is not None} == {"most", "rest"}
