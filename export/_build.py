@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export._checks import check_folded, check_graph
 from fedmef_fx.export._clock import Clock
 from fedmef_fx.export._convert import Converted
+from fedmef_fx.export._entropy import EntropyBounds, entropy_bounds
 from fedmef_fx.export._examples import Call
 from fedmef_fx.export._names import drop_defaults, shorten_names
 from fedmef_fx.export._origins import readers_of
@@ -66,7 +66,7 @@ class Built:
             None where nothing is encoded, or it is too large for one file.
         plain_bytes: Size of the graph with dense float32 weights.
         plain_nodes: Its nodes.
-        entropy_bytes: The least that the weights can take.
+        bounds: The least that the weights can take.
         tolerance: Largest difference from the model that is allowed, relative to an output; None for any.
         notices: What was done otherwise than asked for.
     """
@@ -77,7 +77,7 @@ class Built:
     reference: bytes | None
     plain_bytes: int
     plain_nodes: int
-    entropy_bytes: float
+    bounds: EntropyBounds
     tolerance: float | None
     notices: tuple[str, ...]
 
@@ -108,7 +108,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
         reference=None,
         plain_bytes=_size(plain),
         plain_nodes=len(plain.graph.node),
-        entropy_bytes=_entropy_bytes(plain, {}),
+        bounds=entropy_bounds(plain, {}),
         tolerance=None if plan.quantize else _TOLERANCES[plan.weights],
         notices=(),
     )
@@ -117,9 +117,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
 
         with clock.stage("quantize"):
             proto, notices = quantize_int8(plain, calibration)
-            built = dataclasses.replace(
-                built, proto=proto, entropy_bytes=_entropy_bytes(proto, {}), notices=tuple(notices)
-            )
+            built = dataclasses.replace(built, proto=proto, bounds=entropy_bounds(proto, {}), notices=tuple(notices))
     if plan.weights != "dense":
         with clock.stage("encode"):
             built = _encoded(built, plan, nodes)
@@ -136,7 +134,7 @@ def _encoded(built: Built, plan: Plan, nodes: Mapping[str, str]) -> Built:
     notices = [*built.notices, *encoding.notices]
     if not tensors:
         notices.append("no weight takes fewer bytes encoded: all are stored plainly")
-    bound, reference = _entropy_bytes(proto, tensors), _reference(proto, plan, tensors)
+    bounds, reference = entropy_bounds(proto, tensors), _reference(proto, plan, tensors)
     shrink_quantizers(proto)
     apply_encoding(proto, tensors)
     share_equal(proto)
@@ -147,7 +145,7 @@ def _encoded(built: Built, plan: Plan, nodes: Mapping[str, str]) -> Built:
         proto=proto,
         manifest=_manifest(plan, tensors, renamed, nodes),
         reference=reference,
-        entropy_bytes=bound,
+        bounds=bounds,
         notices=tuple(notices),
     )
 
@@ -198,21 +196,3 @@ def _manifest(
             )
         )
     return Manifest(plan.weights, plan.quantize, tuple(tensors))
-
-
-def _entropy_bytes(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> float:
-    """Sum over all tensors of n H(d) bits for positions and the bits of the active values."""
-    total = 0.0
-    for tensor in proto.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        found = encoded.get(tensor.name)
-        bits = 8 * (np.dtype(found.values).itemsize if found is not None else array.itemsize)
-        is_weight = tensor.data_type in (TensorProto.FLOAT, TensorProto.INT8) and array.ndim > 1
-        active = int(np.count_nonzero(array)) if is_weight else array.size
-        total += (array.size * _entropy(active / array.size) + active * bits) / 8 if array.size else 0.0
-    return total
-
-
-def _entropy(density: float) -> float:
-    """H(d) = -d log2(d) - (1 - d) log2(1 - d), in bits."""
-    return -sum(p * math.log2(p) for p in (density, 1 - density) if p > 0)

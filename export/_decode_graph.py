@@ -4,10 +4,12 @@ A runtime that folds constants computes it once, when a session is created, and 
 dense file. The steps are those of `decode_positions` and `decode_tensor`:
 
     fields      BitShift, BitwiseAnd, Reshape; planes joined by BitShift, BitwiseOr; Slice off the padding; Cast
-    Gaps        emit = field < escape;  at = CumSum(field + emit) - 1;  index = CumSum(emit) * emit
-    Rice        index = CumSum(bit) * bit;  at = CumSum((remainders + 1)[index]) - 1
+    Gaps        emit = field < escape;  index = CumSum(emit) * emit;  at = CumSum(steps[field]) from the end
+    Rice        index = CumSum(bit) * bit;  at = CumSum(~remainders[index]) from the end
     Bitmap      index = CumSum(bit) * bit
     values      [0, v_0, v_1, ...][index]: index 0 is a symbol that marks nothing
+    exponents   code = field | below[CumSum(field == escape)] << width;  v = (HIGH[high] + low) * scale[code];
+                ScatterElements of outliers
     tensor      ScatterElements into zeros (not for Bitmap); Concat of chunks; Reshape; Mul by the scales
 """
 
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from fedmef_fx.export.codecs.exponents import HIGH, Level, SplitFloats
 from fedmef_fx.export.codecs.fields import plane_widths
 from fedmef_fx.export.codecs.positions import Bitmap, Gaps, Positions, Rice
 from fedmef_fx.export.codecs.tensor import Chunk, EncodedTensor
@@ -84,6 +87,7 @@ class DecodeGraph:
 
     def _whole(self, encoded: EncodedTensor) -> str:
         (chunk,) = encoded.chunks
+        assert not isinstance(chunk.stored, SplitFloats)  # noqa: S101 -- only sparse values are split
         stored = self._initializer(chunk.stored.reshape(encoded.shape))
         return self._op("Cast", stored, to=helper.np_dtype_to_tensor_dtype(encoded.dtype))
 
@@ -103,29 +107,62 @@ class DecodeGraph:
         assert positions is not None  # noqa: S101 -- the caller has looked
         if positions.active == 0:
             return self.zeros((chunk.size,), dtype)
-        values = self._initializer(np.concatenate([np.zeros(1, chunk.stored.dtype), chunk.stored]))
-        if chunk.stored.dtype != dtype:
-            values = self._op("Cast", values, to=helper.np_dtype_to_tensor_dtype(dtype))
+        values = self._values(chunk.stored, dtype)
         if isinstance(positions.code, Bitmap):
             return self._op("Gather", values, self._index(self._bits(positions)))
         index, at = self._gaps(positions) if isinstance(positions.code, Gaps) else self._rice(positions)
         marked = self._op("Gather", values, index)
         return self._op("ScatterElements", self.zeros((chunk.size,), dtype), at, marked)
 
+    def _values(self, stored: NDArray[Any] | SplitFloats, dtype: np.dtype[Any]) -> str:
+        """A zero and the values."""
+        if isinstance(stored, SplitFloats):
+            return self._joined(stored)
+        values = self._initializer(np.concatenate([np.zeros(1, stored.dtype), stored]))
+        return values if stored.dtype == dtype else self._op("Cast", values, to=helper.np_dtype_to_tensor_dtype(dtype))
+
+    def _joined(self, split: SplitFloats) -> str:
+        """`f32[padded]`: the values of `join_floats`."""
+        low = self._op("Cast", self._initializer(split.low), to=TensorProto.FLOAT)
+        high = self._op("Gather", self._constant(HIGH), self._as_index(self._initializer(split.high)))
+        scales = self._op("Gather", self._constant(split.code.scales), self._constant(split.code.numbers()))
+        scale = self._op("Gather", scales, self._as_index(self._codes(split.levels)))
+        values = self._op("Mul", self._op("Add", high, low), scale)
+        if not split.outliers.size:
+            return values
+        return self._op("ScatterElements", values, self._initializer(split.outliers), self._initializer(split.patches))
+
+    def _codes(self, levels: tuple[Level, ...]) -> str:
+        """`u8[padded]`: the fields of all levels, the first in the lowest bits."""
+        level, *rest = levels
+        fields = self._padded_fields(level.planes, level.width)
+        if not rest:
+            return fields
+        is_escape = fields  # all bits are set
+        for bit in range(1, level.width):
+            is_escape = self._op("BitwiseAnd", is_escape, self._shifted(fields, bit, "RIGHT"))
+        below = self._shifted(self._codes(tuple(rest)), level.width, "LEFT")
+        return self._op("BitwiseOr", fields, self._op("Gather", below, self._sums(self._as_index(is_escape))))
+
+    def _as_index(self, values: str) -> str:
+        return self._op("Cast", values, to=TensorProto.INT32)
+
+    def _shifted(self, values: str, bits: int, direction: str) -> str:
+        return self._op("BitShift", values, self._constant(np.array(bits, np.uint8)), direction=direction)
+
     def _gaps(self, positions: Positions) -> tuple[str, str]:
         code = positions.code
         assert isinstance(code, Gaps)  # noqa: S101 -- for the type checker
         field = self._fields(positions.planes, code.bits, positions.symbols)
         marks = self._op("Less", field, self._constant(np.array(code.escape, np.int32)))
-        emit = self._op("Cast", marks, to=TensorProto.INT32)
-        return self._index(emit), self._arrivals(self._op("Add", field, emit))
+        return self._index(self._as_index(marks)), self._arrivals(self._op("Gather", self._constant(code.steps), field))
 
     def _rice(self, positions: Positions) -> tuple[str, str]:
         code = positions.code
         assert isinstance(code, Rice)  # noqa: S101 -- for the type checker
         index = self._index(self._bits(positions))
         remainders = self._fields(positions.planes, code.bits, positions.active + 1)
-        steps = self._op("Add", remainders, self._constant(np.array(1, np.int32)))
+        steps = self._op("BitwiseNot", remainders)  # -r - 1
         return index, self._arrivals(self._op("Gather", steps, index))
 
     def _index(self, marks: str) -> str:
@@ -133,7 +170,8 @@ class DecodeGraph:
         return self._op("Mul", self._sums(marks), marks)
 
     def _arrivals(self, steps: str) -> str:
-        return self._op("Sub", self._sums(steps), self._constant(np.array(1, np.int32)))
+        """Negative indices: each the sum of a step and all after it."""
+        return self._op("CumSum", steps, self._constant(np.array(0, np.int64)), reverse=1)
 
     def _sums(self, values: str) -> str:
         return self._op("CumSum", values, self._constant(np.array(0, np.int64)))
@@ -143,17 +181,21 @@ class DecodeGraph:
 
     def _fields(self, planes: tuple[NDArray[np.uint8], ...], bits: int, count: int) -> str:
         """`i32[count]`: the fields of `unpack_fields`."""
+        joined = self._padded_fields(planes, bits)
+        if count % 8:
+            ends = self._constant(np.array([count], np.int64))
+            joined = self._op("Slice", joined, self._constant(np.array([0], np.int64)), ends)
+        return self._as_index(joined)
+
+    def _padded_fields(self, planes: tuple[NDArray[np.uint8], ...], bits: int) -> str:
+        """`u8[count]`: fields, and what pads them to a multiple of 8."""
         joined = ""
         for plane, width in zip(planes, plane_widths(bits), strict=True):
             fields = self._plane(plane, width)
             if joined:
-                shifted = self._op("BitShift", joined, self._constant(np.array(width, np.uint8)), direction="LEFT")
-                fields = self._op("BitwiseOr", shifted, fields)
+                fields = self._op("BitwiseOr", self._shifted(joined, width, "LEFT"), fields)
             joined = fields
-        if count % 8:
-            ends = self._constant(np.array([count], np.int64))
-            joined = self._op("Slice", joined, self._constant(np.array([0], np.int64)), ends)
-        return self._op("Cast", joined, to=TensorProto.INT32)
+        return joined
 
     def _plane(self, plane: NDArray[np.uint8], width: int) -> str:
         if width == 8:

@@ -6,6 +6,9 @@ Rules
    vectors stay exact, and so do small weights: first layers and depthwise kernels. These are percents of the bytes, and
    what all later layers amplify: on MobileNetV2 rounding them makes up 6/7 of the error.
 3. A tensor that several nodes read is stored and decoded once.
+4. Exponents of float32 values are coded in as many active weights as are 4 % of all weights, in the largest tensors
+   first. Decoding them takes some 50 bytes of memory per active weight, which onnxruntime keeps until it has folded
+   everything: with all of them, ResNet50 at density 0.1 takes 1.8 times the memory of the dense file, in place of 1.6.
 """
 
 import dataclasses
@@ -34,6 +37,7 @@ _LEAST_LOSSY_NUMEL: Final = 256
 _LARGEST_SMALL_NUMEL: Final = 8192
 _SMALL_SHARE: Final = 1 / 400
 _LARGEST_FLOAT16: Final = float(np.finfo(np.float16).max)
+_SPLIT_SHARE: Final = 0.04
 _SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
 
 
@@ -69,6 +73,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
     notices = []
     candidates = _candidates(proto) if weights != "dense" else []
     share = int(_SMALL_SHARE * sum(math.prod(tensor.dims) for tensor in candidates))
+    split = _split(candidates)
     lossy_numel = max(_LEAST_LOSSY_NUMEL, min(_LARGEST_SMALL_NUMEL, share))
     for tensor in candidates:
         array = numpy_helper.to_array(tensor)
@@ -78,7 +83,7 @@ def encode(proto: ModelProto, weights: StoredWeights) -> Encoding:
         if values == "float16" and (largest := float(np.abs(array).max())) > _LARGEST_FLOAT16:
             notices.append(f"{tensor.name} stays float32: it reaches {largest:.3g}, more than float16 holds")
             values = "float32"
-        encoded = encode_tensor(array, values)
+        encoded = encode_tensor(array, values, splits=tensor.name in split)
         if encoded is not None:
             tensors[tensor.name] = encoded
     return Encoding(tensors, tuple(notices))
@@ -103,6 +108,18 @@ def apply_encoding(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> N
     graph.node.extend([*decoders.nodes, *nodes])
     graph.ClearField("initializer")
     graph.initializer.extend([*kept, *decoders.initializers])
+
+
+def _split(tensors: list[TensorProto]) -> set[str]:
+    """Those whose exponents may be coded."""
+    active = {tensor.name: int(np.count_nonzero(numpy_helper.to_array(tensor))) for tensor in tensors}
+    left = int(_SPLIT_SHARE * sum(math.prod(tensor.dims) for tensor in tensors))
+    chosen = set()
+    for name in sorted(active, key=lambda name: -active[name]):
+        if active[name] <= left:
+            chosen.add(name)
+            left -= active[name]
+    return chosen
 
 
 def _candidates(proto: ModelProto) -> list[TensorProto]:

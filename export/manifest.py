@@ -36,7 +36,8 @@ class StoredTensor:
         value: Name of the decoded tensor in the graph: the output of the last node that decodes it.
         shape: Its shape.
         codec: "<positions>/<values>". Positions are "gap<k>", "rice<k>", "bitmap" or "dense" (every element is
-            stored), values "float32", "float16", "int16" (times a scale per slice of dimension 0) or "int8".
+            stored), values "float32", "float32-e<k><k>..." (exponents coded in levels of k bits), "float16",
+            "int16" (times a scale per slice of dimension 0) or "int8".
         active: Elements whose value is stored.
         bytes: What the file stores for it: positions, values and scales, without names and nodes.
         node: The node of the traced model that reads it first; empty where that is not known.

@@ -68,7 +68,9 @@ class ExportReport:
         quantize: As asked for.
         plain_bytes: Size of the graph as a file of dense float32 weights.
         entropy_bytes: What the weights take at least: the entropy of where the active ones are, n H(d) bits for a
-            tensor of n elements and density d, and the bits of their values.
+            tensor of n elements and density d, and all bits of their values: 32 for float32. A file whose exponents are
+            coded can take less.
+        exponent_entropy_bytes: Likewise with 24 bits and the entropy of the tensor's exponents for a float32 value.
         plain_nodes: Operators of the model itself, before quantizing and encoding.
         tensors: The tensors that are stored encoded.
         runtime: What onnxruntime makes of it; None where nothing is encoded or verification was not asked for.
@@ -86,6 +88,7 @@ class ExportReport:
     quantize: str | None = None
     plain_bytes: int = 0
     entropy_bytes: float = 0.0
+    exponent_entropy_bytes: float = 0.0
     plain_nodes: int = 0
     tensors: tuple[StoredTensor, ...] = ()
     runtime: Runtime | None = None
@@ -97,14 +100,20 @@ class ExportReport:
 
     @property
     def over_entropy(self) -> float | None:
-        """Bytes of the file over the entropy bound, less 1; None where the bound is not known."""
+        """Bytes of the file over `entropy_bytes`, less 1, so less than 0 for fewer; None where that is not known."""
         return self.bytes / self.entropy_bytes - 1 if self.entropy_bytes else None
+
+    @property
+    def over_exponent_entropy(self) -> float | None:
+        """Bytes of the file over `exponent_entropy_bytes`, less 1; None where that is not known."""
+        return self.bytes / self.exponent_entropy_bytes - 1 if self.exponent_entropy_bytes else None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as values that `json.dumps` takes."""
         values = {**dataclasses.asdict(self), "path": str(self.path), "ratio": self.ratio}
         tensors = [{**dataclasses.asdict(t), "shape": list(t.shape), "density": t.density} for t in self.tensors]
-        return {**values, "over_entropy": self.over_entropy, "tensors": tensors}
+        over = {"over_entropy": self.over_entropy, "over_exponent_entropy": self.over_exponent_entropy}
+        return {**values, **over, "tensors": tensors}
 
     def __str__(self) -> str:
         lines = [f"{name:8s}{value}" for name, value in self._rows()]
@@ -126,7 +135,9 @@ class ExportReport:
         rows = [("file", str(self.path)), ("size", size)]
         if self.tensors or self.quantize:
             stored = self.weights if self.quantize is None else f"{self.weights}, {self.quantize}"
-            bound = "" if self.over_entropy is None else f", {self.over_entropy:.1%} over the entropy bound"
+            bound = "" if self.over_entropy is None else f", {_over(self.over_entropy)} the entropy bound"
+            if self.over_exponent_entropy is not None and self.exponent_entropy_bytes < self.entropy_bytes:
+                bound += f", {_over(self.over_exponent_entropy)} that with the entropy of exponents"
             plain = f"{self.plain_bytes:,} bytes as dense float32, {self.plain_bytes / self.bytes:.2f} times the file"
             rows.append(("weights", f"{stored}; {plain}{bound}"))
             nodes += f"; {self.plain_nodes} without decoders and quantizers"
@@ -135,6 +146,10 @@ class ExportReport:
             rows.append(("runtime", _runtime_text(self.runtime)))
         rows.append(("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.seconds.items())))
         return rows + [("notice", notice) for notice in self.notices]
+
+
+def _over(share: float) -> str:
+    return f"{abs(share):.1%} {'over' if share >= 0 else 'under'}"
 
 
 def _tensor_cells(tensor: StoredTensor) -> tuple[str, ...]:

@@ -53,7 +53,9 @@ def test_as_dict_survives_json() -> None:
         "quantize": None,
         "plain_bytes": 0,
         "entropy_bytes": 0.0,
+        "exponent_entropy_bytes": 0.0,
         "over_entropy": None,
+        "over_exponent_entropy": None,
         "plain_nodes": 0,
         "tensors": [],
         "runtime": None,
@@ -100,6 +102,13 @@ def test_encoded_weights_have_a_table() -> None:
         "tensor         shape    codec          density  bytes",
         "conv.<weight>  4x3x3x3  rice3/float32    0.250    120",
     ]
+
+
+def test_a_file_below_the_bound_of_whole_values_says_so() -> None:
+    report = dataclasses.replace(ENCODED, entropy_bytes=2_500.0, exponent_entropy_bytes=1_960.0)
+
+    assert report.over_exponent_entropy == pytest.approx(40 / 1_960)
+    assert "20.0% under the entropy bound, 2.0% over that with the entropy of exponents" in str(report)
 
 
 def test_an_encoded_report_survives_json() -> None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from fedmef_fx import Config, freeze, transform
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export import _build, _write
+from fedmef_fx.export import _write
 from fedmef_fx.export._checks import check_folded, check_graph, check_masked
 from fedmef_fx.export._decode_graph import short_names
+from fedmef_fx.export._entropy import entropy_bounds
 from fedmef_fx.export._names import drop_defaults, names_of, shorten_names
 from fedmef_fx.export._shrink import share_equal, shrink_quantizers
 from fedmef_fx.export.encode import apply_encoding, encode, round_weights, zero_is_positive
@@ -271,10 +272,29 @@ def test_size_arithmetic(tensor_bytes: int, is_split: bool) -> None:
     assert _write.needs_second_file(tensor_bytes) is is_split
 
 
-def test_the_entropy_bound() -> None:
+def test_the_entropy_bounds() -> None:
     weight = np.zeros((10, 100), np.float32)
-    weight[:, :11] = 1.0
+    weight[:, :11] = [1.0, *[2.0, -3.0] * 5]
     proto = _twice(weight)
 
-    # 1000 H(0.11) bits, 110 values of 4 bytes.
-    assert _build._entropy_bytes(proto, {}) == pytest.approx(1000 * 0.499916 / 8 + 110 * 4, rel=1e-6)
+    bounds = entropy_bounds(proto, {})
+
+    # 1000 H(0.11) bits, 110 values of 4 bytes; or of 24 + H(1 / 11) bits, as 1 of 11 has an exponent of its own.
+    assert bounds.whole == pytest.approx(1000 * 0.499916 / 8 + 110 * 4, rel=1e-6)
+    assert bounds.exponents == pytest.approx(1000 * 0.499916 / 8 + 110 * (24 + 0.439497) / 8, rel=1e-6)
+
+
+def test_exponents_are_coded_in_the_largest_tensors_that_fit() -> None:
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, active in (("too many", 23_000), ("most", 12_000), ("no more", 9_000), ("rest", 7_000)):
+        weights[name] = np.zeros(125_000, np.float32)
+        weights[name][rng.choice(125_000, active, replace=False)] = rng.standard_normal(active)
+    proto = _model(
+        [helper.make_node("Add", ["x", "rest"], ["y"])], {n: w.reshape(250, 500) for n, w in weights.items()}
+    )
+
+    tensors = encode(proto, "packed").tensors
+
+    # 4 % of 500,000 weights are 20,000.
+    assert {name for name, tensor in tensors.items() if tensor.exponents is not None} == {"most", "rest"}

@@ -1,17 +1,19 @@
 """Encoded tensors: numpy's decoder, and the ONNX subgraph, give back every bit that was kept."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
 from fedmef_fx.export import _decode_graph
+from fedmef_fx.export.codecs import exponents
 from fedmef_fx.export.codecs import tensor as tensors
 from fedmef_fx.export.codecs.tensor import EncodedTensor, decode_tensor, encode_tensor
 from fedmef_fx.export.codecs.values import ValueCode
@@ -27,6 +29,8 @@ DTYPES: dict[ValueCode, type] = {
 @pytest.fixture(autouse=True)
 def _small_tensors_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "_NODE_BYTES", 0)
+    monkeypatch.setattr(exponents, "_SPLIT_BYTES", 0)
+    monkeypatch.setattr(exponents, "_LEVEL_BYTES", 0)
 
 
 def _weights(shape: tuple[int, ...], density: float, dtype: type, seed: int = 0) -> NDArray[Any]:
@@ -55,13 +59,14 @@ def _decoded_by_onnx(encoded: EncodedTensor) -> NDArray[Any]:
     st.floats(0.0, 1.0),
     st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     st.sampled_from([7, 64, 1 << 20]),
+    st.booleans(),
     st.integers(0, 99),
 )
 def test_numpy_and_onnx_decode_the_same(
-    values: ValueCode, density: float, shape: tuple[int, ...], chunk: int, seed: int
+    values: ValueCode, density: float, shape: tuple[int, ...], chunk: int, splits: bool, seed: int
 ) -> None:
     weights = _weights(shape, density, DTYPES[values], seed)
-    encoded = encode_tensor(weights, values, chunk_elements=chunk)
+    encoded = encode_tensor(weights, values, splits=splits, chunk_elements=chunk)
     if encoded is None:
         return
 
@@ -82,8 +87,7 @@ def test_every_code_in_chunks(values: ValueCode, density: float) -> None:
     weights = _weights((24, 16, 3, 3), density, DTYPES[values])
     encoded = encode_tensor(weights, values, chunk_elements=1000)
     if encoded is None:
-        assert density == 1.0
-        assert values in ("float32", "int8")
+        assert (density, values) == (1.0, "int8")
         return
     assert len(encoded.chunks) == (1 if encoded.codec.startswith("dense") else 4)
     assert _decoded_by_onnx(encoded).tobytes() == decode_tensor(encoded).tobytes()
@@ -104,19 +108,82 @@ def test_codecs_by_density() -> None:
     found = {}
     for density in (0.02, 0.1, 0.6, 1.0):
         for values in ("float32", "int8"):
-            encoded = encode_tensor(_weights((256, 256), density, DTYPES[values]), values)  # type: ignore[arg-type]
+            weights = _weights((256, 256), density, DTYPES[values])  # type: ignore[index]
+            encoded = encode_tensor(weights, values, splits=False)  # type: ignore[arg-type]
             found[density, values] = None if encoded is None else encoded.codec
+        split = encode_tensor(_weights((256, 256), density, np.float32), "float32")
+        assert split is not None
+        found[density, "split"] = split.codec
 
     assert found == {
         (0.02, "float32"): "rice5/float32",
         (0.02, "int8"): "rice5/int8",
+        (0.02, "split"): "gap7/float32-e224",  # beside split values Rice has to save more
         (0.1, "float32"): "gap4/float32",  # Rice saves too little beside values of 32 bits
         (0.1, "int8"): "rice3/int8",
+        (0.1, "split"): "gap4/float32-e224",
         (0.6, "float32"): "bitmap/float32",
         (0.6, "int8"): "bitmap/int8",
+        (0.6, "split"): "bitmap/float32-e224",
         (1.0, "float32"): None,
         (1.0, "int8"): None,
+        (1.0, "split"): "bitmap/float32-e224",
     }
+
+
+# float32 of all kinds, in a tensor of 3000 elements of which it is one in four.
+ANY_FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=60)
+@given(st.lists(ANY_FLOAT, min_size=1, max_size=60), st.sampled_from([50, 97, 1 << 20]))
+@example([1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 1.0, -1.5], 50)
+@example([1.0] * 50, 1 << 20)
+@example([-0.1], 1 << 20)
+def test_split_values_of_all_kinds_are_decoded_bit_by_bit(chosen: list[float], chunk: int) -> None:
+    weights = np.zeros((len(chosen), 4), np.float32)
+    weights[:, 1] = chosen
+    weights += 0.0  # -0 is no active value
+    encoded = encode_tensor(weights, "float32", chunk_elements=chunk)
+    if encoded is None:
+        return
+
+    assert decode_tensor(encoded).tobytes() == weights.tobytes()
+    assert _decoded_by_onnx(encoded).tobytes() == weights.tobytes()
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 1.0])
+def test_onnxruntime_decodes_split_values_when_it_loads_them(density: float, tmp_path: Path) -> None:
+    weights = _weights((200, 300), density, np.float32)
+    weights[0, :3] = 1e-40, 3e38, -1e-10  # outliers
+    encoded = encode_tensor(weights, "float32")
+    assert encoded is not None
+    assert encoded.exponents is not None
+    decoder = _decode_graph.DecodeGraph({"x", "w", "y"})
+    decoder.add(encoded, "w")
+    nodes = [*decoder.nodes, helper.make_node("Add", ["x", "w"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (200, 300)) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], decoder.initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["Add"]
+    result = session.run(None, {"x": np.zeros((200, 300), np.float32)})[0]
+    assert result[1:].tobytes() == weights[1:].tobytes()
+
+
+def test_splitting_takes_an_eighth_less_and_needs_enough_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for shape, is_split in (((300, 300), True), (((20, 20)), False)):
+        weights = _weights(shape, 0.1, np.float32)
+        plain, split = (encode_tensor(weights, "float32", splits=splits) for splits in (False, True))
+        assert plain is not None
+        assert split is not None
+        assert (split.exponents is not None) == is_split
+        assert split.nbytes < 0.875 * plain.nbytes if is_split else split.nbytes == plain.nbytes
 
 
 def test_int16_has_a_scale_per_channel_and_a_smaller_error_than_float16() -> None:
