@@ -20,7 +20,6 @@ __all__ = ["bitmap_nbytes", "check_bitmap", "count_bits", "count_rows", "pack_bi
 
 # Elements that are counted fastest one by one: a few bytes more than what it takes to be clever.
 _SMALL: Final = 1 << 15
-_HAS_BITWISE_COUNT: Final = hasattr(np, "bitwise_count")  # numpy 2
 _SET_BITS = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
@@ -107,7 +106,7 @@ def _unpack_on_device(bitmap: Tensor, numel: int) -> Tensor:
 
 def count_bits(bitmap: NDArray[np.uint8]) -> int:
     """Number of set bits of contiguous bytes."""
-    if not _HAS_BITWISE_COUNT:
+    if not hasattr(np, "bitwise_count"):  # before numpy 2
         return int(_SET_BITS[bitmap].sum(dtype=np.int64))
     whole = bitmap.size // 8 * 8  # as words: an eighth of the numbers to add up
     counts = np.bitwise_count(bitmap[:whole].view(np.uint64)), np.bitwise_count(bitmap[whole:])
@@ -116,7 +115,7 @@ def count_bits(bitmap: NDArray[np.uint8]) -> int:
 
 def _set_bits(bitmap: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Number of set bits of each byte."""
-    if not _HAS_BITWISE_COUNT:
+    if not hasattr(np, "bitwise_count"):  # before numpy 2
         return _SET_BITS[bitmap]
     counts: NDArray[np.uint8] = np.bitwise_count(bitmap)
     return counts
