@@ -1,9 +1,9 @@
 """The kernels compiled by numba: several times the speed of numpy.
 
 Serial loops that release the interpreter lock, run over spans by plain threads. Each kernel is compiled for a width
-of words when it first meets it: 0.1 to 0.6 s each, seven kernels, with the import about 3 s for a float32 model. numba
-keeps what it compiled in `__pycache__` or, where that is read-only, in the user's cache folder (`NUMBA_CACHE_DIR`
-chooses another), so that the next process takes under a second.
+of words when it first meets it: 0.1 to 0.6 s each, seven kernels, with the import about 3 s for a float32 model, and
+as long again for those of `ops`. numba keeps what it compiled in `__pycache__` or, where that is read-only, in the
+user's cache folder (`NUMBA_CACHE_DIR` chooses another), so that the next process takes about a second.
 
 A kernel that keeps values takes two passes, marks first and values second, so that the values get exactly the memory
 they need: a single pass would have to allocate for the case that everything is kept.
