@@ -223,7 +223,7 @@ def _masks(tensors: Mapping[str, Tensor], model: nn.Module, ties: Mapping[str, s
 def _value(tensors: Mapping[str, Tensor], name: str, own: Tensor, mask: Tensor | None) -> Tensor:
     """A stored tensor; of a masked parameter its active values."""
     stored = tensors.get(f"state/{name}" if mask is None else f"active/{name}")
-    shape = own.shape if mask is None else torch.Size([int(mask.sum())])
+    shape = own.shape if mask is None else torch.Size([int(mask.count_nonzero())])
     if stored is None or stored.shape != shape or stored.dtype != own.dtype:
         got = "nothing" if stored is None else f"{stored.dtype}{list(stored.shape)}"
         raise CheckpointError(f"load: damaged: {name} holds {got}; expected {own.dtype}{list(shape)}")

@@ -156,7 +156,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         mask = None
         if packed is not None:
             mask, values = inflate(name, packed, shape), tensors.get(f"active/{name}")
-        expected = shape.numel() if mask is None else int(mask.sum())
+        expected = shape.numel() if mask is None else int(mask.count_nonzero())
         if values is None or values.numel() != expected:
             got = "nothing" if values is None else f"{values.numel()} values"
             raise CheckpointError(f"load: damaged: {name} holds {got}; expected {expected} values")

@@ -64,7 +64,7 @@ class MaskedParameter:
     @property
     def active(self) -> int:
         """Number of active weights."""
-        return self.parameter.numel() if self.is_packed else int(self.buffer.sum())
+        return self.parameter.numel() if self.is_packed else int(self.buffer.count_nonzero())
 
     def positions(self) -> Tensor:
         """Flat (row-major) positions of the active weights in the dense weight, int64 `[active]`, ascending."""

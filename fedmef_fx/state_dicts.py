@@ -159,7 +159,7 @@ def _checked(entry: MaskedParameter, key: str, mask: object) -> Tensor:
 
 
 def _values(entry: MaskedParameter, key: str, value: object, mask: Tensor, *, is_packed: bool) -> Tensor:
-    active = int(mask.sum())
+    active = int(mask.count_nonzero())
     if isinstance(value, Tensor) and value.shape == entry.shape:
         return value.detach()[mask.to(value.device)]
     if isinstance(value, Tensor) and is_packed and value.shape == (active,):

@@ -133,7 +133,7 @@ def what_resulted(
     total = sum(mask.numel() for mask in masks.values())
     if granularity == "weight" or not total:
         return ()
-    share = sum(int(mask.sum()) for mask in masks.values()) / total
+    share = sum(int(mask.count_nonzero()) for mask in masks.values()) / total
     lines = [f"the masks keep {share:.4f} of their weights; Config.density is {density:g}"]
     if isinstance(parse_granularity(granularity), Pattern):
         return (f"{lines[0]}, which {granularity} leaves no choice",)

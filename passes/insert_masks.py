@@ -160,7 +160,7 @@ class InsertMasks:
             masks = coarse_masks(weights, layouts, options, seed=seed)
             return {name: mask & adopted[name] if name in adopted else mask for name, mask in masks.items()}
         counts = allocate({n: tuple(w.shape) for n, w in weights.items()}, self.density, method=self.allocation)
-        counts |= {name: min(counts[name], int(mask.sum())) for name, mask in adopted.items()}
+        counts |= {name: min(counts[name], int(mask.count_nonzero())) for name, mask in adopted.items()}
         if self.mask_init == "magnitude":
             return magnitude_masks({n: w * adopted[n] if n in adopted else w for n, w in weights.items()}, counts)
         masks = random_masks({n: tuple(w.shape) for n, w in weights.items()}, counts, seed=self.seed)

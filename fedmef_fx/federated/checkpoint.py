@@ -145,9 +145,9 @@ def read_state_file(path: Path) -> ModelState:
     except (CheckpointError, WireError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     for name, mask in masks.items():
-        if values[name].shape != (int(mask.sum()),):
+        if values[name].shape != (int(mask.count_nonzero()),):
             raise CheckpointError(
-                f"{path}: {name}: got {list(values[name].shape)} values for {int(mask.sum())} weights"
+                f"{path}: {name}: got {list(values[name].shape)} values for {int(mask.count_nonzero())} weights"
             )
     dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items()}
     return ModelState(fields.get("version", 0), masks, values, dense)
@@ -186,7 +186,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
     # From here on the content is what `save_checkpoint` wrote; it may still be another model's.
     masks = {name: _mask(tensors, name, spec.shape) for name, spec in schema.masked.items()}
     values = {
-        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].sum())]), spec.dtype))
+        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].count_nonzero())]), spec.dtype))
         for name, spec in schema.masked.items()
     }
     dense = {name: _take(tensors, f"dense/{name}", spec) for name, spec in schema.dense.items()}

@@ -122,7 +122,7 @@ class Server:
         }
         adjusted = adjusted_masks(self.model, gradients, counts)
         entries = masked_parameters(self.model).items()
-        churn = {name: int((adjusted[name] & ~entry.mask).sum()) for name, entry in entries}
+        churn = {name: int((adjusted[name] & ~entry.mask).count_nonzero()) for name, entry in entries}
         set_masks(self.model, adjusted)
         return churn
 

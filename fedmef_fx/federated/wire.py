@@ -94,7 +94,7 @@ def decode_broadcast(
         for name, spec in schema.masked.items()
     }
     values = {
-        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].sum())]), spec.dtype))
+        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].count_nonzero())]), spec.dtype))
         for name, spec in schema.masked.items()
     }
     dense = _dense(tensors, schema.dense, base.dense if base else {})
@@ -221,7 +221,7 @@ def _counts(value: object, masks: Mapping[str, Tensor]) -> dict[str, int] | None
     if not isinstance(value, dict) or value.keys() != masks.keys():
         raise WireError(f"broadcast: counts: got {value!r:.80}; expected one per masked parameter")
     for name, mask in masks.items():
-        active = int(mask.sum())
+        active = int(mask.count_nonzero())
         _integer(value, name, low=0, high=min(active, mask.numel() - active))
     return value
 

@@ -257,7 +257,7 @@ def _change(name: str, before: StoredTensor, after: StoredTensor) -> ParameterCh
 def _kept(before: StoredTensor, after: StoredTensor) -> int:
     if before.mask is None or after.mask is None:
         return (after if before.mask is None else before).values.numel()
-    return int((before.mask & after.mask).sum())
+    return int((before.mask & after.mask).count_nonzero())
 
 
 def _dense(stored: StoredTensor) -> Tensor:

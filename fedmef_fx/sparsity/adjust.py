@@ -88,7 +88,7 @@ def adjust_mask(weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int) 
     positions, values = gradient.positions.to(mask.device), gradient.values.to(mask.device)
     is_candidate = ~torch.take(mask, positions) & (values != 0)
     positions, values = positions[is_candidate], values[is_candidate]
-    k = min(k, positions.numel(), int(mask.sum()))
+    k = min(k, positions.numel(), int(mask.count_nonzero()))
     adjusted = mask.flatten().clone()
     adjusted[lowest_magnitude(weight, mask, k)] = False
     adjusted[positions[largest_positions(magnitudes(values), k)]] = True
