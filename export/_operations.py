@@ -17,7 +17,7 @@ from fedmef_fx.passes._activations import ACTIVATION_MODULES, ACTIVATION_NAMES
 from fedmef_fx.passes._nodes import CONVOLUTIONS, bound
 from fedmef_fx.program import Region
 
-__all__ = ["Operation", "operation_of"]
+__all__ = ["DROPOUT_MODULES", "Operation", "operation_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ _ELEMENTWISE_MODULES: Final = (
     nn.Tanhshrink,
     nn.Threshold,
 )
-_DROPOUT_MODULES: Final = (
+DROPOUT_MODULES: Final = (
     nn.AlphaDropout,
     nn.Dropout,
     nn.Dropout1d,
@@ -178,7 +178,7 @@ def operation_of(region: Region, node: fx.Node) -> Operation:
 def _of_module(module: Any, x: Any) -> Operation:
     if isinstance(module, _ELEMENTWISE_MODULES):
         return Operation("elementwise", x)
-    if isinstance(module, _DROPOUT_MODULES):
+    if isinstance(module, DROPOUT_MODULES):
         return Operation("identity", x)
     if type(module) in _BATCH_NORMS and module.running_mean is not None:
         tensors = {name: getattr(module, name) for name in ("weight", "bias", "running_mean", "running_var")}

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.export._operations import DROPOUT_MODULES
 from fedmef_fx.export._plain_compressed import is_compressed, restore_compressed
 from fedmef_fx.ops.activations import sign_relu
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
@@ -40,16 +41,7 @@ _MAX_POOL: Final = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOL: Final = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE_AVG_POOL: Final = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
-_IDENTITIES_IN_EVAL: Final = (
-    BitDropout,
-    nn.AlphaDropout,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.FeatureAlphaDropout,
-    nn.Identity,
-)
+_IDENTITIES_IN_EVAL: Final = (BitDropout, *DROPOUT_MODULES, nn.Identity)
 _DROPOUTS: Final = frozenset(
     {bit_dropout, F.alpha_dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout}
 )

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from fedmef_fx.emit import program_of, tables_in
+from fedmef_fx.emit import program_of, recompile
 from fedmef_fx.model import HOLDER, is_transformed
 from fedmef_fx.program import Region, provenance
 
@@ -46,12 +46,7 @@ def mark_layers(model: nn.Module, listener: LayerListener) -> None:
         for node in list(graph.nodes):
             if node.op in ("call_function", "call_method") or _is_site(node):
                 _mark_node(node, layer_of(region, node), listener)
-    if isinstance(model, fx.GraphModule):
-        model.recompile()
-    for _, table in tables_in(model):
-        for entry in table.entries:
-            for compiled in entry.graphs.values():
-                compiled.recompile()
+    recompile(model)
 
 
 def _mark_module(module: nn.Module, path: str, listener: LayerListener) -> None:

@@ -5,13 +5,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.duplicate import duplicate_of
 from fedmef_fx.emit import program_of
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.layer_sparsity import packing_sites, set_sparsity
 from fedmef_fx.memory.bitmap import bitmap_nbytes
+from fedmef_fx.memory.live import tensors_in
 from fedmef_fx.memory.plan import LayerLevels
 from fedmef_fx.ops.packing import PackActivation
 
@@ -142,7 +142,7 @@ def _note_size(sizes: list[tuple[int, int]], index: int) -> Any:
 
 
 def _surrogate(output: Any) -> Tensor:
-    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    results = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     if not results:
         raise ConfigError("Config.memory_budget: no result of the model has a gradient; expected a model to train")
     return torch.stack([(result - torch.randn_like(result)).square().mean() for result in results]).sum()

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.duplicate import duplicate_of
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.memory.live import tensors_in
 from fedmef_fx.micro_batches import micro_batches
 
 __all__ = ["LossOfOutput", "OptimizerChoice", "OptimizerName", "TrainingStep", "optimizer_factory"]
@@ -130,13 +131,13 @@ class TrainingStep:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors among the arguments."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return list(tensors_in((self.args, self.kwargs)))
 
     @property
     def optimizer_state(self) -> list[Tensor]:
         """The tensors that the optimizer keeps."""
         state = {} if self.optimizer is None else dict(self.optimizer.state)
-        return [leaf for leaf in pytree.tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
+        return list(tensors_in(list(state.values())))
 
     @contextlib.contextmanager
     def isolated(self) -> Iterator[None]:
@@ -210,7 +211,7 @@ class TrainingStep:
 
 
 def _sum(output: Any) -> Any:
-    results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    results = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     return sum((result.sum() for result in results[1:]), results[0].sum()) if results else None
 
 

@@ -1,6 +1,7 @@
 """What every test shares: hypothesis profiles, a fixed torch seed, and the reasons for which tests are skipped."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_torch_seed() -> None:
     """Tests run in random order; what one draws must not change what the next one gets."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: two threads would only wait for each other, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

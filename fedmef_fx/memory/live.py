@@ -1,7 +1,7 @@
 """`LiveBytes`: the peak of all tensor memory while a piece of code runs."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["LiveBytes"]
+__all__ = ["LiveBytes", "tensors_in"]
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among the leaves of nested tuples, lists and dictionaries."""
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
 # torch.utils._python_dispatch is untyped, hence the three exceptions below.
@@ -81,9 +86,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation and take note of its tensors."""
         del types
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_iter((args, kwargs, out)):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf)
+        for tensor in tensors_in((args, kwargs, out)):
+            self._meet(tensor)
         return out
 
 

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from fedmef_fx.memory.live import tensors_in
 from fedmef_fx.memory.meter import SavedTensors
 from fedmef_fx.memory.registry import listening
 
@@ -157,7 +157,7 @@ class StepTimeline(TorchDispatchMode):
 
     def _claim(self, value: Any, path: str) -> None:
         """Write the layer on the autograd nodes behind a value that no layer has claimed yet."""
-        nodes: list[Any] = [leaf.grad_fn for leaf in tree_iter(value) if isinstance(leaf, Tensor)]
+        nodes: list[Any] = [tensor.grad_fn for tensor in tensors_in(value)]
         while nodes:
             node = nodes.pop()
             if node is not None and _LAYER not in node.metadata:
@@ -233,9 +233,8 @@ class StepTimeline(TorchDispatchMode):
         del types
         site = self._site(str(getattr(func, "overloadpacket", func)), _storage_keys(args))
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_iter((args, kwargs, out)):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf)
+        for tensor in tensors_in((args, kwargs, out)):
+            self._meet(tensor)
         self._note(site)
         return out
 
@@ -300,7 +299,7 @@ class AttributedSaves(SavedTensors):
 
 
 def _storage_keys(args: tuple[Any, ...]) -> Iterator[int]:
-    tensors = (leaf for leaf in tree_iter(args) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    tensors = (tensor for tensor in tensors_in(args) if tensor.layout is torch.strided)
     return (tensor.untyped_storage()._cdata for tensor in tensors)
 
 

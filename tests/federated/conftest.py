@@ -1,7 +1,7 @@
 """Small models and data that train in milliseconds."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,12 +36,8 @@ def blobs(samples: int, *, seed: int) -> TensorDataset:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads would only wait for each other on tensors this small, for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _small_tensors(one_thread: None) -> None:
+    """All tests here compute with small ones."""
 
 
 @pytest.fixture
