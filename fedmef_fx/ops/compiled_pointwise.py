@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmef_fx.memory.backend_numba import aligned_bytes, compiled, lowest_bit
 
-__all__ = ["columns_of", "inner_products", "multiply", "transposed"]
+__all__ = ["inner_products", "matrix_of", "multiply", "transposed"]
 
 Floats = NDArray[np.floating[Any]]
 Starts = NDArray[np.int64]
@@ -21,29 +21,36 @@ Columns = NDArray[np.int32]
 _TILE: Final = 512  # pixels
 
 
-def columns_of(bitmap: Tensor, starts: Starts, width: int, out: Columns) -> None:
-    """The column of each marked element of a matrix `[starts.size - 1, width]`, in row-major order."""
-    _columns_of(aligned_bytes(bitmap), starts, width, out)
+def matrix_of(bitmap: Tensor, width: int, starts: Starts, columns: Columns) -> None:
+    """Where the marked elements of a matrix `[starts.size - 1, width]` stand: starts of rows, and columns.
+
+    Everything that indexes memory later is made here, from the bitmap alone, and lies within the matrix.
+    """
+    _matrix_of(aligned_bytes(bitmap), width, starts, columns)
 
 
 @compiled()
-def _columns_of(bitmap: NDArray[np.uint8], starts: Starts, width: int, out: Columns) -> None:
+def _matrix_of(bitmap: NDArray[np.uint8], width: int, starts: Starts, columns: Columns) -> None:
     words = bitmap[: bitmap.size // 8 * 8].view(np.uint64)
+    size = (starts.size - 1) * width
+    starts[0] = 0
     row = 0
     count = 0
-    first = 0  # element of the row
     for i in range(words.size + bitmap.size % 8):
         is_word = i < words.size
         rest = words[i] if is_word else np.uint64(bitmap[words.size * 7 + i])
         begin = i * 64 if is_word else words.size * 56 + i * 8
         while rest:
             position = begin + np.int64(lowest_bit(rest))
-            while count >= starts[row + 1]:
+            if position >= size:  # padding
+                break
+            while position >= (row + 1) * width:
                 row += 1
-                first += width
-            out[count] = position - first
+                starts[row] = count
+            columns[count] = position - row * width
             count += 1
             rest &= rest - np.uint64(1)
+    starts[row + 1 :] = count
 
 
 @compiled()

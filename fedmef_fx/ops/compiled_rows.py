@@ -95,7 +95,13 @@ def statistics(
         gain: [rows].
         limits: g, EPS and the square of DEGENERATE.
         fan_in: Weights per row for statistics over all of them; None for the active ones.
+
+    Raises:
+        ValueError: As many values as active weights are needed.
     """
+    counted = int(lengths.numpy().sum())
+    if counted != values.numel():  # the kernels would read beyond them
+        raise ValueError(f"standardise: got {values.numel()} values; expected one per active weight, that is {counted}")
     columns = values.new_empty(5, lengths.numel())
     given = gain.to(values.dtype).contiguous().numpy()
     _statistics(values.numpy(), lengths.numpy(), given, limits, float(fan_in or 0), columns.numpy())

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.memory import backend
+from fedmef_fx.memory.backend_numpy import check_count
+from fedmef_fx.memory.bitmap import check_bitmap
 from fedmef_fx.memory.layout import has_no_values
 from fedmef_fx.memory.spans import run_parts
-from fedmef_fx.ops.rows import segments_of
 
 __all__ = ["PackedMatrix", "is_faster"]
 
@@ -36,6 +37,8 @@ _SMALLEST_PART: Final = 1 << 20
 def is_faster(x: Tensor, active: int, shape: torch.Size) -> bool:
     """Whether `PackedMatrix` computes a pointwise convolution, rather than a dense product.
 
+    Inputs that do not fit the weight are left to torch, which has an error for them.
+
     Args:
         x: The input, [N, in, *size].
         active: Active weights.
@@ -46,6 +49,8 @@ def is_faster(x: Tensor, active: int, shape: torch.Size) -> bool:
         and x.dtype in _DTYPES
         and not has_no_values(x)
         and x.is_contiguous()
+        and x.dim() == len(shape)
+        and x.shape[1] == shape[1]
         and active <= _LARGEST_DENSITY * shape.numel()
         and x.numel() >= _FEWEST_PIXELS * x.shape[1]
         and backend().name == "numba"
@@ -77,10 +82,10 @@ class PackedMatrix:
 
     def __init__(self, values: Tensor, bitmap: Tensor, shape: torch.Size) -> None:
         self._shape = shape
-        starts = np.zeros(shape[0] + 1, np.int64)
-        np.cumsum(segments_of(bitmap, shape).lengths.numpy(), out=starts[1:])
-        columns = torch.empty(values.numel(), dtype=torch.int32)
-        _kernels().columns_of(bitmap, starts, shape[1], columns.numpy())
+        check_bitmap(bitmap, shape.numel())
+        check_count(bitmap, values)
+        starts, columns = np.empty(shape[0] + 1, np.int64), torch.empty(values.numel(), dtype=torch.int32)
+        _kernels().matrix_of(bitmap, shape[1], starts, columns.numpy())
         self._rows = _Rows(starts, columns, values)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:

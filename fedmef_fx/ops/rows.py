@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedmef_fx.memory.bitmap import count_rows, unpack_bits
 
-__all__ = ["DenseRows", "IndexedRows", "Rows", "SegmentRows", "packed_rows", "segments_of"]
+__all__ = ["DenseRows", "IndexedRows", "Rows", "SegmentRows", "packed_rows"]
 
 _OF_NUMPY = (torch.float32, torch.float64)
 
@@ -221,7 +221,7 @@ def packed_rows(bitmap: Tensor, shape: torch.Size, *, axis: int = 0, groups: int
     """
     numel = shape.numel()
     if axis == 0:
-        return segments_of(bitmap, shape)
+        return _segments_of(bitmap, shape)
     rows, inner = groups * shape[1], torch.Size(shape[2:]).numel()
     positions = unpack_bits(bitmap, numel).nonzero().squeeze(1)
     per_group = max(numel // max(groups, 1), 1)
@@ -234,7 +234,7 @@ _KNOWN: dict[int, _Known] = {}
 """By identity of a bitmap: the bitmap, its version, and its rows, which change with the topology only."""
 
 
-def segments_of(bitmap: Tensor, shape: torch.Size) -> SegmentRows:
+def _segments_of(bitmap: Tensor, shape: torch.Size) -> SegmentRows:
     """The rows of a packed weight whose first dimension counts them; known until the bitmap changes."""
     rows, fan_in = shape[0], shape[1:].numel()
     if bitmap.is_inference():  # has no version

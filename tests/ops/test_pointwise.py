@@ -147,3 +147,28 @@ def test_growth_candidates_come_from_dense_gradients():
     inactive = torch.where(dense == 0, weight.grad, 0.0).flatten()
     assert set(found.positions.tolist()) == set(inactive.abs().topk(4).indices.tolist())
     assert torch.allclose(values.grad, weight.grad[dense != 0], rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 10, 10), (2, 10, 10, 10), (9, 10, 10, 3, 2)])
+def test_inputs_that_do_not_fit_are_errors(shape):
+    dense, values, bitmap = packed(6, 9, 0.25)
+    with pytest.raises(RuntimeError, match=r"weight of size \[6, 9, 1, 1\]|Expected"):
+        convolve(torch.randn(shape, dtype=torch.float64), None, values, bitmap, dense.shape)
+
+
+@pytest.mark.parametrize("has_gain", [True, False])
+def test_values_that_do_not_fit_their_bitmap_are_errors(has_gain):
+    dense, values, bitmap = packed(6, 9, 0.25)
+    x = torch.randn(2, 9, 10, 10, dtype=torch.float64)
+    gain = torch.ones(6, dtype=torch.float64) if has_gain else None
+    with pytest.raises(ValueError, match=f"got {values.numel() - 1} values; expected one per"):
+        convolve(x, None, values[1:], bitmap, dense.shape, gain=gain)
+
+
+def test_padding_bits_of_a_bitmap_are_not_weights():
+    dense, values, bitmap = packed(5, 9, 0.25)  # 45 bits, padded to 48
+    bitmap[-1] |= 0b1100_0000
+    x = torch.randn(2, 9, 10, 10, dtype=torch.float64)
+    more = torch.cat([values.detach(), values.new_tensor([1.0, 2.0])])
+    out = convolve(x, None, more, bitmap, dense.shape)
+    assert torch.allclose(out, F.conv2d(x, dense), rtol=1e-12, atol=1e-12)
