@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fedmef_fx.memory import backend
+from fedmef_fx.packing import backend
 
 __all__ = ["machine", "processor"]
 

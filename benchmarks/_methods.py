@@ -11,8 +11,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fedmef_fx import Config, masks, micro_batches, transform
-from fedmef_fx.model import register_mask
 from fedmef_fx.models import REFERENCE_MODELS
+from fedmef_fx.sparse_model.masks import register_mask
 
 __all__ = ["METHODS", "Method", "Trainer", "applies"]
 

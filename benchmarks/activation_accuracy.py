@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, transform
-from fedmef_fx.clipping import clip_gradients
 from fedmef_fx.data import Cifar10, load_cifar10
+from fedmef_fx.training.clipping import clip_gradients
 
 BATCH = 64
 

@@ -34,8 +34,8 @@ from fedmef_fx.federated import LocalTraining, RoundTask, run, train_locally
 from fedmef_fx.federated.averaging import weighted_average
 from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.state import ModelState, load_state, read_state
-from fedmef_fx.model import masked_parameters, transformation_of
 from fedmef_fx.models import digits_cnn
+from fedmef_fx.sparse_model.masks import masked_parameters, transformation_of
 from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmef_fx import inspect, transform
-from fedmef_fx.commands.models import example_input
+from fedmef_fx.commands.arguments import example_input
 from fedmef_fx.models import REFERENCE_MODELS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests are no part of the installed package

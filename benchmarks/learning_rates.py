@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, transform
-from fedmef_fx.clipping import clip_gradients
 from fedmef_fx.data import load_cifar10, load_digits
 from fedmef_fx.models import digits_cnn
+from fedmef_fx.training.clipping import clip_gradients
 
 BATCH = 64
 MARGIN = 0.03

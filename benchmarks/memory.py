@@ -31,14 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmef_fx import memory
-from fedmef_fx.memory import available_backends, using_backend
-from fedmef_fx.memory.resident import (
+from fedmef_fx.measure.resident import (
     ALLOCATOR_SETTINGS,
     forget_peak,
     resident_bytes,
     return_free_memory,
     why_not,
 )
+from fedmef_fx.packing import available_backends, using_backend
 
 BASELINE = "masked"
 SMALL_BATCH = 8

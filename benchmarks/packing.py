@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedmef_fx.memory import ThresholdEstimator, available_backends, backend
+from fedmef_fx.packing import ThresholdEstimator, available_backends, backend
 
 
 def resident_bytes() -> int:

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedmef_fx.memory import using_backend
-from fedmef_fx.memory.bitmap import pack_bits
 from fedmef_fx.ops.layers import ConvolutionGeometry
 from fedmef_fx.ops.pointwise import PackedMatrix
+from fedmef_fx.packing import using_backend
+from fedmef_fx.packing.bitmap import pack_bits
 
 LAYERS = [(24, 144, 32), (192, 32, 16), (64, 384, 8), (576, 96, 8), (160, 960, 4), (320, 1280, 4)]
 """Input channels, output channels, height and width."""

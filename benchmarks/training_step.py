@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, masks, transform
-from fedmef_fx.memory import SavedTensors
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.models import REFERENCE_MODELS
 
 

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from fedmef_fx import Config, transform
 from fedmef_fx.data import load_digits
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import LiveBytes, SavedTensors
+from fedmef_fx.measure.live import LiveBytes
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.models import gpt2_bytes, vit_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from PIL import Image
 
 import fedmef_fx
 from fedmef_fx import Config
-from fedmef_fx.demo import run_demo
+from fedmef_fx.federated.demo import run_demo
 from fedmef_fx.models import resnet18
 
 ROOT = Path(__file__).resolve().parent.parent

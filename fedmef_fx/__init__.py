@@ -7,7 +7,17 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.api import (
+from fedmef_fx.checkpoint import load, save
+from fedmef_fx.config import Config
+from fedmef_fx.errors import FedmefError
+from fedmef_fx.inspection import inspect
+from fedmef_fx.measure.memory import memory
+from fedmef_fx.sparse_model.masks import coverage, density, masks, memory_plan, report, set_masks
+from fedmef_fx.sparse_model.state_dicts import dense_state_dict
+from fedmef_fx.training.extrusion import Extrusion
+from fedmef_fx.training.growth import growth_candidates
+from fedmef_fx.training.micro_batches import micro_batches
+from fedmef_fx.transformation.transform import (
     CompactReport,
     ExportReport,
     compact,
@@ -18,21 +28,9 @@ from fedmef_fx.api import (
     transform,
     verify_onnx,
 )
-from fedmef_fx.checkpoint import load, save
-from fedmef_fx.config import Config
-from fedmef_fx.errors import FedmefError
-from fedmef_fx.extrusion import Extrusion
-from fedmef_fx.growth import growth_candidates
-from fedmef_fx.inspection import inspect
-from fedmef_fx.micro_batches import micro_batches
-from fedmef_fx.model import coverage, density, masks, memory_plan, report, set_masks
-from fedmef_fx.state_dicts import dense_state_dict
 
 if TYPE_CHECKING:
     from fedmef_fx import federated
-    from fedmef_fx.memory_report import memory
-else:
-    from fedmef_fx import memory  # a package that can be called as that function
 
 __all__ = [
     "CompactReport",

@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.atomic import check_target, replacing
-from fedmef_fx.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.memory import pack_bits
-from fedmef_fx.model import (
+from fedmef_fx.files.atomic import check_target, replacing
+from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
+from fedmef_fx.packing import pack_bits
+from fedmef_fx.sparse_model.masks import (
     bitmap_name,
     is_transformed,
     mask_name,
@@ -32,7 +32,7 @@ from fedmef_fx.model import (
     set_masks,
     transformation_of,
 )
-from fedmef_fx.sparsity.optimizer_state import trust_loaded_state
+from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 
 __all__ = ["load", "save"]
 
@@ -119,7 +119,7 @@ def load(
     config = _config(metadata)
     architecture, ties = parsed(metadata, "architecture"), parsed(metadata, "tied")
     if not is_transformed(model):
-        from fedmef_fx.api import transform  # noqa: PLC0415 -- it imports the passes, which import the core
+        from fedmef_fx.transformation.transform import transform  # noqa: PLC0415 -- it imports the passes, which import the core
 
         original, _ = _state(model)
         known = {name: entry for name, entry in architecture.items() if name in original}

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
+from fedmef_fx.budget.plan import parse_bytes
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.plan import parse_bytes
 from fedmef_fx.sparsity.granularity import parse_granularity
 
 __all__ = ["Config"]
@@ -83,7 +83,7 @@ class Config:
             `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
             input that several layers share the first one's counts.
         micro_batch: Samples for which activations are kept at a time in federated training, see
-            `fedmef_fx.micro_batches`; None for whole batches.
+            `fedmef_fx.training.micro_batches`; None for whole batches.
         memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
             example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
             peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.

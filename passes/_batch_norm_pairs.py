@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.capture.tracer import has_user_hooks
-from fedmef_fx.compiled import original_class
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.model import is_ignored
+from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.nodes import bound, is_layer, layers, source_of_weight
+from fedmef_fx.graph.program import GraphMode, Program, Region
 from fedmef_fx.ops.nsconv import channel_affine
-from fedmef_fx.passes._nodes import bound, is_layer, layers, source_of_weight
-from fedmef_fx.program import GraphMode, Program, Region
+from fedmef_fx.sparse_model.masks import is_ignored
 
 __all__ = ["Pair", "affine_graphs", "find_pairs"]
 

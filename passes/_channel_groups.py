@@ -20,9 +20,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fedmef_fx.model import ChannelFact
-from fedmef_fx.passes._nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
-from fedmef_fx.program import Program, Region
+from fedmef_fx.graph.nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.sparse_model.masks import ChannelFact
 from fedmef_fx.sparsity.granularity import Layout
 
 __all__ = ["ChannelGroups", "find_channel_groups", "layout_of"]

@@ -6,10 +6,10 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from fedmef_fx.model import ChannelFact, PrunableParameter
+from fedmef_fx.graph.nodes import layers, source_of_weight
+from fedmef_fx.graph.program import Program
 from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
-from fedmef_fx.passes._nodes import layers, source_of_weight
-from fedmef_fx.program import Program
+from fedmef_fx.sparse_model.masks import ChannelFact, PrunableParameter
 from fedmef_fx.sparsity import (
     Layout,
     Pattern,

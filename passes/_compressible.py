@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.graph.nodes import bound, is_inplace, owns_input
+from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
-from fedmef_fx.passes._nodes import bound, is_inplace, owns_input
-from fedmef_fx.program import Region
 
 __all__ = ["Compression", "match"]
 

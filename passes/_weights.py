@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fedmef_fx.capture.calls import PRODUCTS
-from fedmef_fx.passes._nodes import bound, is_layer, source_of_weight
-from fedmef_fx.program import Program, Region
+from fedmef_fx.graph.nodes import bound, is_layer, source_of_weight
+from fedmef_fx.graph.program import Program, Region
 
 __all__ = [
     "NOT_WEIGHTS",

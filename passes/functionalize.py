@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.capture.tracer import has_user_hooks
-from fedmef_fx.compiled import original_class
-from fedmef_fx.model import is_ignored
-from fedmef_fx.passes._nodes import bound, layers
-from fedmef_fx.pipeline import PassResult, Refusal
-from fedmef_fx.program import Program, Region, set_provenance
+from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.nodes import bound, layers
+from fedmef_fx.graph.pipeline import PassResult, Refusal
+from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.sparse_model.masks import is_ignored
 
 __all__ = ["FunctionalizeWeights"]
 

@@ -25,12 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from fedmef_fx.model import mask_name
-from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
-from fedmef_fx.passes._activations import activation_gain, nonlinearity
-from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
-from fedmef_fx.passes._nodes import (
+from fedmef_fx.graph.nodes import (
     CONVOLUTIONS,
     TRANSPOSED,
     bound,
@@ -39,9 +34,14 @@ from fedmef_fx.passes._nodes import (
     single_user,
     source_of_weight,
 )
-from fedmef_fx.pipeline import PassResult, Refusal
-from fedmef_fx.program import Program, Region, set_provenance
-from fedmef_fx.signature import AnyTensors
+from fedmef_fx.graph.pipeline import PassResult, Refusal
+from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.graph.signature import AnyTensors
+from fedmef_fx.ops.gain import activation_gain, nonlinearity
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
+from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
+from fedmef_fx.sparse_model.masks import mask_name
 
 __all__ = ["NormalizeKernels"]
 

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fedmef_fx.masked import MaskedParameter, bitmap_name, mask_name
-from fedmef_fx.memory.bitmap import pack_bits
-from fedmef_fx.memory.words import SUPPORTED_DTYPES
-from fedmef_fx.model import masked_parameters
+from fedmef_fx.graph.nodes import is_layer
+from fedmef_fx.graph.pipeline import PassResult, Refusal
+from fedmef_fx.graph.program import Program, Region, provenance, set_provenance
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.passes._nodes import is_layer
+from fedmef_fx.packing.bitmap import pack_bits
+from fedmef_fx.packing.words import SUPPORTED_DTYPES
 from fedmef_fx.passes.prune_activations import geometry_of, prune_layer
-from fedmef_fx.pipeline import PassResult, Refusal
-from fedmef_fx.program import Program, Region, provenance, set_provenance
+from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
+from fedmef_fx.sparse_model.masks import masked_parameters
 
 __all__ = ["PackWeights", "unpack_weights"]
 

@@ -24,14 +24,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.graph.nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, owns_input, single_user
+from fedmef_fx.graph.pipeline import PassResult, Refusal
+from fedmef_fx.graph.program import Program, Region, provenance, set_provenance
+from fedmef_fx.graph.saves import kept_by, kept_tensors
+from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from fedmef_fx.passes._nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, owns_input, single_user
-from fedmef_fx.passes._saves import kept_by, kept_tensors
-from fedmef_fx.passes._sites import add_site
-from fedmef_fx.pipeline import PassResult, Refusal
-from fedmef_fx.program import Program, Region, provenance, set_provenance
+from fedmef_fx.ops.relu import sign_relu
 
 __all__ = ["ShrinkSaved", "shrinkable"]
 

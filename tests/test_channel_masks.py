@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 import fedmef_fx
 from fedmef_fx import Config, Extrusion, compact, compact_report, federated, growth_candidates, masks, set_masks
 from fedmef_fx.federated import LocalTraining
-from fedmef_fx.model import masked_parameters
-from fedmef_fx.units import unit_sizes
+from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.training.adjustment import unit_sizes
 
 CHANNEL = Config(
     granularity="channel", density=0.5, channel_multiple=2, allocation="uniform", activation_sparsity=0, seed=1

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedmef_fx import Config, load, masks, save, set_masks, transform
 from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.model import is_transformed, transformation_of
 from fedmef_fx.models import digits_cnn
+from fedmef_fx.sparse_model.masks import is_transformed, transformation_of
 from tests.models import ZOO, build
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmef_fx import Config, load, save, transform
-from fedmef_fx.checkpoint_file import digest_of
 from fedmef_fx.errors import CheckpointError
+from fedmef_fx.files.checkpoint_file import digest_of
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config
-from fedmef_fx.clipping import clip_gradients
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.training.clipping import clip_gradients
 
 
 def _with(layer: nn.Module, weight: Tensor, gradient: Tensor) -> nn.Module:

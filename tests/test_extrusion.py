@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.sparsity import adjustment_count
+from fedmef_fx.training.extrusion import Extrusion
 from tests.extrusion_models import NAMES, X, gradients, loss_of, make_model, rates_used
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import SGD
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.extrusion import Extrusion
+from fedmef_fx.training.extrusion import Extrusion
 from tests.extrusion_models import make_model
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim import SGD, Adam
 
-from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.sparsity import extrusion_rate
+from fedmef_fx.training.extrusion import Extrusion
 from tests.extrusion_models import X, gradients, loss_of, make_model, rates_used
 
 

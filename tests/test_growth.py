@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx import growth
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError, DataError
-from fedmef_fx.growth import growth_candidates
-from fedmef_fx.model import HOLDER, PrunableParameter, Transformation, masks, register_mask
-from fedmef_fx.ops.growth import is_collecting, offer
-from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.ops.gradient_collector import is_collecting, offer
+from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.sparse_model.masks import HOLDER, PrunableParameter, Transformation, masks, register_mask
 from fedmef_fx.sparsity import largest_inactive
+from fedmef_fx.training import growth
+from fedmef_fx.training.growth import growth_candidates
 
 NAMES = ("a.weight", "b.weight")
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedmef_fx.masked import MaskedParameter, resize
-from fedmef_fx.memory import pack_bits
+from fedmef_fx.packing import pack_bits
+from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, resize
 
 SHAPE = torch.Size((3, 5))
 

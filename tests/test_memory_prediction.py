@@ -8,10 +8,10 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.backends import BackendName, using_backend
-from fedmef_fx.memory_report import memory
+from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import REFERENCE_MODELS, digits_cnn
-from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.packing.backends import BackendName, using_backend
 
 IMAGES = torch.ones(8, 1, 8, 8)
 

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.registry import held_buffers
-from fedmef_fx.memory.resident import why_not
-from fedmef_fx.memory.timeline import CATEGORIES
-from fedmef_fx.memory_report import memory
+from fedmef_fx.measure.memory import memory
+from fedmef_fx.measure.resident import why_not
+from fedmef_fx.measure.timeline import CATEGORIES
+from fedmef_fx.measure.training_step import OptimizerChoice
 from fedmef_fx.models import digits_cnn
-from fedmef_fx.training_step import OptimizerChoice
+from fedmef_fx.packing.registry import held_buffers
 
 IMAGES = torch.ones(8, 1, 8, 8)
 
@@ -114,7 +114,7 @@ def test_the_package_is_the_function_of_the_public_api():
 
     model, x = nn.Linear(4, 2), torch.ones(3, 4)
     assert fedmef_fx.memory(model, (x,)).saved_total == memory(model, (x,)).saved_total
-    assert fedmef_fx.memory.PackedTensor.__name__ == "PackedTensor"
+    assert fedmef_fx.packing.PackedTensor.__name__ == "PackedTensor"
 
 
 def momentum(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config, micro_batches
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.micro_batches import batch_statistics_in
 from fedmef_fx.models import digits_cnn
+from fedmef_fx.training.micro_batches import batch_statistics_in
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, size: int) -> list[Tensor]:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 
 from fedmef_fx import Extrusion, masks, set_masks
-from fedmef_fx.clipping import clip_gradients
-from fedmef_fx.model import masked_parameters
+from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.training.clipping import clip_gradients
 from tests.packed_twins import OPTIMIZERS, TIGHT, assert_same_weights, change_topology, relative, step, twins
 
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fedmef_fx
-from fedmef_fx import Config, memory, memory_plan, planner, transform
-from fedmef_fx.emit import program_of
+from fedmef_fx import Config, memory, memory_plan, transform
+from fedmef_fx.budget import planner
+from fedmef_fx.budget.layer_sparsity import packing_sites
+from fedmef_fx.budget.plan import LayerLevels, MemoryPlan, fewest_moves, moves
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.layer_sparsity import packing_sites
-from fedmef_fx.memory.plan import LayerLevels, MemoryPlan, fewest_moves, moves
-from fedmef_fx.model import masked_parameters
+from fedmef_fx.graph.emit import program_of
 from fedmef_fx.models import digits_cnn, resnet18
+from fedmef_fx.sparse_model.masks import masked_parameters
 
 KEEP = Config(normalization="keep", density=0.5)
 LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16")

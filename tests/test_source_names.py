@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedmef_fx import coverage, export_onnx, inspect, report, transform
-from fedmef_fx.source_names import source_name, with_source_names
+from fedmef_fx.display.source_names import source_name, with_source_names
 
 X = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
 SOURCE = """

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.transformers import gpt2_bytes, vit_tiny
+from fedmef_fx.models.transformers import gpt2_bytes, vit_tiny
 
 
 def test_vit_takes_digits():

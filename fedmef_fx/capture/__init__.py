@@ -1,11 +1,11 @@
 """Capture: from any nn.Module to regions of torch.fx graphs that are right in train and in eval mode."""
 
-from fedmef_fx.capture.duplicate import duplicate_of
 from fedmef_fx.capture.leaves import leaf_regions
-from fedmef_fx.capture.on_values import capture_call
+from fedmef_fx.capture.per_call import capture_call
 from fedmef_fx.capture.regions import Captured, capture_model
 from fedmef_fx.capture.state import fixed_seed
 from fedmef_fx.capture.symbolic import capture_graphs
+from fedmef_fx.module_tree import duplicate_of
 
 __all__ = [
     "Captured",

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
-from fedmef_fx.signature import Call, Signature
+from fedmef_fx.graph.signature import Call, Signature
 
 __all__ = ["PRODUCTS", "Recording", "record_calls"]
 

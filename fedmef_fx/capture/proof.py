@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
-from fedmef_fx.compiled import CompiledGraph, original_forward
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.signature import Call
+from fedmef_fx.graph.compiled import CompiledGraph, original_forward
+from fedmef_fx.graph.signature import Call
 
 __all__ = ["Observation", "Originals", "difference", "observe", "prove", "tensors_in"]
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.calls import Recording, record_calls
-from fedmef_fx.capture.on_values import CaptureOnValues, drop_constants
+from fedmef_fx.capture.per_call import CaptureOnValues, drop_constants
 from fedmef_fx.capture.proof import Originals
 from fedmef_fx.capture.state import ChangedAttributeError, attributes_of, fixed_seed, settle
 from fedmef_fx.capture.symbolic import capture_graphs, failure
 from fedmef_fx.capture.tracer import COMPOSITES, has_user_hooks
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.pipeline import Refusal
-from fedmef_fx.program import GraphMode, Region, join
-from fedmef_fx.signature import AnyTensors, Call
+from fedmef_fx.graph.pipeline import Refusal
+from fedmef_fx.graph.program import GraphMode, Region, join
+from fedmef_fx.graph.signature import AnyTensors, Call
 
 __all__ = ["Captured", "capture_model", "has_weights"]
 

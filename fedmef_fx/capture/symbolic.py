@@ -25,9 +25,9 @@ from fedmef_fx.capture.arguments import placeholders
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer
+from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.program import GraphMode
-from fedmef_fx.source_names import source_name, with_source_names
+from fedmef_fx.graph.program import GraphMode
 
 __all__ = ["as_graphs", "capture_graphs", "failure"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.rebuild import Rebuild
-from fedmef_fx.gradient_masks import is_own_hook
 from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
+from fedmef_fx.sparse_model.gradient_masks import is_own_hook
 
 __all__ = ["COMPOSITES", "BaseTracer", "has_user_hooks", "is_proxy"]
 

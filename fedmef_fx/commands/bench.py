@@ -13,10 +13,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fedmef_fx
+from fedmef_fx.commands.arguments import InputShape, build_model, required_input, sizes_of
 from fedmef_fx.commands.bench_onnx import bench_onnx, show_onnx
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import InputShape, build_model, required_input, sizes_of
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.inspection.records import visible
+from fedmef_fx.graph.recording import visible
 
 __all__ = ["AsJson", "ProgressBar", "Result", "command", "progress_bar"]
 

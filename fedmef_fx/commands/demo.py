@@ -16,10 +16,10 @@ from fedmef_fx.commands.tables import bytes_text, show_table
 from fedmef_fx.commands.train import round_note
 from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config
-from fedmef_fx.demo import DemoSettings, demo_settings, run_demo
 from fedmef_fx.federated import History, RoundRecord
 from fedmef_fx.federated.batches import batches
-from fedmef_fx.memory_report import memory
+from fedmef_fx.federated.demo import DemoSettings, demo_settings, run_demo
+from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import digits_cnn
 
 __all__ = ["demo"]

@@ -12,16 +12,16 @@ import typer
 from rich.console import Console
 
 import fedmef_fx
+from fedmef_fx.commands.arguments import build_model
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import build_model
 from fedmef_fx.commands.reports import coverage_data, passes_data, show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.data import DATA_VARIABLE
-from fedmef_fx.memory import available_backends, backend
-from fedmef_fx.model import Coverage
-from fedmef_fx.pipeline import PassReport
+from fedmef_fx.graph.pipeline import PassReport
+from fedmef_fx.packing import available_backends, backend
+from fedmef_fx.sparse_model.masks import Coverage
 
 __all__ = ["doctor"]
 

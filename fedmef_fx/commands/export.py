@@ -12,9 +12,9 @@ import typer
 from torch import Tensor
 
 import fedmef_fx
+from fedmef_fx.commands.arguments import Checkpoint, InputShape, ModelName, build_model, required_input, transformed
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import Checkpoint, InputShape, ModelName, build_model, required_input, transformed
 from fedmef_fx.config import Config
 from fedmef_fx.errors import DataError
 

@@ -8,19 +8,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fedmef_fx
-from fedmef_fx.api import FileInspection
+from fedmef_fx.commands.arguments import Checkpoint, InputShape, build_model, example_input, transformed
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import Checkpoint, InputShape, build_model, example_input, transformed
 from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
+from fedmef_fx.display.printable import visible
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
-from fedmef_fx.memory_report import MemoryReport, memory
+from fedmef_fx.measure.memory import MemoryReport, memory
 from fedmef_fx.models import REFERENCE_MODELS
-from fedmef_fx.printable import visible
+from fedmef_fx.transformation.transform import FileInspection
 
 __all__ = ["inspect"]
 

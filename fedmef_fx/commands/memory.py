@@ -9,15 +9,15 @@ from rich.console import Console
 from torch import nn
 
 import fedmef_fx
+from fedmef_fx.commands.arguments import InputShape, ModelName, build_model, required_input
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import InputShape, ModelName, build_model, required_input
 from fedmef_fx.commands.tables import bytes_text, show_table
 from fedmef_fx.config import Config
-from fedmef_fx.memory_report import MemoryReport
-from fedmef_fx.memory_report import memory as measure
-from fedmef_fx.model import register_mask
-from fedmef_fx.training_step import OptimizerName
+from fedmef_fx.measure.memory import MemoryReport
+from fedmef_fx.measure.memory import memory as measure
+from fedmef_fx.measure.training_step import OptimizerName
+from fedmef_fx.sparse_model.masks import register_mask
 
 __all__ = ["memory"]
 

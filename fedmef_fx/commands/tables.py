@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedmef_fx.inspection.records import visible
+from fedmef_fx.graph.recording import visible
 
 __all__ = ["bytes_text", "show_table"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fedmef_fx
+from fedmef_fx.commands.arguments import build_model
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.models import build_model
 from fedmef_fx.commands.tables import bytes_text, show_table
 from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition, load_cifar10, load_digits

@@ -16,12 +16,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedmef_fx.atomic import replacing
 from fedmef_fx.errors import CheckpointError, WireError
-from fedmef_fx.federated.container import decode, encode
 from fedmef_fx.federated.history import RoundRecord
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
-from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.files.atomic import replacing
+from fedmef_fx.files.container import decode, encode
+from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 
 __all__ = [
     "FILE_NAME",

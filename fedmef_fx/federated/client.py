@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedmef_fx.api import pack_weights
 from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
 from fedmef_fx.federated.state import ModelState, Schema, load_state
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
+from fedmef_fx.transformation.transform import pack_weights
 
 __all__ = ["Client"]
 

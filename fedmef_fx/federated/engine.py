@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedmef_fx.api import transform
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated.batches import sample_count
@@ -31,7 +30,8 @@ from fedmef_fx.federated.local import LocalTraining, LossFunction
 from fedmef_fx.federated.methods import Method, method_of
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
-from fedmef_fx.model import density, is_transformed, transformation_of
+from fedmef_fx.sparse_model.masks import density, is_transformed, transformation_of
+from fedmef_fx.transformation.transform import transform
 
 __all__ = ["run"]
 

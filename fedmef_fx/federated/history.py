@@ -8,9 +8,9 @@ from typing import Any, Final, Self, get_args, get_type_hints
 
 from torch import nn
 
-from fedmef_fx.atomic import check_target, replacing
+from fedmef_fx.display.notebook import fragment, html_table
 from fedmef_fx.errors import CheckpointError
-from fedmef_fx.notebook import fragment, html_table
+from fedmef_fx.files.atomic import check_target, replacing
 
 __all__ = ["History", "RoundRecord"]
 

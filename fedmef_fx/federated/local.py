@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import Dataset
 
-from fedmef_fx.clipping import clip_gradients
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.extrusion import Extrusion
 from fedmef_fx.federated.batches import Batch, batches, sample_count
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import read_state
-from fedmef_fx.growth import growth_candidates
-from fedmef_fx.memory import SavedTensors
-from fedmef_fx.micro_batches import micro_batches
-from fedmef_fx.model import transformation_of
-from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.measure.meter import SavedTensors
+from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.sparse_model.masks import transformation_of
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+from fedmef_fx.training.clipping import clip_gradients
+from fedmef_fx.training.extrusion import Extrusion
+from fedmef_fx.training.growth import growth_candidates
+from fedmef_fx.training.micro_batches import micro_batches
 
 __all__ = ["LocalTraining", "LossFunction", "train_locally"]
 

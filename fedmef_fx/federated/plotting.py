@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fedmef_fx.display.plot_style import COLORS, LINES, MUTED, drawing, label
 from fedmef_fx.federated.history import RoundRecord
-from fedmef_fx.plot_style import COLORS, LINES, MUTED, drawing, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

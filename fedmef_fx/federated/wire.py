@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import FedmefError, WireError
-from fedmef_fx.federated.container import decode, encode
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.positions import pack_positions, unpack_positions
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
-from fedmef_fx.memory.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.files.container import decode, encode
+from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = ["FORMAT", "decode_broadcast", "decode_update", "encode_broadcast", "encode_update"]

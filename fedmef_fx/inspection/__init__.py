@@ -4,10 +4,10 @@
 Importing this package imports neither networkx nor rich.
 """
 
+from fedmef_fx.graph.recording import GraphRecord, NodeRecord, SavedRecord, TensorRecord
 from fedmef_fx.inspection.comparison import Comparison, ParameterChange, compare
 from fedmef_fx.inspection.document import json_schema
 from fedmef_fx.inspection.inspection import Inspection, inspect
-from fedmef_fx.inspection.records import GraphRecord, NodeRecord, SavedRecord, TensorRecord
 from fedmef_fx.inspection.table import LayerRow, Table
 
 __all__ = [

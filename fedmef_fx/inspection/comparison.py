@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.checkpoint_file import StoredTensor
+from fedmef_fx.display.notebook import fragment, html_table
+from fedmef_fx.display.printable import visible
+from fedmef_fx.display.text_table import text_table
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.files.checkpoint_file import StoredTensor
 from fedmef_fx.inspection.comparison_sources import Source, tensors_of
-from fedmef_fx.inspection.text_table import text_table
-from fedmef_fx.notebook import fragment, html_table
-from fedmef_fx.printable import visible
 
 __all__ = ["Comparison", "ParameterChange", "compare"]
 

@@ -18,11 +18,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fedmef_fx.inspection.records import TensorRecord
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.recording import TensorRecord
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.program import Program, Region
 
 __all__ = ["parameter_behind", "positions_by_parameter", "weights_of"]
 

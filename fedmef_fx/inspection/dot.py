@@ -7,8 +7,8 @@ start HTML-like markup.
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from fedmef_fx.inspection.records import GraphRecord, NodeRecord
-from fedmef_fx.printable import shortened, visible
+from fedmef_fx.display.printable import shortened, visible
+from fedmef_fx.graph.recording import GraphRecord, NodeRecord
 
 __all__ = ["to_dot"]
 

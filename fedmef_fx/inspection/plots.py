@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from fedmef_fx.display.plot_style import COLORS, LINES, MUTED, drawing, label
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection.table import Table
-from fedmef_fx.plot_style import COLORS, LINES, MUTED, drawing, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """What each node of a graph leaves behind for the backward pass, measured while the graph runs.
 
-Counted is what `fedmef_fx.memory.SavedTensors` counts, node by node: storages that autograd saves and packed buffers
+Counted is what `fedmef_fx.packing.SavedTensors` counts, node by node: storages that autograd saves and packed buffers
 that operations announce, if they are still held when the forward pass is over. Parameters, buffers and the model's own
 inputs exist anyway and do not count. Which codec a buffer has is what its maker announced, so nothing here knows them.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmef_fx.memory.registry import held_buffers, next_serial
+from fedmef_fx.packing.registry import held_buffers, next_serial
 
 __all__ = ["KeptStorage", "NodeMeter"]
 

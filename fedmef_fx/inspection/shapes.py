@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.emit import tables_in
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.inspection.records import TensorRecord
+from fedmef_fx.graph.emit import tables_in
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.recording import TensorRecord
+from fedmef_fx.graph.signature import Call
 from fedmef_fx.inspection.saved import KeptStorage, NodeMeter
-from fedmef_fx.model import HOLDER, is_transformed
-from fedmef_fx.program import Program, Region
-from fedmef_fx.signature import Call
+from fedmef_fx.sparse_model.masks import HOLDER, is_transformed
 
 __all__ = ["Observation", "observe"]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedmef_fx.model import is_transformed, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.masks import is_transformed, masked_parameters, transformation_of
 
 __all__ = ["Histogram", "Picture", "WeightRecord", "record_weights"]
 

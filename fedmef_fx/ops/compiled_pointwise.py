@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmef_fx.memory.backend_numba import aligned_bytes, compiled, lowest_bit
+from fedmef_fx.packing.backend_numba import aligned_bytes, compiled, lowest_bit
 
 __all__ = ["inner_products", "matrix_of", "multiply", "transposed"]
 

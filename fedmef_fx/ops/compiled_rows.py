@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmef_fx.memory.backend_numba import compiled
+from fedmef_fx.packing.backend_numba import compiled
 
 __all__ = ["gradients", "scaled_values", "statistics"]
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedmef_fx.memory import GradientBits
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.packing import GradientBits
 
 __all__ = ["BitDropout", "bit_dropout"]
 

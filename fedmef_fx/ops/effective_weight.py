@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmef_fx.memory.layout import has_no_values
-from fedmef_fx.ops import growth, packed_weight
+from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops import packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 from fedmef_fx.ops.packed_weight import Recipe
+from fedmef_fx.packing.layout import has_no_values
 
 __all__ = ["Recipe", "StoredWeight", "effective_weight", "effective_weight_backward", "recipe_of"]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.memory import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.packing import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
 
 __all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "remasked", "value_of"]
 

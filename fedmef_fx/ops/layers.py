@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.memory import PackedTensor
-from fedmef_fx.ops import growth
+from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.effective_weight import StoredWeight, recipe_of
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.packing import PackedTensor
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedmef_fx.ops import growth
+from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["masked_weight"]

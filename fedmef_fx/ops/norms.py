@@ -11,9 +11,9 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmef_fx.memory import KeptTensor
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.recompute import recompute
+from fedmef_fx.packing import KeptTensor
 
 __all__ = ["compressed_batch_norm", "compressed_batch_norm_module", "compressed_norm"]
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedmef_fx.memory import backend
-from fedmef_fx.ops import growth
+from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
+from fedmef_fx.packing import backend
 
 __all__ = [
     "DEGENERATE",

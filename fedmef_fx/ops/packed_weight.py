@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmef_fx.memory import backend, backend_for
-from fedmef_fx.memory.backend_numpy import block_nbytes
-from fedmef_fx.memory.layout import has_no_values
-from fedmef_fx.memory.registry import announce_temporary
-from fedmef_fx.ops import growth
+from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.nsconv import Columns, KernelForm, standardize_backward, standardized
 from fedmef_fx.ops.rows import Rows, SegmentRows
+from fedmef_fx.packing import backend, backend_for
+from fedmef_fx.packing.backend_numpy import block_nbytes
+from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.registry import announce_temporary
 
 __all__ = [
     "Recipe",

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmef_fx.memory import backend
-from fedmef_fx.memory.backend_numpy import check_count
-from fedmef_fx.memory.bitmap import check_bitmap
-from fedmef_fx.memory.layout import has_no_values
-from fedmef_fx.memory.spans import run_parts
+from fedmef_fx.packing import backend
+from fedmef_fx.packing.backend_numpy import check_count
+from fedmef_fx.packing.bitmap import check_bitmap
+from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.spans import run_parts
 
 __all__ = ["PackedMatrix", "is_faster"]
 

@@ -8,8 +8,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedmef_fx.memory.registry import announce
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.packing.registry import announce
 
 __all__ = ["adaptive_avg_pool", "avg_pool", "max_pool"]
 

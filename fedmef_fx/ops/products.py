@@ -12,10 +12,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedmef_fx.memory import KeptTensor
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.recompute import needs_backward, recompute
+from fedmef_fx.packing import KeptTensor
 
 __all__ = ["compressed_attention", "compressed_matmul", "compressed_mul"]
 

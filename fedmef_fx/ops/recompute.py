@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedmef_fx.memory import KeptTensor
 from fedmef_fx.ops.keeping import value_of
+from fedmef_fx.packing import KeptTensor
 
 __all__ = ["needs_backward", "recompute"]
 

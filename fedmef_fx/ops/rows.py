@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmef_fx.memory.bitmap import count_rows, unpack_bits
+from fedmef_fx.packing.bitmap import count_rows, unpack_bits
 
 __all__ = ["DenseRows", "IndexedRows", "Rows", "SegmentRows", "packed_rows"]
 

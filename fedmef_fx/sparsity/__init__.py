@@ -1,11 +1,11 @@
 """Sparse training as tensor math: allocation, masks, adjustment, extrusion schedule; nothing here knows graphs."""
 
+from fedmef_fx.sparse_model.optimizer_state import forget_state
 from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive, lowest_magnitude
 from fedmef_fx.sparsity.allocation import allocate
 from fedmef_fx.sparsity.extrusion_schedule import extrusion_rate, floored_rate, rex
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 from fedmef_fx.sparsity.masks import magnitude_masks, random_masks
-from fedmef_fx.sparsity.optimizer_state import forget_state
 from fedmef_fx.sparsity.patterns import (
     adjust_pattern,
     allocate_channels,

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export import _convert, _decode_graph, onnx_file
+from fedmef_fx.export.onnx import convert as _convert
+from fedmef_fx.export.onnx import decode_graph as _decode_graph
+from fedmef_fx.export.onnx import onnx_file
 
 X = torch.linspace(-1.0, 1.0, 160).reshape(4, 40)
 

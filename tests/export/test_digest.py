@@ -14,8 +14,8 @@ from torch import nn
 
 from fedmef_fx import Config, export_onnx, transform, verify_onnx
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.digest import check_digest, seal
-from fedmef_fx.export.manifest import MANIFEST_KEY, Manifest, StoredTensor, read_manifest, write_manifest
+from fedmef_fx.export.onnx.digest import check_digest, seal
+from fedmef_fx.export.onnx.manifest import MANIFEST_KEY, Manifest, StoredTensor, read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")

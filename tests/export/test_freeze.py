@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fedmef_fx import Config, freeze, masks, transform
-from fedmef_fx.emit import program_of
 from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.graph.emit import program_of
+from fedmef_fx.ops.relu import sign_relu
 from tests.models import ZOO, build
 
 CONFIGS = {
@@ -274,7 +274,7 @@ def test_an_untransformed_model_is_refused() -> None:
 
 
 def test_an_op_without_a_plain_form_is_named() -> None:
-    from fedmef_fx.memory import clamp  # noqa: PLC0415  # any function of the package that is no op
+    from fedmef_fx.packing import clamp  # noqa: PLC0415  # any function of the package that is no op
 
     model = transform(_Activations(nn.ReLU()), Config(density=0.5, activation_sparsity=0.0))
     (node,) = [n for n in model.graph.nodes if n.name == "activation"]

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ConfigError, ExportError, FedmefError
-from fedmef_fx.export import _parity, onnx_file
+from fedmef_fx.export.onnx import onnx_file
+from fedmef_fx.export.onnx import parity as _parity
 
 X = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.export._calibration import calibration_calls, check_batch_sizes
-from fedmef_fx.export._examples import read_examples
+from fedmef_fx.export.examples import read_examples
+from fedmef_fx.export.onnx.calibration import calibration_calls, check_batch_sizes
 
 SHAPE = (3, 8, 8)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmef_fx.export.manifest import StoredTensor
-from fedmef_fx.export.report import ExportReport, Parity, Runtime
+from fedmef_fx.export.onnx.manifest import StoredTensor
+from fedmef_fx.export.onnx.report import ExportReport, Parity, Runtime
 
 
 def _report(parity: Parity | None) -> ExportReport:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedmef_fx import export_onnx, verify_onnx
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export import _write
+from fedmef_fx.export.onnx import write as _write
 
 X = torch.linspace(-1.0, 1.0, 128).reshape(2, 64)
 

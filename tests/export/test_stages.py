@@ -13,13 +13,13 @@ from torch import nn
 
 from fedmef_fx import Config, freeze, transform
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export import _write
-from fedmef_fx.export._checks import check_folded, check_graph, check_masked
-from fedmef_fx.export._decode_graph import short_names
-from fedmef_fx.export._entropy import entropy_bounds
-from fedmef_fx.export._names import drop_defaults, names_of, shorten_names
-from fedmef_fx.export._shrink import share_equal, shrink_quantizers
-from fedmef_fx.export.encode import apply_encoding, encode, round_weights, zero_is_positive
+from fedmef_fx.export.onnx import write as _write
+from fedmef_fx.export.onnx.checks import check_folded, check_graph, check_masked
+from fedmef_fx.export.onnx.decode_graph import short_names
+from fedmef_fx.export.onnx.encode import apply_encoding, encode, round_weights, zero_is_positive
+from fedmef_fx.export.onnx.entropy import entropy_bounds
+from fedmef_fx.export.onnx.names import drop_defaults, names_of, shorten_names
+from fedmef_fx.export.onnx.shrink import share_equal, shrink_quantizers
 
 FLOAT = TensorProto.FLOAT
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fedmef_fx
-from fedmef_fx.demo import demo_settings, run_demo
 from fedmef_fx.federated import RoundRecord
+from fedmef_fx.federated.demo import demo_settings, run_demo
 
 
 def test_the_settings_are_those_of_the_readme() -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedmef_fx import Config, atomic
+from fedmef_fx import Config
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.federated import History, LocalTraining, RoundRecord, run
 from fedmef_fx.federated.checkpoint import FILE_NAME
+from fedmef_fx.files import atomic
 
 ROUNDS = 5
 CONFIG = Config(density=0.3, adjustment_interval=2)

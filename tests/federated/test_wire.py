@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedmef_fx.errors import WireError
-from fedmef_fx.federated import container
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.positions import pack_positions, unpack_positions
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec, read_state
 from fedmef_fx.federated.wire import decode_broadcast, decode_update, encode_broadcast, encode_update
+from fedmef_fx.files import container
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 NUMEL = 40

@@ -17,7 +17,7 @@ import fedmef_fx
 from fedmef_fx import Config, federated
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated.checkpoint import _digest
-from fedmef_fx.federated.container import encode
+from fedmef_fx.files.container import encode
 from fedmef_fx.inspection import Comparison, ParameterChange, compare
 from tests.inspection.models import HOSTILE_NAMES, linear
 

@@ -15,12 +15,12 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.inspection import NodeRecord, TensorRecord, inspect
 from fedmef_fx.inspection.shapes import observe
-from fedmef_fx.memory_report import memory
-from fedmef_fx.model import Transformation
+from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import digits_cnn, mobilenet_v2
-from fedmef_fx.program import Program, Region
+from fedmef_fx.sparse_model.masks import Transformation
 from tests.inspection.models import HOSTILE_NAMES, Branches, PerMode, Residual, Tied, hostile, linear, two_convolutions
 from tests.models import ZOO
 from tests.models import build as build_from_zoo

@@ -10,11 +10,11 @@ from PIL import Image
 
 import fedmef_fx
 from fedmef_fx import Config
+from fedmef_fx.display.plot_style import COLORS
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection import inspect
 from fedmef_fx.inspection.plots import Moment, plot_memory, plot_sparsity
 from fedmef_fx.inspection.table import LayerRow, Table
-from fedmef_fx.plot_style import COLORS
 from tests.inspection.models import HOSTILE_NAMES, linear, two_convolutions
 
 MOMENTS: list[Moment] = [

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import GradientBits, PackedTensor, clamp, clamp_and_pack
-from fedmef_fx.memory.layout import has_no_values, is_same_memory
+from fedmef_fx.packing import GradientBits, PackedTensor, clamp, clamp_and_pack
+from fedmef_fx.packing.layout import has_no_values, is_same_memory
 
 
 @pytest.fixture(params=["meta", "fake"])

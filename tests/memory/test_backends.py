@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import (
+from fedmef_fx.packing import (
     Backend,
     available_backends,
     backend,
@@ -24,7 +24,7 @@ from fedmef_fx.memory import (
     unpack_bits,
     using_backend,
 )
-from fedmef_fx.memory.backends import ENVIRONMENT_VARIABLE
+from fedmef_fx.packing.backends import ENVIRONMENT_VARIABLE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 1.0, -1.0, 6.0, -6.0, 1e-40, 0.1, -0.1]
@@ -238,8 +238,8 @@ def test_choosing_a_backend() -> None:
 
 def test_numba_that_is_missing_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("fedmef_fx.memory.backends._load", backends._load.__wrapped__)
-    monkeypatch.setattr("fedmef_fx.memory.backends._has_numba", backends._has_numba.__wrapped__)
+    monkeypatch.setattr("fedmef_fx.packing.backends._load", backends._load.__wrapped__)
+    monkeypatch.setattr("fedmef_fx.packing.backends._has_numba", backends._has_numba.__wrapped__)
     assert "numba" not in available_backends()
     with using_backend("auto"):
         assert backend().name == "numpy"

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import bitmap_nbytes, pack_bits, unpack_bits
-from fedmef_fx.memory.bitmap import _pack_on_device, _unpack_on_device, count_bits
+from fedmef_fx.packing import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.packing.bitmap import _pack_on_device, _unpack_on_device, count_bits
 
 
 @given(st.lists(st.booleans(), max_size=70))

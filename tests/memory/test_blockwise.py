@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import BlockwiseTensor, LiveBytes, SavedTensors, blockwise_nbytes, codec_nbytes, why_dense
-from fedmef_fx.memory.blockwise import BLOCK
-from fedmef_fx.memory.registry import held_buffers
+from fedmef_fx.measure.live import LiveBytes
+from fedmef_fx.measure.meter import SavedTensors
+from fedmef_fx.packing import BlockwiseTensor, blockwise_nbytes, codec_nbytes, why_dense
+from fedmef_fx.packing.blockwise import BLOCK
+from fedmef_fx.packing.registry import held_buffers
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.memory import GradientBits, LiveBytes, PackedTensor, SavedTensors, clamp_and_pack
-from fedmef_fx.memory.registry import held_buffers
+from fedmef_fx.measure.live import LiveBytes
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pooling import max_pool
+from fedmef_fx.packing import GradientBits, PackedTensor, clamp_and_pack
+from fedmef_fx.packing.registry import held_buffers
 
 
 class PackedRelu(torch.autograd.Function):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import GradientBits, Layout, PackedTensor, clamp, clamp_and_pack
+from fedmef_fx.packing import GradientBits, Layout, PackedTensor, clamp, clamp_and_pack
 
 
 def views() -> dict[str, Tensor]:

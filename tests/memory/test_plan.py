@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmef_fx.budget.plan import LayerLevels, moves, parse_bytes
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory.plan import LayerLevels, moves, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import PackedTensor, ThresholdEstimator
+from fedmef_fx.packing import PackedTensor, ThresholdEstimator
 
 
 def kept_share(x: torch.Tensor, threshold: float) -> float:

@@ -5,8 +5,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.memory import PackedTensor, using_backend
-from fedmef_fx.memory.timeline import CATEGORIES, AttributedSaves, StepTimeline
+from fedmef_fx.measure.timeline import CATEGORIES, AttributedSaves, StepTimeline
+from fedmef_fx.packing import PackedTensor, using_backend
 
 
 def test_categories_follow_what_tensors_are_for() -> None:

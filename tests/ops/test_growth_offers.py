@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError, PassError
-from fedmef_fx.memory import pack_bits
-from fedmef_fx.ops import growth as ops_growth
-from fedmef_fx.ops.growth import collecting, is_collecting, offer
+from fedmef_fx.ops import gradient_collector as ops_growth
+from fedmef_fx.ops.gradient_collector import collecting, is_collecting, offer
+from fedmef_fx.packing import pack_bits
 from fedmef_fx.sparsity import largest_inactive
 
 MASK = torch.tensor([[True, False, False], [False, True, False]])

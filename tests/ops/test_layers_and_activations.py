@@ -6,12 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.memory import LiveBytes, PackedTensor, SavedTensors
-from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.measure.live import LiveBytes
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.dropout import bit_dropout
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from fedmef_fx.ops.relu import sign_relu
+from fedmef_fx.packing import PackedTensor
 
 GEOMETRIES = [
     (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),

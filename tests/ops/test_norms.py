@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedmef_fx.memory import BlockwiseTensor, SavedTensors
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
+from fedmef_fx.packing import BlockwiseTensor
 
 NORMS = {
     "layer_norm": (

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmef_fx.memory import LiveBytes, PackedTensor, using_backend
-from fedmef_fx.memory.bitmap import pack_bits
+from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.ops import pointwise
-from fedmef_fx.ops.growth import Request, collecting
+from fedmef_fx.ops.gradient_collector import Request, collecting
 from fedmef_fx.ops.layers import pruned_convolution
+from fedmef_fx.packing import PackedTensor, using_backend
+from fedmef_fx.packing.bitmap import pack_bits
 
 pytest.importorskip("numba")
 

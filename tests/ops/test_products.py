@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmef_fx.memory import BlockwiseTensor, SavedTensors
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.keeping import remasked
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
+from fedmef_fx.packing import BlockwiseTensor
 
 MULTIPLICATIONS = [((4, 5, 6), (4, 5, 6)), ((4, 5, 6), (4, 1, 1)), ((6,), (4, 5, 6)), ((4, 1, 6), (1, 5, 1))]
 MATRICES = [

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.memory import bitmap, using_backend
-from fedmef_fx.memory.bitmap import count_rows, pack_bits
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, effective_weight_backward
 from fedmef_fx.ops.nsconv import KernelForm, centred, standardize, standardize_backward, standardized
 from fedmef_fx.ops.rows import DenseRows, packed_rows
+from fedmef_fx.packing import bitmap, using_backend
+from fedmef_fx.packing.bitmap import count_rows, pack_bits
 
 
 @given(rows=st.integers(1, 9), fan_in=st.integers(1, 40), density=st.floats(0, 1), seed=st.integers(0, 99))

@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
-from fedmef_fx.memory import BlockwiseTensor, SavedTensors
-from fedmef_fx.memory.registry import held_buffers
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.keeping import KeepActivation, recomputed
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
+from fedmef_fx.packing import BlockwiseTensor
+from fedmef_fx.packing.registry import held_buffers
 
 ACTIVATIONS = [
     ("gelu", F.gelu, {}),

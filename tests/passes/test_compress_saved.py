@@ -11,20 +11,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, freeze, report, transform
-from fedmef_fx.api import memory_passes, passes_of
 from fedmef_fx.capture import capture_graphs
-from fedmef_fx.memory import SavedTensors
-from fedmef_fx.memory.registry import held_buffers
-from fedmef_fx.model import Transformation
+from fedmef_fx.graph.pipeline import Pipeline
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.verify import Verifier
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.models import resnet18
 from fedmef_fx.ops.keeping import KeepActivation
 from fedmef_fx.ops.norms import compressed_batch_norm_module, compressed_norm
-from fedmef_fx.ops.packing import PackActivation
+from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.ops.products import compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
-from fedmef_fx.pipeline import Pipeline
-from fedmef_fx.program import Program, Region
-from fedmef_fx.verify import Verifier
+from fedmef_fx.packing.registry import held_buffers
+from fedmef_fx.sparse_model.masks import Transformation
+from fedmef_fx.transformation.transform import memory_passes, passes_of
 from tests.models import ZOO, Residual, build
 from tests.transformer_models import TRANSFORMERS, ViT
 

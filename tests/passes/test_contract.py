@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, coverage, masks, report, transform
-from fedmef_fx.api import passes_of
 from fedmef_fx.capture import capture_graphs
-from fedmef_fx.memory import SavedTensors
-from fedmef_fx.model import Transformation, masked_parameters
-from fedmef_fx.ops.activations import sign_relu
+from fedmef_fx.graph.pipeline import Pipeline
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.verify import Verifier
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.pipeline import Pipeline
-from fedmef_fx.program import Program, Region
-from fedmef_fx.verify import Verifier
+from fedmef_fx.ops.relu import sign_relu
+from fedmef_fx.sparse_model.masks import Transformation, masked_parameters
+from fedmef_fx.transformation.transform import passes_of
 from tests.models import ZOO, PreActivation, Residual, Shared, build
 
 CONFIG = Config(density=0.3)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, inspect, report, transform
-from fedmef_fx.memory import LiveBytes
+from fedmef_fx.measure.live import LiveBytes
 
 KEEP = Config(density=1.0, normalization="keep", activation_sparsity=0.5)
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from fedmef_fx.inspection.records import GraphRecord, NodeRecord
-from fedmef_fx.pipeline import PassReport
+from fedmef_fx.graph.pipeline import PassReport
+from fedmef_fx.graph.recording import GraphRecord, NodeRecord
 
 __all__ = ["Changes"]
 

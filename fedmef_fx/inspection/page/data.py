@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from fedmef_fx.graph.pipeline import PassReport
+from fedmef_fx.graph.recording import GraphRecord, NodeRecord
+from fedmef_fx.graph.text import node_text
 from fedmef_fx.inspection.comparison import Comparison
-from fedmef_fx.inspection.graph_text import node_text
 from fedmef_fx.inspection.page.changes import Changes
 from fedmef_fx.inspection.page.hierarchy import Box, Group
 from fedmef_fx.inspection.page.layout import Flow, plan
 from fedmef_fx.inspection.page.mask_image import data_url
 from fedmef_fx.inspection.page.timeline import MemoryPair
 from fedmef_fx.inspection.page.views import OPAQUE, View, views_of
-from fedmef_fx.inspection.records import GraphRecord, NodeRecord
 from fedmef_fx.inspection.table import LayerRow, Table
 from fedmef_fx.inspection.weights import WeightRecord
-from fedmef_fx.pipeline import PassReport
 
 if TYPE_CHECKING:
     from fedmef_fx.federated.history import History

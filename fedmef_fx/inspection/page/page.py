@@ -14,8 +14,8 @@ from importlib import resources
 from os import PathLike
 from typing import Any, Final
 
-from fedmef_fx.atomic import check_target, replacing
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.page.data import PageContent, page_document
 

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedmef_fx.export.codecs import exponents
-from fedmef_fx.export.codecs.exponents import (
+from fedmef_fx.export.onnx.codecs import exponents
+from fedmef_fx.export.onnx.codecs.exponents import (
     ExponentCode,
     choose_exponents,
     exponent_entropy,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmef_fx.export.codecs.fields import pack_fields, plane_bytes, unpack_fields
-from fedmef_fx.export.codecs.positions import (
+from fedmef_fx.export.onnx.codecs.fields import pack_fields, plane_bytes, unpack_fields
+from fedmef_fx.export.onnx.codecs.positions import (
     Bitmap,
     Gaps,
     PositionCode,

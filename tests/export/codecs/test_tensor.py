@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
-from fedmef_fx.export import _decode_graph
-from fedmef_fx.export.codecs import exponents
-from fedmef_fx.export.codecs import tensor as tensors
-from fedmef_fx.export.codecs.tensor import EncodedTensor, decode_tensor, encode_tensor
-from fedmef_fx.export.codecs.values import ValueCode
+from fedmef_fx.export.onnx import decode_graph as _decode_graph
+from fedmef_fx.export.onnx.codecs import exponents
+from fedmef_fx.export.onnx.codecs import tensor as tensors
+from fedmef_fx.export.onnx.codecs.tensor import EncodedTensor, decode_tensor, encode_tensor
+from fedmef_fx.export.onnx.codecs.values import ValueCode
 
 DTYPES: dict[ValueCode, type] = {
     "float32": np.float32,

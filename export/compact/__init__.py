@@ -1,0 +1,1 @@
+"""Channels without effect, taken out."""

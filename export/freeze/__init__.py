@@ -1,0 +1,1 @@
+"""From a sparse model to a plain module for inference."""

@@ -1,0 +1,141 @@
+"""Fold a BatchNorm into the layer before it.
+
+In eval mode BatchNorm is y = (x - mean) * s + shift per channel, with s = weight / sqrt(var + eps), so that for
+x = W * input + b the layer W' = s W, b' = (b - mean) s + shift computes y alone. Zeros of W stay zeros.
+
+Folded is a BatchNorm that directly follows a convolution or linear layer, nothing else reads the values in between,
+and the layer's weight is a parameter that nothing else reads: untying a tied weight would make the model larger.
+After a linear layer BatchNorm1d counts dimension 1 as channels, which is the layer's last dimension for matrices
+only, so its input has to be one provably. The others stay BatchNorms in eval mode.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fedmef_fx.export.freeze.weights import add_parameter, readers
+from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound
+from fedmef_fx.graph.program import Region
+from fedmef_fx.ops.nsconv import from_rows, to_rows
+
+__all__ = ["fold_batch_norms"]
+
+_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_KEEP_SHAPE: Final = (nn.BatchNorm1d, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Tanh)
+_KEEP_SHAPE_FUNCTIONS: Final = (F.batch_norm, F.gelu, F.hardswish, F.leaky_relu, F.relu, F.relu6, F.silu, F.linear)
+
+
+class _Norm(NamedTuple):
+    """A BatchNorm in eval mode; each tensor is [channels]."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def fold_batch_norms(region: Region, graph: fx.Graph) -> None:
+    """Fold what can be folded, in place."""
+    for node in list(graph.nodes):
+        norm = _batch_norm(region, node)
+        layer = _input(node) if norm is not None else None
+        if norm is not None and layer is not None and _match(region, layer, norm):
+            _rewrite(region, layer, norm)
+            node.replace_all_uses_with(layer)
+            graph.erase_node(node)
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    x = node.args[0] if node.args else node.kwargs.get("input")
+    return x if isinstance(x, fx.Node) else None
+
+
+def _batch_norm(region: Region, node: fx.Node) -> _Norm | None:
+    """The BatchNorm that a node applies with running statistics, None for any other node."""
+    module = region.module(node)
+    if type(module) in _BATCH_NORMS:
+        assert module is not None  # noqa: S101 -- for the type checker
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        values: Any = (module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        return None if hooked or values[0] is None or values[1] is None else _Norm(*values)
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    given = bound(node)
+    optional = [given.get(name) for name in ("weight", "bias")]
+    mean, var = (region.tensor(given.get(name)) for name in ("running_mean", "running_var"))
+    weight, bias = (region.tensor(value) for value in optional)
+    computed = any(value is not None and region.tensor(value) is None for value in optional)
+    if given.get("training", False) is not False or mean is None or var is None or computed:
+        return None
+    return _Norm(mean, var, weight, bias, given.get("eps", 1e-5))
+
+
+def _match(region: Region, layer: fx.Node, norm: _Norm) -> bool:
+    """Whether a layer can take a BatchNorm that follows it."""
+    if layer.op != "call_function" or (layer.target not in CONVOLUTIONS and layer.target is not F.linear):
+        return False
+    weight, bias = region.tensor(layer.args[1]), _bias(layer)
+    if not isinstance(weight, nn.Parameter) or (bias is not None and region.tensor(bias) is None):
+        return False
+    if len(layer.users) != 1 or len(readers(region, layer.graph, weight)) != 1:
+        return False
+    if _channels(layer, weight) != norm.mean.numel():
+        return False
+    return layer.target is not F.linear or _is_matrix(region, layer.args[0])
+
+
+def _bias(layer: fx.Node) -> Any:
+    return layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+
+
+def _groups(layer: fx.Node) -> int:
+    return int(bound(layer).get("groups", 1)) if layer.target in TRANSPOSED else 1
+
+
+def _channels(layer: fx.Node, weight: Tensor) -> int:
+    return weight.shape[1] * _groups(layer) if layer.target in TRANSPOSED else weight.shape[0]
+
+
+def _is_matrix(region: Region, node: object) -> bool:
+    """Whether a tensor has two dimensions, as far as the nodes that make it show."""
+    while isinstance(node, fx.Node):
+        module = region.module(node)
+        if isinstance(module, nn.Flatten):
+            return bool(module.start_dim == 1 and module.end_dim == -1)
+        if node.target in ("view", "reshape"):
+            sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+            return len(sizes) == 2
+        if node.target in (torch.flatten, "flatten"):
+            dims = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | node.kwargs
+            return bool(dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1)
+        if type(module) not in _KEEP_SHAPE and node.target not in _KEEP_SHAPE_FUNCTIONS:
+            return False
+        node = _input(node)
+    return False
+
+
+def _rewrite(region: Region, layer: fx.Node, norm: _Norm) -> None:
+    graph, transposed = layer.graph, layer.target in TRANSPOSED
+    weight, bias = region.tensor(layer.args[1]), region.tensor(_bias(layer))
+    assert weight is not None  # noqa: S101 -- _match has seen it
+    # In float64, so that folding adds one rounding and no more.
+    scale = (norm.var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.mean.double() if bias is None else bias.double() - norm.mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+
+    rows = to_rows(weight.double(), groups=_groups(layer), transposed=transposed) * scale.unsqueeze(1)
+    folded = from_rows(rows, weight.shape, groups=_groups(layer), transposed=transposed)
+    new_bias = shift.to(weight.dtype if bias is None else bias.dtype)
+    weight.copy_(folded)
+    if bias is not None and len(readers(region, graph, bias)) == 1 and bias is not norm.bias:
+        bias.copy_(new_bias)
+        return
+    path = str(layer.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]  # _match has seen a get_attr
+    with graph.inserting_before(layer):
+        read = graph.get_attr(add_parameter(region, f"{path}.bias" if path else "bias", new_bias))
+    layer.args = (*layer.args[:2], read)
+    layer.kwargs = {key: value for key, value in layer.kwargs.items() if key != "bias"}

@@ -1,0 +1,99 @@
+"""Freeze where Python still runs: the model becomes what it was, with its sparse weights stored plainly.
+
+For calls that no graph serves, a transformed model runs the original forward over its layers, so masks and NSConv hold
+in the layers themselves. Freezing makes that permanent:
+
+1. A weight with an NSConv kernel -> the kernel without gain (g * b / sqrt(s)), and the layer loses its bias, which
+   BatchNorm cancelled. Its BatchNorm keeps gain and shift, and gets statistics that normalise nothing.
+2. Masked weights are 0 where masked already; masks, hooks, packing sites and graphs go, classes return.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fedmef_fx.errors import ExportError
+from fedmef_fx.graph.emit import restore_classes
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.sites import SITES
+from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
+from fedmef_fx.sparse_model.masks import HOLDER, mask_name
+from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
+
+__all__ = ["restore_model"]
+
+_CONSTANT = "fedmef_constant_"
+
+
+@torch.no_grad()
+def restore_model(program: Program) -> nn.Module:
+    """Turn a transformed model back into a plain one, in place; see the module docstring.
+
+    Raises:
+        ExportError: An NSConv that exists in a graph only, so that the plain layers would compute something else.
+    """
+    model, layers = program.model, [region for region in program.regions if region.role != "region"]
+    plain = {id(weight) for region in layers for weight, _ in _kernels(region)}
+    for region in program.regions:
+        for weight, node in _kernels(region):
+            if id(weight) not in plain:
+                raise ExportError(
+                    f"freeze: node {region.full_name(node.name)!r} has a normalised kernel that its layer has not, and "
+                    'Python may call the layer; transform the model with Config(normalization="keep")'
+                )
+    for region in layers:
+        _store_kernels(region)
+    for name, fact in program.facts.prunable.items():
+        if fact.masked:
+            path, _, leaf = name.rpartition(".")
+            delattr(model.get_submodule(path), mask_name(leaf))
+        for silent in fact.channels.silent if fact.masked and fact.channels else ():
+            path, _, leaf = silent.rpartition(".")
+            model.get_submodule(path)._buffers.pop(mask_name(leaf), None)
+    restore_classes(model)
+    forget_load_hooks(model)
+    for module in list(model.modules()):
+        _strip(module)
+    return model.eval()
+
+
+def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, fx.Node]]:
+    """The parameters of a region that are read through NSConv, with the nodes that do it."""
+    for graph in region.graphs.values():
+        for node in graph.nodes:
+            if node.target is nsconv_weight:
+                stored = node.args[0]
+            elif node.target in (pruned_convolution, pruned_linear) and node.args[4] is not None:
+                stored = node.args[2]
+            else:
+                continue
+            yield region.owner.get_parameter(str(stored.target)), node
+
+
+def _store_kernels(region: Region) -> None:
+    """Write the kernels of a layer, or neutral statistics into a BatchNorm that only scales and shifts."""
+    owner = region.owner
+    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
+        owner.running_mean = torch.zeros(owner.num_features)
+        owner.running_var = torch.full((owner.num_features,), 1.0 - owner.eps)
+        owner.to(next(owner.parameters()))
+        return
+    for weight, node in _kernels(region):
+        mask = None if node.args[2] is None else region.tensor(node.args[2])
+        options: dict[str, Any] = dict(node.kwargs)
+        form = KernelForm(**options)
+        gain = weight.new_ones(form.rows(weight).shape[0])
+        weight.copy_(nsconv_kernel(weight, gain, mask, form))
+        owner.register_parameter("bias", None)
+
+
+def _strip(module: nn.Module) -> None:
+    """Take away what a transformation added to a module."""
+    for child in (HOLDER, SITES):
+        if child in module._modules:
+            delattr(module, child)
+    for name in [name for name in module._buffers if name.startswith(_CONSTANT)]:
+        delattr(module, name)

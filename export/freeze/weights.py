@@ -1,0 +1,106 @@
+"""Masked weights and NSConv kernels are computed once and become the parameters themselves.
+
+Rules
+1. `masked_weight(w, mask)`, `nsconv_weight(w, gain, mask)` -> `get_attr w`, and w takes the value of the expression.
+   All uses of a tied weight read the same parameter, under all of its names.
+2. A parameter that is also read as it is, or in a second form, keeps its value; the expression then becomes a new
+   parameter `<name>_folded`.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, fx, nn
+
+from fedmef_fx.errors import ExportError
+from fedmef_fx.graph.nodes import bound
+from fedmef_fx.graph.program import Region, join
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight
+from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.nsconv import KernelForm, nsconv_weight
+
+__all__ = ["add_parameter", "erase_unread", "fold_weights", "readers"]
+
+_EXPRESSIONS = (masked_weight, nsconv_weight)
+
+
+def fold_weights(region: Region, graph: fx.Graph) -> None:
+    """Apply the rules of this module to an eval graph and the parameters of its owner, in place.
+
+    Raises:
+        ExportError: A masked weight or NSConv kernel that is not made from a parameter.
+    """
+    by_parameter: dict[Tensor, dict[object, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+    for node in graph.nodes:
+        if node.target in _EXPRESSIONS:
+            stored = _stored(region, node)
+            identity = (id(stored.gain), id(stored.mask), stored.form)
+            by_parameter[stored.weight][identity].append(node)
+    for parameter, forms in by_parameter.items():
+        values = [effective_weight(_stored(region, nodes[0])).clone() for nodes in forms.values()]
+        folded = {node for nodes in forms.values() for node in nodes}
+        is_read_otherwise = any(reader not in folded for reader in readers(region, graph, parameter))
+        for index, (nodes, value) in enumerate(zip(forms.values(), values, strict=True)):
+            names = [str(node.all_input_nodes[0].target) for node in nodes]
+            if index == 0 and not is_read_otherwise:
+                parameter.copy_(value)
+            else:
+                names = [add_parameter(region, f"{names[0]}_folded", value)] * len(nodes)
+            for node, name in zip(nodes, names, strict=True):
+                _read_instead(node, name)
+
+
+def _stored(region: Region, node: fx.Node) -> StoredWeight:
+    given = bound(node)
+    weight, gain, mask = (region.tensor(given.get(name)) for name in ("weight", "gain", "mask"))
+    if not isinstance(weight, nn.Parameter):
+        raise ExportError(
+            f"freeze: node {region.full_name(node.name)!r} ({node.target.__name__}) does not read a parameter; "  # type: ignore[union-attr]  # a function
+            f"got {given['weight']!r}"
+        )
+    form = KernelForm(**{name: given[name] for name in KernelForm._fields if name in given.values})
+    return StoredWeight(weight, gain, mask, form)
+
+
+def _read_instead(node: fx.Node, name: str) -> None:
+    with node.graph.inserting_before(node):
+        read = node.graph.get_attr(name)
+    node.replace_all_uses_with(read)
+    node.graph.erase_node(node)
+
+
+def readers(region: Region, graph: fx.Graph, tensor: Tensor) -> list[fx.Node]:
+    """The nodes that read a parameter or buffer, under any of its names: its users, and the modules that hold it."""
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        module = region.module(node)
+        if region.tensor(node) is tensor:
+            found += node.users
+        elif module is not None and any(held is tensor for held in (*module.parameters(), *module.buffers())):
+            found.append(node)
+    return found
+
+
+def add_parameter(region: Region, name: str, value: Tensor) -> str:
+    """Register a parameter with a region's owner; a number is appended where the name is taken.
+
+    Returns:
+        The target for `get_attr`.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = region.owner.get_submodule(path)
+    unique, number = leaf, 1
+    while getattr(owner, unique, None) is not None:
+        unique, number = f"{leaf}_{number}", number + 1
+    owner.register_parameter(unique, nn.Parameter(value.detach(), requires_grad=torch.is_floating_point(value)))
+    return join(path, unique)
+
+
+def erase_unread(graph: fx.Graph) -> None:
+    """Erase the reads of parameters and buffers that nothing uses.
+
+    Other unused nodes stay: some of them write in place.
+    """
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""From a plain module to an ONNX file, checked in onnxruntime."""

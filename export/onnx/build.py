@@ -1,0 +1,198 @@
+"""Build: from a converted model to the graph that is written: simplified, stripped, checked, quantized, encoded."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from onnx import ModelProto
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.export.examples import Call
+from fedmef_fx.export.onnx.checks import check_folded, check_graph
+from fedmef_fx.export.onnx.clock import Clock
+from fedmef_fx.export.onnx.codecs.tensor import EncodedTensor
+from fedmef_fx.export.onnx.convert import Converted
+from fedmef_fx.export.onnx.encode import StoredWeights, apply_encoding, encode, round_weights, zero_is_positive
+from fedmef_fx.export.onnx.entropy import EntropyBounds, entropy_bounds
+from fedmef_fx.export.onnx.manifest import Manifest, StoredTensor
+from fedmef_fx.export.onnx.names import drop_defaults, shorten_names
+from fedmef_fx.export.onnx.origins import readers_of
+from fedmef_fx.export.onnx.parity import FLOAT32_TOLERANCE
+from fedmef_fx.export.onnx.shrink import share_equal, shrink_quantizers
+from fedmef_fx.export.onnx.strip import strip
+from fedmef_fx.export.onnx.write import LARGEST_FILE_BYTES, stored_bytes
+
+__all__ = ["Built", "Plan", "build"]
+
+# Rounding to 16 bits changes outputs by less than this; None: int8 changes them by what the calibration gives.
+_TOLERANCES: Final[dict[StoredWeights, float]] = {
+    "dense": FLOAT32_TOLERANCE,
+    "packed": FLOAT32_TOLERANCE,
+    "packed-int16": 1e-3,
+    "packed-fp16": 1e-2,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to build.
+
+    Attributes:
+        weights: As for `export_onnx`.
+        quantize: Likewise.
+        uses_slim: Whether onnxslim simplifies the graph.
+        is_frozen: Whether the model is a frozen graph, in which no BatchNorm may be left that could be folded.
+        sizes: Names of sizes that vary besides the batch, by input and dimension.
+    """
+
+    weights: StoredWeights
+    quantize: str | None
+    uses_slim: bool
+    is_frozen: bool
+    sizes: Mapping[str, Mapping[int, str]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Built:
+    """A graph to write.
+
+    Attributes:
+        proto: The graph.
+        manifest: What it says about itself.
+        plain: The graph as it was traced, stripped: names of its values are those of the traced program.
+        reference: The same graph with the same weights stored plainly, serialized: the file has to give the same bits.
+            None where nothing is encoded, or it is too large for one file.
+        plain_bytes: Size of the graph with dense float32 weights.
+        plain_nodes: Its nodes.
+        bounds: The least that the weights can take.
+        tolerance: Largest difference from the model that is allowed, relative to an output; None for any.
+        notices: What was done otherwise than asked for.
+    """
+
+    proto: ModelProto
+    manifest: Manifest
+    plain: ModelProto
+    reference: bytes | None
+    plain_bytes: int
+    plain_nodes: int
+    bounds: EntropyBounds
+    tolerance: float | None
+    notices: tuple[str, ...]
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return max(int(entry.version) for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, clock: Clock) -> Built:
+    """Build the graph of a file.
+
+    Raises:
+        ExportError: A graph that onnx refuses, or that is not folded as it should be.
+    """
+    with clock.stage("strip"):
+        nodes = readers_of(converted.proto)
+        plain = _slimmed(converted.proto) if plan.uses_slim else converted.proto
+        strip(plain, plan.sizes)
+        zero_is_positive(plain)
+    with clock.stage("check"):
+        check_graph(plain)
+        check_folded(plain, is_frozen=plan.is_frozen)
+    built = Built(
+        proto=plain,
+        manifest=Manifest(plan.weights, plan.quantize, ()),
+        plain=plain,
+        reference=None,
+        plain_bytes=_size(plain),
+        plain_nodes=len(plain.graph.node),
+        bounds=entropy_bounds(plain, {}),
+        tolerance=None if plan.quantize else _TOLERANCES[plan.weights],
+        notices=(),
+    )
+    if calibration is not None:
+        from fedmef_fx.export.onnx.quantize_int8 import quantize_int8  # noqa: PLC0415 -- slow to import
+
+        with clock.stage("quantize"):
+            proto, notices = quantize_int8(plain, calibration)
+            built = dataclasses.replace(built, proto=proto, bounds=entropy_bounds(proto, {}), notices=tuple(notices))
+    if plan.weights != "dense":
+        with clock.stage("encode"):
+            built = _encoded(built, plan, nodes)
+        with clock.stage("check encoded"):
+            check_graph(built.proto, what="encoded")
+    return built
+
+
+def _encoded(built: Built, plan: Plan, nodes: Mapping[str, str]) -> Built:
+    """Encode the weights of a graph; the given one stays as it is."""
+    proto = copy.deepcopy(built.proto)
+    encoding = encode(proto, plan.weights)
+    tensors = encoding.tensors
+    notices = [*built.notices, *encoding.notices]
+    if not tensors:
+        notices.append("no weight takes fewer bytes encoded: all are stored plainly")
+    bounds, reference = entropy_bounds(proto, tensors), _reference(proto, plan, tensors)
+    shrink_quantizers(proto)
+    apply_encoding(proto, tensors)
+    share_equal(proto)
+    drop_defaults(proto)
+    renamed = shorten_names(proto)
+    return dataclasses.replace(
+        built,
+        proto=proto,
+        manifest=_manifest(plan, tensors, renamed, nodes),
+        reference=reference,
+        bounds=bounds,
+        notices=tuple(notices),
+    )
+
+
+def _size(proto: ModelProto) -> int:
+    size = stored_bytes(proto)
+    return int(proto.ByteSize()) if size < LARGEST_FILE_BYTES // 2 else size
+
+
+def _slimmed(proto: ModelProto) -> ModelProto:
+    try:
+        import onnxslim  # noqa: PLC0415 -- optional
+    except ImportError as error:
+        raise ConfigError(
+            "export_onnx: optimize='onnxslim' needs the package onnxslim; install it: pip install onnxslim"
+        ) from error
+    slimmed: ModelProto = onnxslim.slim(proto)
+    return slimmed
+
+
+def _reference(proto: ModelProto, plan: Plan, encoded: Mapping[str, EncodedTensor]) -> bytes | None:
+    """The graph with decoded weights in place of encoded ones, serialized."""
+    decoded_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in encoded.values())
+    if not encoded or stored_bytes(proto) + decoded_bytes > LARGEST_FILE_BYTES:
+        return None
+    if plan.weights != "packed":  # which keeps every bit
+        proto = copy.deepcopy(proto)
+        round_weights(proto, encoded)
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def _manifest(
+    plan: Plan, encoded: Mapping[str, EncodedTensor], renamed: Mapping[str, str], nodes: Mapping[str, str]
+) -> Manifest:
+    tensors = []
+    for name, tensor in encoded.items():
+        origin = name.removesuffix("_quantized")
+        tensors.append(
+            StoredTensor(
+                name=origin,
+                value=renamed.get(name, name),
+                shape=tensor.shape,
+                codec=tensor.codec,
+                active=tensor.active,
+                bytes=tensor.nbytes,
+                node=nodes.get(origin, ""),
+            )
+        )
+    return Manifest(plan.weights, plan.quantize, tuple(tensors))

@@ -1,0 +1,184 @@
+"""Convert: from an inference module to an ONNX graph, through torch's dynamo-based exporter."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Final
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.display.source_names import source_name, with_source_names
+from fedmef_fx.errors import ExportError
+from fedmef_fx.export.examples import Call, Examples, evaluating
+
+__all__ = ["Converted", "convert"]
+
+_EXPORTER_LOG: Final = "torch.onnx._internal.exporter"
+_SEED: Final = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Converted:
+    """A model in ONNX.
+
+    Attributes:
+        proto: The ONNX model.
+        program: What it was translated from, operator by operator: values of both have the same names.
+        examples: Its example inputs, of which only sizes vary that may vary in the graph.
+        is_dynamic: Whether any size varies.
+        notices: What was done otherwise than asked for.
+    """
+
+    proto: onnx.ModelProto
+    program: torch.export.ExportedProgram
+    examples: Examples
+    is_dynamic: bool
+    notices: tuple[str, ...] = ()
+
+
+def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool, optimize: bool = True) -> Converted:
+    """Trace a model and translate it.
+
+    Args:
+        model: Runs in eval mode here; its modes are as they were afterwards.
+        examples: Its example inputs.
+        dynamic_batch: Whether the batch size may vary. Where that is impossible it is fixed, with a notice.
+        optimize: Whether onnxscript simplifies the graph.
+
+    Returns:
+        The model, and what it was made from.
+
+    Raises:
+        ExportError: Tracing or translating failed; the message names the operator or the reason.
+    """
+    wants = [examples, dataclasses.replace(examples, sizes={})] if examples.sizes else [examples]
+    if not dynamic_batch or examples.batch_size is None:
+        wants = [dataclasses.replace(want, batch_size=None) for want in wants if want.sizes]
+    notices: list[str] = []
+    if dynamic_batch and examples.batch_size is None:
+        notices.append("fixed sizes: the first example input has no dimensions, so there is no batch dimension")
+    for want in wants:
+        # torch.export takes sizes 0 and 1 for constants.
+        batch_size = None if want.batch_size is None else max(want.batch_size, 2)
+        call = want.random(batch_size, generator=torch.Generator().manual_seed(_SEED))
+        try:
+            converted = _convert(model, want, call, dynamic=True, optimize=optimize)
+        except ExportError as error:
+            reason = str(error).removeprefix("export_onnx: ")
+            fixed = [f"batch size {want.batch_size}"] if not want.sizes else sorted(_size_names(want))
+            notices.append(f"fixed {', '.join(fixed)}, as a varying one fails: {reason}")
+        else:
+            return dataclasses.replace(converted, examples=want, notices=tuple(notices))
+    converted = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
+    return dataclasses.replace(converted, notices=tuple(notices))
+
+
+def _size_names(examples: Examples) -> set[str]:
+    return {name for dims in examples.sizes.values() for name in dims.values()}
+
+
+def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool, optimize: bool) -> Converted:
+    # Two inputs that are one tensor would become one input.
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
+    shapes = examples.dynamic_shapes() if dynamic else None
+    with evaluating(model), torch.no_grad(), _quiet():
+        try:
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # whatever Python in the model's forward raises
+            raise ExportError(
+                f"export_onnx: torch.export cannot trace {type(model).__name__}: {_reason(error)}. Control flow that "
+                "depends on tensor values is the usual cause"
+            ) from error
+        names = _output_names(exported)
+        try:
+            program = torch.onnx.export(exported, dynamo=True, verbose=False, output_names=names, optimize=optimize)
+        except Exception as error:
+            failure = _translation_failure(error, exported)
+            raise ExportError(f"export_onnx: {type(model).__name__}: {failure}") from error
+    if program is None or program.exported_program is None:
+        raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx returned no model")
+    return Converted(program.model_proto, program.exported_program, examples, dynamic)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the exporter says about its own inner workings; errors still show."""
+    logger = logging.getLogger(_EXPORTER_LOG)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that torchvision is not installed, that None is no output, ...
+    try:
+        with warnings.catch_warnings():
+            # torch's exporter uses what torch itself has deprecated.
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+            # nn.LSTM and its kind keep a list of their parameters, which are registered all the same.
+            warnings.filterwarnings(
+                "ignore", message=r"The tensor attributes? self\.\S*_flat_weights", category=UserWarning
+            )
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    """Names of the tensors that a model returns, from where they stand in its result: dictionary keys, positions."""
+    returned = exported.graph_signature.user_outputs
+    spec = exported.call_spec.out_spec
+    assert spec is not None  # noqa: S101 -- an export always has one
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(returned), spec))
+    taken = {str(name) for name in exported.graph_signature.user_inputs}
+    tensors = {node.name for node in exported.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    names = []
+    for path, value in paths:
+        if value not in tensors:
+            continue  # a constant, which is no output of the graph
+        name = "_".join(re.sub(r"\W+", "_", pytree.keystr((key,))).strip("_") for key in path) or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a long message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    listed = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return with_source_names((listed or lines or [type(error).__name__])[0])
+
+
+def _translation_failure(error: BaseException, exported: torch.export.ExportedProgram) -> str:
+    """What the exporter could not translate: operator, node and source line, where its messages name them."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    operator = re.search(r"No ONNX function found for \S*op='([^']+)'", "\n".join(chain))
+    node = re.search(r"Error when translating node %(\w+)", "\n".join(chain))
+    where = f" (node {node[1]}{_source_of(node[1], exported)})" if node else ""
+    if operator:
+        return f"operator {operator[1]}{where} has no ONNX form; replace it in the model by operators that have one"
+    reason = chain[-1].strip().splitlines() or [repr(error)]
+    return f"torch.onnx cannot translate it{where}: {with_source_names(reason[0])}"
+
+
+def _source_of(name: str, exported: torch.export.ExportedProgram) -> str:
+    """`, model.py:12: return torch.bessel(x)`: the line of the model's code that made a node; empty if unknown."""
+    # The exporter splits operators into simpler ones, often of a similar name, before it translates them.
+    operator = re.sub(r"_\d+$", "", name)
+    nodes = sorted(exported.graph.nodes, key=lambda node: node.name != name)
+    trace = next((node.meta.get("stack_trace") for node in nodes if operator in node.name), None)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', trace or "")
+    own = [frame for frame in frames if f"{os.sep}torch{os.sep}nn{os.sep}" not in frame[0]]
+    if not own:
+        return ""
+    file, line, code = own[-1]
+    return f", {source_name(file)}:{line}: {code.strip()}"

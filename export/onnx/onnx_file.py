@@ -1,0 +1,183 @@
+"""`export_onnx`: from a model to one small ONNX file that provably computes the same.
+
+Stages: freeze, trace and translate, strip, check, quantize, encode, write to a temporary file, compare in onnxruntime,
+rename. Whatever fails, a file that was there before stays as it was. onnx and onnxruntime are imported when needed.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, get_args
+
+from torch import fx, nn
+
+from fedmef_fx.errors import ConfigError, ExportError
+from fedmef_fx.export.compact.compact import compact as remove_dead_channels
+from fedmef_fx.export.examples import Call, read_examples
+from fedmef_fx.export.freeze.freeze import freeze
+from fedmef_fx.export.onnx.calibration import calibration_calls, check_batch_sizes
+from fedmef_fx.export.onnx.checks import check_finite, check_masked, check_runs
+from fedmef_fx.export.onnx.clock import Clock
+from fedmef_fx.export.onnx.precision import in_float32, low_precision, widened
+from fedmef_fx.export.onnx.report import ExportReport
+from fedmef_fx.files.atomic import check_target
+from fedmef_fx.sparse_model.masks import is_transformed, masked_parameters
+
+__all__ = ["export_onnx"]
+
+Weights = Literal["dense", "packed", "packed-int16", "packed-fp16"]
+Quantize = Literal["int8"] | None
+Optimize = Literal["none", "onnxscript", "onnxslim"]
+_QUANTIZATIONS: Final = (None, "int8")
+
+
+def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    weights: Weights = "dense",
+    quantize: Quantize = None,
+    calibration_data: Iterable[Any] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_sizes: Mapping[str, Mapping[int, str]] | None = None,
+    verify: bool = True,
+    optimize: Optimize = "onnxscript",
+    compact: bool = False,
+) -> ExportReport:
+    """Write a model as ONNX, with masks, NSConv and BatchNorm folded, and prove that the file computes the same.
+
+    Args:
+        model: A transformed model, which is frozen, or any other module, which is exported as it is. Exported is what
+            eval mode computes, whatever mode the model is in; it does not change.
+        path: The file to write, whole or not at all.
+        example_inputs: Positional arguments of one call, as a tuple. Tensors whose dimension 0 has the size of the
+            first one's share the batch dimension.
+        example_kwargs: Keyword arguments of that call. Arguments that are no tensors become constants of the file.
+        weights: How weights are stored: "dense"; "packed", active values and their positions, lossless; "packed-int16"
+            and "packed-fp16", likewise with values of 16 bits. A packed file decodes itself: onnxruntime does it once,
+            when it loads the file, and then runs as fast as with the dense one.
+        quantize: None, as trained; "int8", static quantization of weights and activations.
+        calibration_data: For "int8": inputs like those the model will see, from which the ranges of its activations
+            are taken. Each is a tensor, or a tuple of the arguments of a call.
+        dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
+        dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
+            name are equal.
+        verify: Compare the file with the model on several batches and batch sizes before it takes its name.
+        optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
+            to be installed), "none".
+        compact: Remove channels that contribute nothing first; see `fedmef_fx.compact`.
+
+    Returns:
+        Sizes, agreement, and what was done differently from what was asked for.
+
+    Raises:
+        ConfigError: An option that is not allowed, or example inputs or calibration data that do not fit the model.
+        ExportError: A path that cannot be written, weights that are not numbers, an operator without ONNX form, or a
+            file that computes something else.
+
+    Example:
+        >>> import tempfile, fedmef_fx
+        >>> sparse = fedmef_fx.transform(torch.nn.Sequential(torch.nn.Linear(8, 4)), fedmef_fx.Config(density=0.5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_onnx(sparse, f"{folder}/model.onnx", example_inputs=(torch.randn(2, 8),))
+        >>> report.parity.max_abs < 1e-5
+        True
+    """
+    _check_option("weights", weights, get_args(Weights))
+    _check_option("quantize", quantize, _QUANTIZATIONS)
+    _check_option("optimize", optimize, get_args(Optimize))
+    target = check_target(path, error=_named_export_error)
+    examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes)
+    check_runs(model, examples)
+    calls = calibration_calls(model, quantize, calibration_data, examples)
+
+    clock = Clock()
+    with clock.stage("freeze"):
+        plain = freeze(model) if is_transformed(model) else model
+        check_finite(plain)
+        check_masked(model, plain)
+        plain = remove_dead_channels(plain, example_inputs, example_kwargs=example_kwargs) if compact else plain
+        reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
+        # A model with a graph per mode takes any arguments; only its graph knows their names and order.
+        examples = read_examples(plain, *given, dynamic_sizes)
+        calibration = None if calls is None else [Call(*widened(call.args, call.kwargs)) for call in calls]
+    with clock.stage("convert"):
+        from fedmef_fx.export.onnx.convert import convert  # noqa: PLC0415 -- imports onnx
+
+        converted = convert(plain, examples, dynamic_batch=dynamic_batch, optimize=optimize != "none")
+        if calibration is not None:
+            check_batch_sizes(calibration, converted.examples, is_dynamic=converted.is_dynamic)
+
+    from fedmef_fx.export.onnx.build import Plan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
+    from fedmef_fx.export.onnx.write import total_bytes, written  # noqa: PLC0415
+
+    plan = Plan(
+        weights,
+        quantize,
+        uses_slim=optimize == "onnxslim",
+        is_frozen=isinstance(plain, fx.GraphModule),
+        sizes=examples.sizes,
+    )
+    built = build(converted, plan, calibration, clock)
+    nodes = len(built.proto.graph.node)
+    parity, runtime = None, None
+    with contextlib.ExitStack() as stack:
+        with clock.stage("write"):
+            temporary = stack.enter_context(written(built.proto, built.manifest, target))
+        if verify:
+            from fedmef_fx.export.onnx.verify_file import verify_file  # noqa: PLC0415 -- imports onnxruntime
+
+            with clock.stage("verify"):
+                parity, runtime, more = verify_file(temporary, reference, converted, built, calibration or ())
+            notices += more
+    return ExportReport(
+        path=target,
+        bytes=total_bytes(target),
+        dense_bytes=_dense_bytes(model),
+        opset=built.opset,
+        nodes=nodes,
+        parity=parity,
+        seconds=clock.seconds,
+        notices=(*converted.notices, *built.notices, *notices),
+        weights=weights,
+        quantize=quantize,
+        plain_bytes=built.plain_bytes,
+        entropy_bytes=built.bounds.whole,
+        exponent_entropy_bytes=built.bounds.exponents,
+        plain_nodes=built.plain_nodes,
+        tensors=built.manifest.tensors,
+        runtime=runtime,
+    )
+
+
+def _named_export_error(message: str) -> ExportError:
+    return ExportError(f"export_onnx: {message}")
+
+
+def _check_option(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"export_onnx: got {name}={value!r}; expected {' | '.join(map(repr, allowed))}")
+
+
+def _in_float32(
+    model: nn.Module, plain: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, nn.Module, tuple[Sequence[Any], Mapping[str, Any] | None], list[str]]:
+    """The model to compare with and the one to export, example arguments for both, and notices.
+
+    A model of 16-bit floats becomes one of float32: onnxruntime's CPU kernels know few operators for other types.
+    """
+    found = low_precision(plain)
+    if not found:
+        return model, plain, (inputs, kwargs), []
+    notice = f"converted from {found} to float32: inputs and outputs of the file are float32"
+    return in_float32(model), in_float32(plain), widened(inputs, kwargs), [notice]
+
+
+def _dense_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters in their dense form, however they are stored."""
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    packed = [entry for entry in masked_parameters(model).values() if entry.is_packed] if is_transformed(model) else []
+    missing = sum((entry.numel - entry.parameter.numel()) * entry.parameter.element_size() for entry in packed)
+    return stored + missing

@@ -1,0 +1,1 @@
+"""Planning a transformation that keeps a memory budget."""

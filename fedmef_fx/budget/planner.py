@@ -1,0 +1,320 @@
+"""Keep a memory budget with the least error of the gradients, as measured on example inputs.
+
+What is chosen, and in which order of preference:
+
+1. Nothing that changes a gradient: pruned activations off (gamma 0: packing drops only zeros), parts of the batch
+   (`fedmef_fx.training.micro_batches`) down to a small size, packed weights.
+2. gamma per layer, at most `Config.activation_sparsity`, and formats of fewer bits. Forward and input gradients are
+   exact under activation pruning, so that the error of a layer's weight gradient depends on its own gamma alone: one
+   run per level of gamma measures every layer, for all formats. Layers then give up accuracy in the order of bytes
+   saved per error added, until the predicted peak fits; or all alike, where that costs less. Of several formats the
+   one with the least measured error wins.
+3. Parts of fewer samples than `SMALLEST_PREFERRED`, where nothing else holds the budget.
+
+Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares that were kept when errors were measured.
+"""
+
+import bisect
+import dataclasses
+import fnmatch
+import math
+import operator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, get_args, get_type_hints
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedmef_fx.budget.plan import LayerChoice, LayerLevels, MemoryPlan, fewest_moves, parse_bytes, shown_bytes
+from fedmef_fx.budget.trial import PlannedModel, square_distance
+from fedmef_fx.config import Config
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.measure.memory import memory
+from fedmef_fx.measure.report import MemoryReport
+from fedmef_fx.training.micro_batches import batch_size_of, batch_statistics_in
+
+__all__ = ["SMALLEST_PREFERRED", "Transform", "plan_memory"]
+
+Transform = Callable[[Config], nn.Module]
+
+SMALLEST_PREFERRED: Final = 4
+_SAMPLES: Final = 16
+"""Samples on which errors are measured: a sum over pixels and samples settles quickly."""
+_EXACT: Final = (("weight_storage", "packed"),)
+_LOSSY: Final = (("packed_dtype", "bfloat16"), ("saved_precision", "int8"))
+
+
+def plan_memory(
+    config: Config,
+    transform: Transform,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Config, MemoryPlan]:
+    """Choose the memory options of a configuration with a budget.
+
+    Args:
+        config: With `memory_budget`.
+        transform: Transforms the model with a configuration that has none.
+        example_inputs: Positional arguments of a call with the batch size of training.
+        example_kwargs: Keyword arguments of it.
+
+    Returns:
+        The configuration with what was chosen, and the plan.
+
+    Raises:
+        ConfigError: No example inputs, or a budget below the smallest peak that can be reached.
+    """
+    budget = parse_bytes(config.memory_budget, name="Config.memory_budget")
+    if example_inputs is None and example_kwargs is None:
+        raise ConfigError(
+            "Config.memory_budget: there are no example inputs; expected a batch of the size that training will use: "
+            "fedmef_fx.transform(model, config, example_inputs=(batch,))"
+        )
+    if isinstance(example_inputs, Tensor):
+        raise ConfigError("transform: example_inputs is a tensor; expected a tuple of arguments: example_inputs=(x,)")
+    search = _Search(config, budget, transform, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    return search.run()
+
+
+@dataclasses.dataclass
+class _Candidate:
+    """A setting that holds the budget."""
+
+    settings: dict[str, Any]
+    micro_batch: int | None
+    gammas: list[float]
+    layers: tuple[LayerChoice, ...]
+    peak: int
+    error: float
+
+
+class _Search:
+    """The search for one budget."""
+
+    def __init__(
+        self, config: Config, budget: int, transform: Transform, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.config, self.budget, self.transform, self.args, self.kwargs = config, budget, transform, args, kwargs
+        self.reasons: list[str] = []
+        self.started = time.perf_counter()
+        self._predictions: dict[tuple[PlannedModel, tuple[float, ...], int | None], MemoryReport] = {}
+        self.batch, self.why_whole = _batch_size(args, kwargs)
+        self._sample = (args, kwargs)
+        if self.batch is not None:
+            self._sample = pytree.tree_map_only(Tensor, operator.itemgetter(slice(_SAMPLES)), self._sample)
+
+    def run(self) -> tuple[Config, MemoryPlan]:
+        """Find the best setting that holds the budget; errors are measured only if nothing exact holds it."""
+        exact: list[PlannedModel] = []
+        for settings in self._settings(_EXACT, {}):
+            rung = self._model(settings)
+            exact.append(rung)
+            unpruned = self._unpruned(rung, self._sizes(rung))
+            if unpruned is not None:
+                return self._result(unpruned)
+        base = min(exact, key=lambda rung: self._least_of(rung, rung.nothing, self._sizes(rung))[1])
+        best: _Candidate | None = None
+        lossy: list[PlannedModel] = []
+        for settings in self._settings(_LOSSY, base.settings):
+            rung = base if settings == base.settings else self._model(settings, base)
+            lossy.append(rung)
+            found = self._candidate(rung, base, self._sizes(rung))
+            best = self._better(best, found)
+            if found is not None and not any(found.gammas):
+                break  # a further format could only add to the error
+        if best is None:  # a further format may also take more: for a moment it needs both forms
+            rung = min(lossy, key=lambda rung: self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))[1])
+            best = self._candidate(rung, base, self._sizes(rung, smallest=1))
+            if best is None:
+                self._refuse(rung)
+        assert best is not None  # noqa: S101 -- _refuse raises
+        return self._result(best)
+
+    # What there is to choose from
+
+    def _model(self, settings: dict[str, Any], measured: PlannedModel | None = None) -> PlannedModel:
+        """The model with some formats."""
+        base = self.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
+        return PlannedModel(self.transform(base), settings, self.limit, self._sample, measured=measured)
+
+    def _settings(self, formats: Sequence[tuple[str, str]], first: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Some settings, then with one format more at a time."""
+        settings = dict(first)
+        yield dict(settings)
+        hints = get_type_hints(Config)
+        for name, value in formats:
+            if name in hints and value in get_args(hints[name]) and getattr(self.config, name) != value:
+                settings[name] = value
+                yield dict(settings)
+
+    def _sizes(self, rung: PlannedModel, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
+        """Sizes of parts, from the whole batch downwards."""
+        left = batch_statistics_in(rung.model.train())
+        if left or self.batch is None:
+            reason = f"{left[0]} computes statistics of the batch" if left else self.why_whole
+            self._say(f"the batch stays whole: {reason}")
+            return [None]
+        sizes: list[int | None] = [None]
+        size = self.batch // 2
+        while size >= smallest:
+            sizes.append(size)
+            size //= 2
+        return sizes
+
+    def limit(self, layer: str) -> float:
+        """The most that may be dropped of a layer's input."""
+        given = [gamma for name, gamma in self.config.layer_sparsity if fnmatch.fnmatchcase(layer, name)]
+        return min([self.config.activation_sparsity, *given[-1:]])
+
+    def share(self, micro_batch: int | None) -> float:
+        """Size of one part against what errors are measured on."""
+        whole = self.batch or 1
+        return (micro_batch or whole) / min(whole, _SAMPLES) if self.batch else 1.0
+
+    # Candidates
+
+    def _unpruned(
+        self, rung: PlannedModel, sizes: Sequence[int | None], base: PlannedModel | None = None
+    ) -> "_Candidate | None":
+        """A candidate that drops nothing but zeros, with the largest parts that hold the budget; None if none does."""
+        size = self._largest(rung, sizes)
+        if self.predict(rung, rung.nothing, size).peak > self.budget:
+            return None
+        return self._made(rung, base or rung, size, rung.nothing, f"gamma 0 holds it with {_parts(size)}")
+
+    def _candidate(self, rung: PlannedModel, base: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
+        unpruned = self._unpruned(rung, sizes, base)
+        if unpruned is not None:
+            return unpruned
+        size, least = self._least_of(rung, rung.limits, sizes)
+        if least > self.budget:
+            self._say(
+                f"{_label(rung)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
+            )
+            return None
+        levels = rung.levels(self.share(size))
+        priced = fewest_moves(levels, lambda g: self.predict(rung, g, size).peak, self.budget)
+        found = self._made(rung, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
+        # Prices know bytes, not which of them are alive at the peak: where it is narrow, an even hand can do better.
+        even = self._evenly(rung, levels, size)
+        if even == priced:
+            return found
+        return self._better(found, self._made(rung, base, size, even, f"{_parts(size)}, and one gamma everywhere"))
+
+    def _evenly(self, rung: PlannedModel, levels: Sequence[LayerLevels], size: int | None) -> list[float]:
+        """The smallest gamma for all layers, up to their limits, that holds the budget; the limits themselves do."""
+        tried = sorted({gamma for layer in levels for gamma in layer.gammas})
+        all_gammas = [[min(gamma, limit) for limit in rung.limits] for gamma in tried]
+        return next(gammas for gammas in all_gammas if self.predict(rung, gammas, size).peak <= self.budget)
+
+    def _largest(self, rung: PlannedModel, sizes: Sequence[int | None]) -> int | None:
+        """The largest size that holds the budget with nothing pruned; one that does not if none does."""
+
+        def holds(size: int | None) -> bool:
+            return self.predict(rung, rung.nothing, size).peak <= self.budget
+
+        if len(sizes) == 1 or holds(sizes[0]) or not holds(sizes[-1]):
+            return sizes[0] if len(sizes) == 1 or holds(sizes[0]) else sizes[-1]
+        return sizes[bisect.bisect_left(range(1, len(sizes) - 1), 1, key=lambda i: int(holds(sizes[i]))) + 1]
+
+    def _least_of(
+        self, rung: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]
+    ) -> tuple[int | None, int]:
+        """The size that takes least, and its peak.
+
+        It is the smallest, or the whole batch, for which no gradient has to be added up.
+        """
+        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
+        return size, self.predict(rung, gammas, size).peak
+
+    def _made(
+        self, rung: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
+    ) -> _Candidate:
+        """A candidate, with its error against the gradients of the exact model."""
+        peak, error = self.predict(rung, gammas, size).peak, 0.0
+        self._say(f"{_label(rung)}: {reason}: {shown_bytes(peak)}")
+        if any(gammas) or rung is not base:
+            total = sum(float(g.double().square().sum()) for g in base.exact.values())
+            distance = square_distance(rung.gradients(gammas), base.exact, set(base.exact))
+            error = math.sqrt(distance / total) if total else 0.0
+        chosen = tuple(
+            LayerChoice(layer, gamma, rung.nbytes(i, gamma, self.share(size)))
+            for i, ((layer, _, _), gamma) in enumerate(zip(rung.sites, gammas, strict=True))
+        )
+        return _Candidate(rung.settings, size, gammas, chosen, peak, error)
+
+    def _better(self, first: _Candidate | None, second: _Candidate | None) -> _Candidate | None:
+        if first is None or second is None:
+            return first or second
+        chosen = min(first, second, key=lambda candidate: candidate.error)
+        self._say(f"gradient errors {first.error:.2g} and {second.error:.2g}: the smaller one is taken")
+        return chosen
+
+    # Measurements
+
+    def predict(self, rung: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
+        """What a step takes with some gammas, without running it."""
+        key = (rung, tuple(gammas), micro_batch)
+        if key not in self._predictions:
+            rung.set(gammas)
+            self._predictions[key] = memory(
+                rung.model,
+                self.args,
+                example_kwargs=self.kwargs,
+                optimizer=self.config.budget_optimizer,
+                micro_batch=micro_batch,
+                predict=True,
+            )
+        return self._predictions[key]
+
+    # Results
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def _refuse(self, rung: PlannedModel) -> None:
+        size, _ = self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))
+        floor = self.predict(rung, rung.limits, size)
+        parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
+        needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
+        raise ConfigError(
+            f"Config.memory_budget: {shown_bytes(self.budget)} cannot be reached; the floor is "
+            f"{shown_bytes(floor.peak)} with {', '.join(needs)} and gamma {self.config.activation_sparsity:g} (then "
+            f"{parts}; optimizer {self.config.budget_optimizer}); expected a budget of at least {floor.peak} bytes, a "
+            "lower density, a higher activation_sparsity, or a smaller model"
+        )
+
+    def _result(self, best: _Candidate) -> tuple[Config, MemoryPlan]:
+        pairs = dict.fromkeys((choice.layer, choice.gamma) for choice in best.layers)
+        config = self.config.replace(
+            memory_budget=None, micro_batch=best.micro_batch, layer_sparsity=tuple(pairs), **best.settings
+        )
+        return config, MemoryPlan(
+            budget=self.budget,
+            predicted_peak=best.peak,
+            optimizer=self.config.budget_optimizer,
+            batch=self.batch,
+            micro_batch=best.micro_batch,
+            settings=best.settings,
+            layers=best.layers,
+            gradient_error=best.error,
+            reasons=tuple(self.reasons),
+            seconds=time.perf_counter() - self.started,
+        )
+
+
+def _parts(size: int | None) -> str:
+    return "the whole batch" if size is None else f"micro-batches of {size}"
+
+
+def _label(rung: PlannedModel) -> str:
+    return ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, str]:
+    try:
+        return batch_size_of((args, kwargs)), ""
+    except ConfigError as error:
+        return None, str(error)

@@ -1,0 +1,137 @@
+"""Passes and the pipeline that runs, verifies and reports them.
+
+A pass is a frozen dataclass: its fields are its options. It changes a `Program` in place and returns a `PassResult`
+that tells truthfully what it rewrote and what it refused to rewrite, with the reason.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from fedmef_fx.errors import FedmefError, PassError
+
+if TYPE_CHECKING:
+    from fedmef_fx.graph.program import Program
+
+__all__ = ["Pass", "PassReport", "PassResult", "Pipeline", "Refusal"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something a pass could have rewritten and did not.
+
+    Attributes:
+        where: Node, module or parameter name.
+        reason: Why.
+    """
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassResult:
+    """What one pass did.
+
+    Attributes:
+        name: The pass with its options, e.g. `insert-masks{density=0.1}`.
+        rewrites: Names of the nodes or parameters that were rewritten.
+        refusals: What was not, and why.
+        seconds: Wall-clock time of the pass, verification excluded.
+        notices: What came out otherwise than one might expect, such as a density that was rounded.
+    """
+
+    name: str
+    rewrites: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    seconds: float = 0.0
+    notices: tuple[str, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether the pass changed anything."""
+        return bool(self.rewrites)
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {len(self.rewrites)} rewritten, {len(self.refusals)} refused, {self.seconds * 1e3:.0f} ms"
+        notices = [f"  notice: {notice}" for notice in self.notices]
+        return "\n".join([head, *(f"  refused {refusal}" for refusal in self.refusals), *notices])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassReport:
+    """The results of a pipeline, in order."""
+
+    results: tuple[PassResult, ...]
+
+    def __iter__(self) -> Iterator[PassResult]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, name: str) -> PassResult:
+        """The result of a pass by its name without options."""
+        for result in self.results:
+            if result.name.partition("{")[0] == name:
+                return result
+        raise KeyError(f"no pass {name!r}; passes: {', '.join(r.name for r in self.results)}")
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.results))
+
+
+class Pass(Protocol):
+    """One rewrite of a program. Implementations are frozen dataclasses; their fields are their options."""
+
+    name: ClassVar[str]
+
+    def run(self, program: "Program") -> PassResult:
+        """Rewrite the program in place; refuse with a reason what cannot be rewritten."""
+        ...
+
+
+def describe(step: Pass) -> str:
+    """A pass with its options: `insert-masks{density=0.1, allocation='erk'}`."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(step) if dataclasses.is_dataclass(step) else ()
+    options: dict[str, Any] = {field.name: getattr(step, field.name) for field in fields}
+    shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"{step.name}{{{shown}}}" if shown else step.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; after each one `after_pass` is called (verifying, printing, timing).
+
+    Attributes:
+        passes: The passes.
+        after_pass: Called with the pass, the program and the result; raises to stop.
+    """
+
+    passes: Sequence[Pass]
+    after_pass: Callable[[Pass, "Program", PassResult], None] | None = None
+
+    def run(self, program: "Program") -> PassReport:
+        """Run every pass on a program, in place.
+
+        Raises:
+            PassError: A pass failed in a way of its own; the message names it and the cause is chained.
+        """
+        results = []
+        for step in self.passes:
+            start = time.perf_counter()
+            try:
+                result = step.run(program)
+            except FedmefError:
+                raise
+            except Exception as error:
+                raise PassError(f"pass {step.name}: {type(error).__name__}: {error}") from error
+            result = dataclasses.replace(result, name=describe(step), seconds=time.perf_counter() - start)
+            results.append(result)
+            if self.after_pass is not None:
+                self.after_pass(step, program, result)
+        return PassReport(tuple(results))

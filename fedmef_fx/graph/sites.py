@@ -1,0 +1,33 @@
+"""Modules with state of their own that passes put into a model: packing sites, dropouts."""
+
+from typing import Final
+
+from torch import nn
+
+from fedmef_fx.graph.program import Region
+
+__all__ = ["SITES", "add_site"]
+
+SITES: Final = "fedmef_sites"
+
+
+def add_site(region: Region, name: str, site: nn.Module) -> str:
+    """Put a module into the child `fedmef_sites` of a region's owner.
+
+    Args:
+        region: The region whose graph will call the site.
+        name: Wanted name; a number is appended where it is taken.
+        site: The module.
+
+    Returns:
+        The target for `call_module`.
+    """
+    if not isinstance(getattr(region.owner, SITES, None), nn.Module):
+        region.owner.add_module(SITES, nn.Module())
+    sites = region.owner.get_submodule(SITES)
+    unique, number = name, 1
+    while hasattr(sites, unique):
+        unique, number = f"{name}_{number}", number + 1
+    site.train(region.owner.training)
+    sites.add_module(unique, site)
+    return f"{SITES}.{unique}"

@@ -1,0 +1,1 @@
+"""Measuring a training step: what is held, when, and by which layer."""

@@ -1,0 +1,262 @@
+"""How dense gradients of single layers reach whoever looks for weights to grow, without being kept.
+
+The backward of a masked weight returns 0 where the mask is off, but growth needs the gradient there. An op that has
+the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; the mask of a packed
+weight is its bitmap. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector
+keeps, of each registered mask,
+
+1. while a parameter's backward is under way: the inactive part of the gradient, added up over its uses (a tied weight
+   offers once per use), until `Collector.complete` says that all uses have offered, which for a weight used once is
+   right away;
+2. between batches: the running sums at its `capacity = oversampling * k` best coordinates.
+
+The streaming rule for several batches: a new batch's gradient, times the batch's weight, is added to the kept sums;
+the `capacity` coordinates of largest |sum| stay, the others are forgotten and start from 0 again. The result is the
+exact average when there is one batch, or when `capacity` covers all inactive coordinates. Otherwise a coordinate that
+was forgotten is understated by what it had collected, which is at most the smallest kept |sum| of that moment.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.errors import ConfigError, PassError
+from fedmef_fx.packing.backends import backend_for
+from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.sparsity.selection import largest_positions, magnitudes
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+
+__all__ = ["Collector", "Request", "collecting", "is_collecting", "offer"]
+
+
+class Request(NamedTuple):
+    """What is collected of one parameter.
+
+    Attributes:
+        mask: The mask buffer itself, boolean, True = active; or its bitmap.
+        k: Number of coordinates asked for.
+        where: Coordinates that may be candidates, boolean, of the mask's shape; None for all inactive ones.
+        units: Number of the unit of each coordinate, of the mask's shape, for candidates that are whole units such as
+            channels: then a position is a unit's number, and its value the mean over batches of its gradient's norm.
+            None for single coordinates.
+    """
+
+    mask: Tensor
+    k: int
+    where: Tensor | None = None
+    units: Tensor | None = None
+
+
+# Coordinates that are looked at together; a multiple of 8.
+_BLOCK: Final = 1 << 18
+
+_Key = tuple[torch.device, int, torch.Size]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Layer:
+    """What is kept of one parameter; positions count its inactive coordinates only."""
+
+    name: str
+    buffer: Tensor  # bool mask or bitmap; held, so that no other can come to lie at its address meanwhile
+    shape: torch.Size  # of the dense weight
+    k: int
+    capacity: int
+    where: Tensor | None  # bool, of the shape, the coordinates that are looked at; None for all inactive ones
+    units: Tensor | None  # int64 [looked at], for candidates that are whole units
+    pending: Tensor | None = None  # [inactive], this batch's gradient so far
+    kept: Tensor | None = None  # int64 [<= capacity], ascending
+    sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
+
+    def inactive(self) -> Tensor:
+        """The bitmap of the inactive coordinates that are looked at."""
+        if self.where is not None:
+            return pack_bits(self.where)
+        if self.buffer.dtype == torch.bool:
+            return pack_bits(~self.buffer)
+        bits = ~self.buffer
+        if tail := self.shape.numel() % 8:
+            bits[-1] &= (1 << tail) - 1
+        return bits
+
+    def positions_of(self, ordinals: Tensor) -> Tensor:
+        """Flat positions of some inactive coordinates, given by their ascending numbers among all inactive ones."""
+        bits, numel = self.inactive(), self.shape.numel()
+        found, first = [ordinals[:0]], 0
+        for start in range(0, numel, _BLOCK):  # an index of all of them would be as large as two dense weights
+            count = min(_BLOCK, numel - start)
+            here = unpack_bits(bits[start // 8 : bitmap_nbytes(start + count)], count).nonzero().squeeze(1)
+            last = first + here.numel()
+            low, high = torch.searchsorted(ordinals, torch.tensor([first, last], device=ordinals.device)).tolist()
+            found.append(here[ordinals[low:high] - first] + start)
+            first = last
+        return torch.cat(found)
+
+    def add(self, gradient: Tensor) -> None:
+        inactive = backend_for(gradient).gather(self.inactive(), gradient.detach().reshape(-1))
+        inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
+        self.pending = inactive if self.pending is None else self.pending.add_(inactive)
+
+    def fold(self, weight: float) -> None:
+        """Move the finished gradient of a batch into the running sums."""
+        if self.pending is None:
+            return
+        totals = self.pending.mul_(weight)
+        self.pending = None
+        if self.units is not None and totals.numel():
+            squares = totals.new_zeros(int(self.units.max()) + 1).index_add_(0, self.units, totals.square_())
+            totals = squares.sqrt_()
+        if self.kept is not None and self.sums is not None:
+            totals.index_add_(0, self.kept, self.sums)
+        self.kept = largest_positions(magnitudes(totals), min(self.capacity, totals.numel()))
+        self.sums = totals[self.kept]
+
+    def candidates(self, total_weight: float) -> SparseGradient:
+        if self.kept is None or self.sums is None:
+            nothing = torch.empty(0, device=self.buffer.device)
+            return SparseGradient(nothing.long(), nothing, self.shape.numel())
+        chosen = largest_positions(magnitudes(self.sums), min(self.k, self.sums.numel()))
+        positions = self.kept[chosen] if self.units is not None else self.positions_of(self.kept[chosen])
+        return SparseGradient(positions, self.sums[chosen] / total_weight, self.shape.numel())
+
+
+class Collector:
+    """Gathers what layers offer; made by `collecting`."""
+
+    def __init__(self, layers: Mapping[str, _Layer]) -> None:
+        self._layers = dict(layers)
+        self._total_weight = 0.0
+        self._batch_weight: float | None = None
+
+    @contextlib.contextmanager
+    def batch(self, weight: float) -> Iterator[None]:
+        """A block around one forward and backward pass; if it raises, what is pending is dropped.
+
+        Args:
+            weight: The batch's weight in the average, > 0, e.g. its number of samples.
+        """
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"Collector.batch: weight: got {weight!r}; expected a finite number > 0")
+        self._batch_weight = weight
+        try:
+            yield
+            for layer in self._layers.values():
+                layer.fold(weight)
+            self._total_weight += weight
+        finally:
+            self._batch_weight = None
+            for layer in self._layers.values():
+                layer.pending = None
+
+    def complete(self, name: str) -> None:
+        """Say that every use of a parameter has offered in this batch, so that its dense buffer can go.
+
+        Offers that come later in the same batch are added as if they were a batch of their own. A parameter that is
+        never completed is folded at the end of the batch.
+        """
+        if self._batch_weight is not None:
+            self._layers[name].fold(self._batch_weight)
+
+    def candidates(self) -> dict[str, SparseGradient]:
+        """Per parameter the k largest averaged gradients at inactive coordinates; none where nothing was offered."""
+        total = self._total_weight or 1.0
+        return {name: layer.candidates(total) for name, layer in self._layers.items()}
+
+
+# Not thread-local: on accelerators autograd runs backward in threads of its own.
+_COLLECTED: dict[_Key, _Layer] = {}
+
+
+def _key(mask: Tensor) -> _Key:
+    # By address, not by object: autograd and views may hand the op another tensor object for the same buffer.
+    return mask.device, mask.data_ptr(), mask.shape
+
+
+@contextlib.contextmanager
+def collecting(
+    requests: Mapping[str, tuple[Tensor, int] | Request],
+    *,
+    packed_shapes: Mapping[str, torch.Size] | None = None,
+    oversampling: int = 4,
+) -> Iterator[Collector]:
+    """A block in which the gradients that ops offer for some masks are collected.
+
+    Blocks for different models may overlap, also in different threads.
+
+    Args:
+        requests: Parameter name -> its mask (the buffer itself, boolean, True = active; or its bitmap) and k, the
+            number of coordinates asked for, or a `Request`.
+        packed_shapes: Shapes of the dense weights of which `requests` has the bitmap.
+        oversampling: Coordinates kept between batches per coordinate asked for, >= 1; see the module's docstring.
+
+    Yields:
+        The collector.
+
+    Raises:
+        ConfigError: A negative k, an oversampling below 1, or a mask that is being collected already.
+
+    Example:
+        >>> mask = torch.tensor([True, False, False])
+        >>> with collecting({"w": (mask, 1)}) as collector, collector.batch(1.0):
+        ...     offer(mask, torch.tensor([9.0, 1.0, -2.0]))
+        >>> collector.candidates()["w"].positions
+        tensor([2])
+    """
+    if oversampling < 1:
+        raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
+    layers, shapes = {}, packed_shapes or {}
+    for name, request in requests.items():
+        mask, k, where, units = Request(*request)
+        if k < 0:
+            raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
+        if mask.numel() and _key(mask) in _COLLECTED:
+            raise ConfigError(
+                f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
+            )
+        looked_at = units if units is None or where is None else units.flatten()[where.flatten()]
+        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k, where, looked_at)
+    collector = Collector(layers)
+    # Empty tensors all share the address 0, and have nothing to offer.
+    registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}
+    _COLLECTED.update(registered)
+    try:
+        yield collector
+    finally:
+        for key in registered:
+            del _COLLECTED[key]
+
+
+def is_collecting() -> bool:
+    """Whether anybody collects, for ops that would have to compute something extra before they can offer."""
+    return bool(_COLLECTED)
+
+
+def offer(mask: Tensor, gradient: Tensor) -> None:
+    """Show the dense gradient of a masked weight to whoever collects; called by ops in backward.
+
+    Costs one dictionary look-up when nobody collects. The gradient is copied as far as it is needed and may be changed
+    in place afterwards.
+
+    Args:
+        mask: The mask buffer of the weight, boolean, or its bitmap.
+        gradient: Gradient of the loss with respect to the effective weight, of its dense shape, not yet masked.
+
+    Raises:
+        PassError: A gradient of another shape: a bug of the op.
+    """
+    if not _COLLECTED:
+        return
+    layer = _COLLECTED.get(_key(mask))
+    if layer is None:
+        return
+    if gradient.shape != layer.shape:
+        raise PassError(
+            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(layer.shape)}, "
+            "the shape of its mask"
+        )
+    layer.add(gradient)

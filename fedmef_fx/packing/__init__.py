@@ -1,0 +1,38 @@
+"""Codes for tensors: what training keeps between forward and backward, small.
+
+Pure tensor code: it knows no graphs. Importing it imports neither numba nor a backend; see
+`fedmef_fx.packing.backends`.
+"""
+
+from fedmef_fx.packing.backends import Backend, available_backends, backend, backend_for, set_backend, using_backend
+from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.packing.blockwise import BlockwiseTensor, blockwise_nbytes
+from fedmef_fx.packing.codecs import Codec, KeptTensor, codec_nbytes, why_dense
+from fedmef_fx.packing.gradient_bits import GradientBits, clamp, clamp_and_pack
+from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.packed import PackedTensor
+from fedmef_fx.packing.threshold import ThresholdEstimator
+
+__all__ = [
+    "Backend",
+    "BlockwiseTensor",
+    "Codec",
+    "GradientBits",
+    "KeptTensor",
+    "Layout",
+    "PackedTensor",
+    "ThresholdEstimator",
+    "available_backends",
+    "backend",
+    "backend_for",
+    "bitmap_nbytes",
+    "blockwise_nbytes",
+    "clamp",
+    "clamp_and_pack",
+    "codec_nbytes",
+    "pack_bits",
+    "set_backend",
+    "unpack_bits",
+    "using_backend",
+    "why_dense",
+]

@@ -1,0 +1,61 @@
+"""What each way of keeping a tensor costs, in bytes, and which ways would lose against keeping it as it is.
+
+| codec     | keeps                                   | bytes of n elements              |
+|-----------|-----------------------------------------|----------------------------------|
+| exact     | the tensor                              | n * itemsize                     |
+| packed    | values above a threshold, and a bitmap  | n / 8 + kept * n * value itemsize |
+| blockwise | 8 bits per element, a range per block   | n + 8 * n / 256                  |
+| bits      | 1 bit per element                       | n / 8                            |
+"""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.packing.bitmap import bitmap_nbytes
+from fedmef_fx.packing.blockwise import blockwise_nbytes
+
+__all__ = ["Codec", "KeptTensor", "codec_nbytes", "why_dense"]
+
+Codec = Literal["exact", "packed", "blockwise", "bits"]
+
+
+class KeptTensor(Protocol):
+    """A tensor as it is kept for backward."""
+
+    def unpack(self) -> Tensor:
+        """The dense tensor, in the shape, dtype, device and memory order of the kept one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for this tensor alone."""
+
+
+def codec_nbytes(
+    codec: Codec, numel: int, dtype: torch.dtype, *, kept: float = 1.0, value_dtype: torch.dtype | None = None
+) -> int:
+    """Bytes that a codec takes.
+
+    Args:
+        codec: The codec.
+        numel: Number of elements of the tensor.
+        dtype: Of the tensor.
+        kept: Share of elements that "packed" stores, 0-1.
+        value_dtype: In which "packed" stores them; None for the tensor's own.
+
+    Example:
+        >>> [codec_nbytes(codec, 1024, torch.float32, kept=0.1) for codec in ("exact", "packed", "blockwise", "bits")]
+        [4096, 536, 1056, 128]
+    """
+    if codec == "exact":
+        return numel * dtype.itemsize
+    if codec == "packed":
+        return bitmap_nbytes(numel) + round(kept * numel) * (value_dtype or dtype).itemsize
+    return bitmap_nbytes(numel) if codec == "bits" else blockwise_nbytes(numel, dtype)
+
+
+def why_dense(nbytes: int, numel: int, dtype: torch.dtype) -> str:
+    """Why a tensor is better kept as it is than in some bytes; empty where it is not."""
+    exact = codec_nbytes("exact", numel, dtype)
+    return f"keeps dense: {nbytes} bytes against {exact}" if nbytes >= exact else ""

@@ -1,0 +1,101 @@
+"""`GradientBits`: what a clamp (ReLU, ReLU6, hardtanh) remembers for its backward pass, at one bit per element."""
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from fedmef_fx.packing.backends import backend_for
+from fedmef_fx.packing.bitmap import pack_bits
+from fedmef_fx.packing.layout import Layout, is_same_memory
+from fedmef_fx.packing.packed import PackedTensor
+from fedmef_fx.packing.registry import announce
+
+__all__ = ["GradientBits", "clamp", "clamp_and_pack"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class GradientBits:
+    """Where a gradient passes an elementwise nonlinearity.
+
+    Attributes:
+        bitmap: uint8 `[ceil(n / 8)]`, in the memory order of the input.
+        layout: Shape and memory order of the input.
+    """
+
+    bitmap: Tensor
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        announce(self.bitmap, "bitmap")
+
+    @classmethod
+    def of(cls, passes: Tensor) -> "GradientBits":
+        """From booleans `[*shape]`, e.g. `x > 0` of a leaky ReLU or the mask of a dropout."""
+        layout = Layout.of(passes)
+        return cls(pack_bits(layout.flatten(passes)), layout)
+
+    def apply(self, grad: Tensor, *, scale_off: float = 0.0, inplace: bool = False) -> Tensor:
+        """`grad` where the bit is set, else `grad * scale_off`.
+
+        Args:
+            grad: `[*shape]`, in any memory order.
+            scale_off: Slope on the other side.
+            inplace: Overwrite `grad` where its memory order is that of the input; the caller must own it.
+        """
+        flat = self.layout.flatten(grad)
+        # Where flatten had to reorder, its copy is free to be overwritten anyway.
+        reuse = inplace or not is_same_memory(flat, grad)
+        out = flat if reuse else self.layout.flatten(self.layout.empty(dtype=grad.dtype, device=grad.device))
+        backend_for(flat).mask_by_bits(self.bitmap, flat, out=out, scale_off=scale_off)
+        return out.as_strided(self.layout.shape, self.layout.stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bitmap."""
+        return self.bitmap.nbytes
+
+
+def clamp(x: Tensor, *, low: float = 0.0, high: float = math.inf, inplace: bool = False) -> tuple[Tensor, GradientBits]:
+    """`clamp(x, low, high)` and where gradients pass, in one pass over memory.
+
+    Args:
+        x: `[*shape]`, any strides.
+        low: Lower bound; 0 for ReLU.
+        high: Upper bound; inf for none.
+        inplace: Overwrite `x` if it is dense; the caller must own it.
+
+    Returns:
+        The clamped tensor, detached, and the bits: `low < x < high`. As in torch NaN passes.
+    """
+    layout = Layout.of(x)
+    flat = layout.flatten(x)
+    out = _output(x, flat, layout, inplace=inplace)
+    bits = backend_for(flat).clamp_bits(flat, out=out, low=low, high=high)
+    return out.as_strided(layout.shape, layout.stride), GradientBits(bits, layout)
+
+
+def clamp_and_pack(
+    x: Tensor, *, threshold: float, low: float = 0.0, high: float = math.inf, inplace: bool = False
+) -> tuple[Tensor, GradientBits, PackedTensor]:
+    """`clamp`, and the clamped tensor packed for the layers that consume it.
+
+    Args:
+        x: As in `clamp`.
+        threshold: As in `PackedTensor.pack`, on the clamped values.
+        low: As in `clamp`.
+        high: As in `clamp`.
+        inplace: As in `clamp`.
+    """
+    layout = Layout.of(x)
+    flat = layout.flatten(x)
+    out = _output(x, flat, layout, inplace=inplace)
+    bits, bitmap, values = backend_for(flat).clamp_pack(flat, out=out, threshold=threshold, low=low, high=high)
+    dense = out.as_strided(layout.shape, layout.stride)
+    return dense, GradientBits(bits, layout), PackedTensor(bitmap, values, layout)
+
+
+def _output(x: Tensor, flat: Tensor, layout: Layout, *, inplace: bool) -> Tensor:
+    if inplace or not is_same_memory(flat, x):
+        return flat
+    return layout.flatten(layout.empty(dtype=x.dtype, device=x.device))

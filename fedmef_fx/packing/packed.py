@@ -1,0 +1,121 @@
+"""`PackedTensor`: the large elements of a tensor, and one bit per element that says where they were."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.packing.backends import backend_for
+from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.registry import announce
+
+__all__ = ["PackedTensor"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class PackedTensor:
+    """A tensor of which only the elements above a magnitude threshold are kept; the others read as 0.
+
+    Bytes: ceil(n / 8) + kept * itemsize. At 10 % kept in float32 that is 0.525 bytes per element against 4; pairs of
+    a value and an int32 index would take 0.8, and at 50 % kept as much as the dense tensor.
+
+    Attributes:
+        bitmap: uint8 `[ceil(n / 8)]`, in the order of memory of the packed tensor.
+        values: `[kept]`, the kept elements bit for bit.
+        layout: Shape and memory order to restore, channels last included.
+        dense_dtype: Dtype to restore; None for that of the values.
+
+    Example:
+        >>> packed = PackedTensor.pack(torch.tensor([[0.1, -3.0], [2.0, 0.0]]), threshold=1.0)
+        >>> packed.unpack().tolist(), packed.values.tolist(), packed.nbytes
+        ([[0.0, -3.0], [2.0, 0.0]], [-3.0, 2.0], 9)
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    layout: Layout
+    dense_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        announce(self.bitmap, "bitmap")
+        announce(self.values, "packed values")
+
+    @classmethod
+    def pack(cls, x: Tensor, *, threshold: float = 0.0) -> "PackedTensor":
+        """Keep the elements of `x` with a magnitude strictly above the threshold, and NaN.
+
+        Args:
+            x: Any shape and strides; float16, bfloat16, float32 or float64. Not copied if dense in any memory order.
+            threshold: >= 0. 0 keeps all that is not zero, so that `unpack` gives `x` back (-0.0 as 0.0).
+
+        Raises:
+            ConfigError: A negative threshold or NaN, or another dtype.
+        """
+        layout = Layout.of(x)
+        bitmap, values = backend_for(x).pack(layout.flatten(x), threshold)
+        return cls(bitmap, values, layout)
+
+    @classmethod
+    def predicted(cls, x: Tensor, *, kept: float) -> "PackedTensor":
+        """What `pack` would give if it kept a share of `x`: the buffers of that size, without values.
+
+        Args:
+            x: A tensor without values (meta or fake), of any shape and strides.
+            kept: Share of the elements that are stored, 0-1.
+        """
+        # Imported here, as every backend is.
+        from fedmef_fx.packing.backend_meta import MetaBackend  # noqa: PLC0415
+
+        layout = Layout.of(x)
+        bitmap, values = MetaBackend().keep(layout.flatten(x), round(kept * layout.numel))
+        return cls(bitmap, values, layout)
+
+    def unpack(self) -> Tensor:
+        """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
+        dense = self.layout.empty(dtype=self.dtype, device=self.device)
+        backend_for(dense).unpack(self.bitmap, self.values.to(self.dtype), out=self.layout.flatten(dense))
+        return dense
+
+    def narrowed(self, dtype: torch.dtype) -> "PackedTensor":
+        """The same with values of 16 bits, rounded; `unpack` restores the dtype of the packed tensor.
+
+        A finite value that the format cannot hold becomes its largest finite one of that sign. Infinities and NaN stay.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16; nothing changes where the values take no more already.
+        """
+        if self.values.dtype.itemsize <= dtype.itemsize:
+            return self
+        limit = torch.finfo(dtype).max
+        clamped = self.values.clamp(-limit, limit).to(dtype)
+        values = torch.where(self.values.isinf(), self.values.to(dtype), clamped)
+        return PackedTensor(self.bitmap, values, self.layout, self.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the packed tensor."""
+        return torch.Size(self.layout.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the packed tensor."""
+        return self.dense_dtype or self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the packed tensor."""
+        return self.values.device
+
+    @property
+    def kept(self) -> float:
+        """Share of elements that are stored, 0-1; 0 for an empty tensor."""
+        return self.values.numel() / max(self.layout.numel, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bitmap and the values."""
+        return self.bitmap.nbytes + self.values.nbytes
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"PackedTensor({dtype}{list(self.shape)}, kept={self.kept:.3f}, {self.nbytes} bytes)"

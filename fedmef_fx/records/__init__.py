@@ -1,0 +1,1 @@
+"""Plain records that cross rooms: graphs, passes, memory plans."""

@@ -1,0 +1,1 @@
+"""Extrusion, growth, adjustment, clipping and micro-batches, for anybody's training loop."""

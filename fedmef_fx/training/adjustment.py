@@ -1,0 +1,238 @@
+"""What changes places together when masks are adjusted: single weights, channels, or weights within groups of M.
+
+Counts k_l(t) are in these units. A channel belongs to a group of layers and is counted once, under the group's first
+weight; a growth candidate that stands for a channel has the position of the channel's first weight there, and the norm
+of its gradients over all layers of the group as its value. So messages stay as small as the counts are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.ops.gradient_collector import Request
+from fedmef_fx.sparse_model.masks import MaskedParameter, least_bias, masked_parameters, transformation_of
+from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
+from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
+from fedmef_fx.sparsity.patterns import adjust_pattern, best_in_groups, lowest_in_groups, row_norms
+from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+
+__all__ = ["adjusted_masks", "growth_requests", "lowest_units", "probed", "unit_candidates", "unit_sizes"]
+
+# How far the biases of depthwise convolutions stand above those of what they read while candidates are collected.
+_ABOVE = 2.0**20
+
+
+def _granularity(model: nn.Module) -> Pattern | str:
+    return parse_granularity(transformation_of(model).config.granularity)
+
+
+def _layout(model: nn.Module, name: str) -> Layout:
+    channels = transformation_of(model).prunable[name].channels
+    return Layout() if channels is None else channels.layout
+
+
+def _groups(model: nn.Module) -> dict[str, list[str]]:
+    """First weight -> all weights with the same channels."""
+    groups: dict[str, list[str]] = {}
+    for name, fact in transformation_of(model).prunable.items():
+        if fact.masked:
+            groups.setdefault(fact.channels.leader if fact.channels else name, []).append(name)
+    return groups
+
+
+def _alive(model: nn.Module, name: str, entry: MaskedParameter) -> Tensor:
+    return _layout(model, name).rows(entry.mask).any(1)
+
+
+def _norms(model: nn.Module, entries: Mapping[str, MaskedParameter], members: list[str]) -> Tensor:
+    return row_norms([(entries[name].dense(), _layout(model, name)) for name in members])
+
+
+def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Active and inactive units of each masked parameter; (0, 0) where another weight of the group counts them."""
+    entries, granularity = masked_parameters(model), _granularity(model)
+    sizes = {}
+    for name, entry in entries.items():
+        active, inactive = entry.active, entry.numel - entry.active
+        sizes[name] = active, inactive
+        if isinstance(granularity, Pattern):
+            sizes[name] = active, min(inactive, entry.numel // granularity.of)  # one change in a group of M
+    if granularity == "channel":
+        sizes = dict.fromkeys(entries, (0, 0))
+        for leader in _groups(model):
+            alive = _alive(model, leader, entries[leader])
+            sizes[leader] = int(alive.sum()), int((~alive).sum())
+    return sizes
+
+
+def lowest_units(
+    model: nn.Module, entries: Mapping[str, MaskedParameter], counts: Callable[[str], int]
+) -> dict[str, Tensor]:
+    """theta_low: flat positions of the weights in the lowest active units of each parameter, ascending.
+
+    Args:
+        model: A transformed model.
+        entries: Its masked parameters that are looked at.
+        counts: Number of units by parameter name.
+    """
+    granularity = _granularity(model)
+    if isinstance(granularity, Pattern):
+        return {
+            name: lowest_in_groups(
+                entry.dense(), entry.mask, counts(name), pattern=granularity, layout=_layout(model, name)
+            )
+            for name, entry in entries.items()
+        }
+    if granularity == "weight":
+        return {
+            name: entry.positions()[smallest_positions(magnitudes(entry.values()), counts(name))]
+            for name, entry in entries.items()
+        }
+    result = {}
+    everything = masked_parameters(model)
+    for leader, members in _groups(model).items():
+        alive = _alive(model, leader, everything[leader])
+        low = torch.zeros_like(alive)
+        low[lowest_magnitude(_norms(model, everything, members), alive, counts(leader))] = True
+        for name in members:
+            if name in entries:
+                mask = entries[name].mask
+                marked = _layout(model, name).spread(low, mask.shape) & mask
+                result[name] = marked.flatten().nonzero().squeeze(1)
+    return {name: result[name] for name in entries}
+
+
+def adjusted_masks(
+    model: nn.Module, gradients: Mapping[str, SparseGradient], counts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The masks after one adjustment; see `sparsity.adjust` and `sparsity.patterns`.
+
+    Args:
+        model: A transformed model.
+        gradients: Averaged growth candidates of each masked parameter.
+        counts: Number of units by parameter name.
+    """
+    entries, granularity = masked_parameters(model), _granularity(model)
+    if isinstance(granularity, Pattern):
+        return {
+            name: adjust_pattern(
+                entry.dense(),
+                entry.mask,
+                gradients[name],
+                counts[name],
+                pattern=granularity,
+                layout=_layout(model, name),
+            )
+            for name, entry in entries.items()
+        }
+    if granularity == "weight":
+        return {n: adjust_mask(e.dense(), e.mask, gradients[n], counts[n]) for n, e in entries.items()}
+    result = {}
+    for leader, members in _groups(model).items():
+        alive = _alive(model, leader, entries[leader])
+        scores = _channel_scores(gradients[leader], _layout(model, leader), entries[leader].mask.shape)
+        new = adjust_mask(_norms(model, entries, members), alive, scores, counts[leader])
+        for name in members:
+            mask, layout = entries[name].mask, _layout(model, name)
+            # A mask that was set by hand may have holes in its channels: those of channels that stay, stay.
+            result[name] = (mask & layout.spread(new, mask.shape)) | layout.spread(new & ~alive, mask.shape)
+    return {name: result[name] for name in entries}
+
+
+def _channel_scores(gradient: SparseGradient, layout: Layout, shape: torch.Size) -> SparseGradient:
+    """Candidates by channel instead of by position; positions that stand for no channel are left out."""
+    first = layout.first_positions(shape).to(gradient.positions.device)
+    order = first.argsort()
+    at = torch.searchsorted(first[order], gradient.positions).clamp_max(len(first) - 1)
+    channels = order[at]
+    found = first[channels] == gradient.positions
+    channels, values = channels[found], gradient.values[found]
+    ascending = channels.argsort()
+    return SparseGradient(channels[ascending], values[ascending], len(first))
+
+
+def growth_requests(model: nn.Module, entries: Mapping[str, MaskedParameter], counts: list[int]) -> dict[str, Request]:
+    """What to collect of each parameter so that `unit_candidates` can choose."""
+    granularity = _granularity(model)
+    requests = {}
+    wanted = dict(zip(entries, counts, strict=True))
+    leaders = {name: leader for leader, members in _groups(model).items() for name in members}
+    for name, entry in entries.items():
+        layout = _layout(model, name)
+        if granularity == "weight":
+            requests[name] = Request(entry.buffer, wanted[name])
+        elif isinstance(granularity, Pattern):
+            blocks = torch.zeros_like(layout.blocks(entry.mask, granularity.of))
+            low = torch.zeros_like(entry.mask).flatten()
+            low[lowest_in_groups(entry.dense(), entry.mask, wanted[name], pattern=granularity, layout=layout)] = True
+            blocks |= layout.blocks(low.reshape(entry.mask.shape), granularity.of).any(1, keepdim=True)
+            where = layout.unblocked(blocks, entry.mask.shape) & ~entry.mask
+            requests[name] = Request(entry.buffer, int(where.sum()), where)
+        else:
+            dead = ~_alive(model, name, entry)
+            k = int(dead.sum()) if wanted[leaders[name]] else 0
+            number = layout.spread(torch.arange(len(dead), device=dead.device), entry.mask.shape)
+            requests[name] = Request(entry.buffer, k, layout.spread(dead, entry.mask.shape), number)
+    return requests
+
+
+def unit_candidates(
+    model: nn.Module, found: Mapping[str, SparseGradient], counts: list[int]
+) -> dict[str, SparseGradient]:
+    """The largest growth candidates of each parameter, as many as were asked for."""
+    granularity, wanted = _granularity(model), dict(zip(found, counts, strict=True))
+    if granularity == "weight":
+        return dict(found)
+    entries = masked_parameters(model)
+    if isinstance(granularity, Pattern):
+        return {
+            name: best_in_groups(
+                gradient, shape=entries[name].mask.shape, pattern=granularity, layout=_layout(model, name)
+            )
+            for name, gradient in found.items()
+        }
+    result = {}
+    for leader, members in _groups(model).items():
+        shape, layout = entries[leader].mask.shape, _layout(model, leader)
+        squares = torch.zeros(layout.channels(shape), device=entries[leader].mask.device)
+        for name in members:
+            gradient = found[name]
+            squares.index_add_(0, gradient.positions, gradient.values.to(squares).square())
+        scores, first = squares.sqrt(), layout.first_positions(shape).to(squares.device)
+        chosen = largest_positions(magnitudes(scores), min(wanted[leader], int((scores > 0).sum())))
+        order = first[chosen].argsort()
+        result[leader] = SparseGradient(first[chosen][order], scores[chosen][order], shape.numel())
+        for name in members[1:]:
+            nothing = torch.empty(0, device=squares.device)
+            result[name] = SparseGradient(nothing.long(), nothing, entries[name].mask.numel())
+    return {name: result[name] for name in found}
+
+
+@contextlib.contextmanager
+def probed(model: nn.Module) -> Iterator[None]:
+    """A block in which channels that are off have the smallest of biases, so that gradients reach them through ReLUs.
+
+    Those of depthwise convolutions, which come later in a group, stand above what their kernels could make of the
+    earlier ones.
+    """
+    changed: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for name, fact in transformation_of(model).prunable.items():
+            if not fact.masked or fact.channels is None or not fact.channels.silent:
+                continue
+            dead = ~_alive(model, name, masked_parameters(model)[name])
+            for step, silent in enumerate(fact.channels.silent):
+                path, _, leaf = silent.rpartition(".")
+                tensor = getattr(model.get_submodule(path), leaf)
+                if isinstance(tensor, nn.Parameter):
+                    tensor[dead] = min(least_bias(tensor.dtype) * _ABOVE**step, 1e-12)
+                    changed.append((tensor, dead))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, dead in changed:
+                tensor[dead] = 0.0

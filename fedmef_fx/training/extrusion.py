@@ -1,0 +1,246 @@
+"""Budget-aware extrusion (FedMef, Eq. 2-5) for any training loop that ends in `optimizer.step()`.
+
+Before low-magnitude weights are pruned, training moves what they know into the others. theta_low, the k_l active
+weights of lowest magnitude of each layer, is fixed at the start; then
+
+    L_s  = L + lambda * ||theta_low||_2^2        (Eq. 2): adds 2 * lambda * theta to the gradient of a marked weight
+    mu_s = max(eta_s, beta_s)                    (Eq. 3-5): the rate of step s; see `sparsity.extrusion_schedule`
+
+Both act through hooks that are gone when the context ends; the loop, its loss and its scheduler stay as they are.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.sparse_model.masks import MaskedParameter, masked_parameters, transformation_of
+from fedmef_fx.sparsity.extrusion_schedule import floored_rate
+from fedmef_fx.sparsity.schedule import adjustment_count
+from fedmef_fx.training.adjustment import lowest_units, unit_sizes
+
+__all__ = ["Extrusion"]
+
+
+class _Places:
+    """Where the marked weights of a parameter stand in it as it is stored.
+
+    Attributes:
+        entry: The parameter.
+    """
+
+    def __init__(self, entry: MaskedParameter, positions: Tensor) -> None:
+        self.entry = entry
+        self._positions = positions
+        self._found = positions
+        self._version: int | None = None
+
+    def now(self) -> Tensor:
+        """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
+        if not self.entry.is_packed:
+            return self._positions
+        version = self.entry.buffer._version
+        if version != self._version:  # the topology changed: every value may have another place
+            found = self.entry.places(self._positions)
+            self._found, self._version = found[found >= 0], version
+        return self._found
+
+
+class Extrusion:
+    """A context in which training extrudes the weights that the next adjustment is going to prune.
+
+    On entry the lowest active weights of each masked parameter that the optimizer trains are marked, and stay marked
+    until the exit. Inside, each backward pass adds 2 * lambda * theta to the gradients of marked weights, and each
+    `optimizer.step()` runs at the floored learning rate mu_s; the rate that a scheduler set is back in the parameter
+    groups when the step returns. A step that a gradient scaler skips does not count. From step `budget_steps` on there
+    is no budget left and the scheduled rate is used. A strength of 0 turns gradient term and rate floor off; weights
+    are then only marked. On exit, also after an exception, all hooks are removed. An instance can be entered again,
+    which marks anew and starts at step 0.
+
+    Args:
+        model: A transformed model with masks.
+        optimizer: The optimizer that trains it; only its parameters are marked.
+        budget_steps: T, optimizer steps until the adjustment: local epochs x batches, >= 1.
+        counts: Parameter name -> number of weights to mark; parameters left out get none. Default: k_l(t) with the
+            `adjustment_rate` of the model's configuration.
+        round_index: t of the default counts. 0, the default, marks the whole share alpha.
+        stop: R_stop of the default counts; default: `adjustment_stop` of the model's configuration.
+        strength: lambda, >= 0; default: `extrusion_strength` of the model's configuration.
+        accumulation_steps: Backward passes per optimizer step, >= 1; each adds its part of the term.
+        scaler: The gradient scaler of mixed-precision training, which the term is then scaled by like the loss.
+
+    Attributes:
+        marked: Parameter name -> flat (row-major) positions of the marked weights, int64, ascending; the last ones
+            marked remain after the exit.
+        step: s, the optimizer steps taken since the entry.
+        learning_rate: mu of the first parameter group at the last step; None before the first step.
+
+    Raises:
+        ConfigError: A model that was not transformed or has no masks, an optimizer that holds none of its masked
+            parameters, or an argument out of range.
+
+    Example:
+        >>> with Extrusion(sparse, optimizer, budget_steps=len(batches)) as extrusion:  # doctest: +SKIP
+        ...     for images, labels in batches:
+        ...         optimizer.zero_grad()
+        ...         loss_fn(sparse(images), labels).backward()
+        ...         optimizer.step()
+        >>> extrusion.norm()  # what pruning would now take away  # doctest: +SKIP
+        0.03
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        budget_steps: int,
+        counts: Mapping[str, int] | None = None,
+        round_index: int = 0,
+        stop: int | None = None,
+        strength: float | None = None,
+        accumulation_steps: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        config = transformation_of(model).config
+        if budget_steps < 1:
+            raise ConfigError(
+                f"Extrusion: budget_steps: got {budget_steps}; expected an integer >= 1, e.g. epochs * len(batches)"
+            )
+        if accumulation_steps < 1:
+            raise ConfigError(f"Extrusion: accumulation_steps: got {accumulation_steps}; expected an integer >= 1")
+        self.strength = config.extrusion_strength if strength is None else strength
+        if not self.strength >= 0:
+            raise ConfigError(f"Extrusion: strength: got {self.strength}; expected a number >= 0")
+        self.budget_steps = budget_steps
+        self.accumulation_steps = accumulation_steps
+        self.marked: dict[str, Tensor] = {}
+        self.step = 0
+        self.learning_rate: float | None = None
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._entries = _trained_parameters(model, optimizer)
+        self._round_index = round_index
+        self._rate = config.adjustment_rate
+        self._stop = config.adjustment_stop if stop is None else stop
+        if counts is None and self._stop is None and round_index > 0:
+            raise ConfigError(
+                f"Extrusion: got round_index={round_index} without the round at which adjustments stop; expected one, "
+                f"e.g. Extrusion(..., round_index={round_index}, stop=100)"
+            )
+        names = masked_parameters(model)
+        unknown = sorted(set(counts or ()) - set(names))
+        if unknown:
+            raise ConfigError(f"Extrusion: counts: {unknown[0]!r} has no mask; masked parameters: {', '.join(names)}")
+        self._counts = None if counts is None else dict(counts)
+        self._places: dict[str, _Places] = {}
+        self._handles: list[RemovableHandle] = []
+        self._initial_rates: list[float] = []
+        self._replaced: list[tuple[dict[str, Any], Any, Any]] = []
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise ConfigError("Extrusion: got entered twice; expected one `with` block at a time for an instance")
+        self.marked = lowest_units(self._model, self._entries, self._count)
+        self._places = {name: _Places(self._entries[name], positions) for name, positions in self.marked.items()}
+        self.step = 0
+        self.learning_rate = None
+        self._initial_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+        if self.strength > 0:
+            for places in self._places.values():
+                hook = functools.partial(self._extrude, places)
+                handle = places.entry.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
+                self._handles.append(handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._restore_rates()
+
+    def norm(self) -> float:
+        """||theta_low||_2 of the marked weights of all layers together, as they are now; 0 before the first entry."""
+        squares = [
+            torch.take(places.entry.parameter.detach(), places.now()).float().square().sum()
+            for places in self._places.values()
+        ]
+        if not squares:
+            return 0.0
+        return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
+
+    def _count(self, name: str) -> int:
+        if self._counts is not None:
+            return self._counts.get(name, 0)
+        active, inactive = unit_sizes(self._model)[name]
+        # In round 0 the schedule is at its start whenever it stops.
+        stop = 1 if self._stop is None else self._stop
+        return adjustment_count(active, inactive, round_index=self._round_index, stop=stop, rate=self._rate)
+
+    def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
+        """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
+        positions = places.now()
+        term = torch.take(places.entry.parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
+        if self._scaler is not None:
+            term = self._scaler.scale(term)
+        # Out of place: autograd may hand the same gradient tensor to other parts of the graph.
+        return gradient.flatten().index_add(0, positions, term.to(gradient.dtype)).view_as(gradient)
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._restore_rates()
+        if self.strength > 0 and self.step < self.budget_steps:
+            norm = self.norm()
+            # Groups that were added after the entry have no initial rate and keep theirs.
+            for group, initial in zip(optimizer.param_groups, self._initial_rates, strict=False):
+                scheduled = group["lr"]
+                rate = floored_rate(
+                    float(scheduled), step=self.step, budget=self.budget_steps, norm=norm, initial_rate=initial
+                )
+                if rate > scheduled:
+                    group["lr"] = torch.full_like(scheduled, rate) if isinstance(scheduled, Tensor) else rate
+                    self._replaced.append((group, scheduled, group["lr"]))
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+
+    def _after_step(self, *_: object) -> None:
+        self.step += 1
+        self._restore_rates()
+
+    def _restore_rates(self) -> None:
+        for group, scheduled, replacement in self._replaced:
+            # After a step that raised, the loop may have set another rate meanwhile: that one wins.
+            if group["lr"] is replacement:
+                group["lr"] = scheduled
+        self._replaced = []
+
+
+def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, MaskedParameter]:
+    """The masked parameters that the optimizer moves."""
+    entries = masked_parameters(model)
+    if not entries:
+        raise ConfigError(
+            "Extrusion: the model has no masks, so nothing will be pruned; expected a density below 1, "
+            "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {
+        name: entry for name, entry in entries.items() if id(entry.parameter) in held and entry.parameter.requires_grad
+    }
+    if not trained:
+        raise ConfigError(
+            "Extrusion: the optimizer holds none of the model's masked parameters; expected one that was made from "
+            "the transformed model, e.g. torch.optim.SGD(sparse.parameters(), lr=0.1)"
+        )
+    return trained

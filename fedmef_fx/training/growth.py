@@ -1,0 +1,194 @@
+"""Where new weights would help most: the largest gradients at coordinates that the masks switch off."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.errors import ConfigError, DataError
+from fedmef_fx.ops.gradient_collector import Collector, collecting
+from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.sparse_model.masks import MaskedParameter, masked_parameters, transformation_of
+from fedmef_fx.sparsity.schedule import adjustment_count
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+from fedmef_fx.training.adjustment import growth_requests, probed, unit_candidates, unit_sizes
+
+__all__ = ["growth_candidates"]
+
+Batch = TypeVar("Batch")
+
+
+def growth_candidates(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Batch], Tensor],
+    batches: Iterable[Batch],
+    *,
+    k: int | Mapping[str, int] | None = None,
+) -> dict[str, SparseGradient]:
+    """The largest |gradients| of a loss at the inactive coordinates of each masked parameter.
+
+    This is what a FedMef client uploads in an adjustment round. Gradients are those of the effective (masked) weight,
+    averaged over batches in proportion to their sizes. Dense gradients exist for one layer at a time (for a tied
+    weight, from its last use to its first); of the rest about 4 k coordinates per parameter are kept between batches.
+    With one batch the result is exact; with several, `fedmef_fx.ops.gradient_collector` states the approximation.
+
+    The model runs in the mode it is in. Afterwards its parameters, their `.grad`, its buffers (running statistics of
+    normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks
+    that others put on the parameters do run: an optimizer that steps inside backward has to be taken off first.
+
+    With `granularity="channel"` a candidate is a channel: its position is that of the channel's first weight in the
+    first layer of its group, its value the norm of the gradient of all its weights, averaged over batches. With "N:M"
+    candidates are the best coordinates of the k groups of M whose lowest active weight is lowest.
+
+    Args:
+        model: A transformed model with masks.
+        loss_fn: Called as `loss_fn(model, batch)`; returns a scalar, the mean loss of the batch.
+        batches: What `loss_fn` takes. The size of a batch is the first dimension of the first tensor found in it
+            (in tuples, lists and mappings); a batch without one counts as 1.
+        k: Coordinates asked for: one number for all parameters, or parameter name -> number (0 if left out). Default:
+            the share alpha, `adjustment_rate` of the model's configuration, of a parameter's active weights.
+
+    Returns:
+        Parameter name -> positions and values, ascending in position, at most k and never more than there are inactive
+        coordinates; none for a parameter that the loss does not reach or that needs no gradient.
+
+    Raises:
+        ConfigError: A model that was not transformed or has no masks, an unknown name or negative number in `k`, a
+            loss that is no scalar or has no gradient, or gradients that are not finite.
+        DataError: No batches.
+
+    Example:
+        >>> def loss_fn(model, batch):
+        ...     images, labels = batch
+        ...     return torch.nn.functional.cross_entropy(model(images), labels)
+        >>> candidates = growth_candidates(sparse, loss_fn, [(images, labels)], k=16)  # doctest: +SKIP
+    """
+    entries = masked_parameters(model)
+    if not entries:
+        raise ConfigError(
+            "growth_candidates: the model has no masks, so there is nothing to grow; expected a density below 1, "
+            "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
+        )
+    numbers = _numbers(model, entries, k)
+    requests = growth_requests(model, entries, numbers)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    seen = 0
+    with (
+        _unchanged(model, entries),
+        probed(model),
+        collecting(requests, packed_shapes=shapes) as collector,
+        _gradients_dropped(model, entries, collector),
+    ):
+        for batch in batches:
+            with collector.batch(float(_batch_size(batch) or 1)), torch.enable_grad():
+                _backward(model, loss_fn(model, batch))
+            seen += 1
+        if not seen:
+            raise DataError("growth_candidates: got no batches; expected at least one")
+        return unit_candidates(model, collector.candidates(), numbers)
+
+
+def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | Mapping[str, int] | None) -> list[int]:
+    if isinstance(k, int):
+        return [k] * len(entries)
+    if k is not None:
+        unknown = sorted(set(k) - set(entries))
+        if unknown:
+            raise ConfigError(
+                f"growth_candidates: k: {unknown[0]!r} has no mask; masked parameters: {', '.join(entries)}"
+            )
+        return [k.get(name, 0) for name in entries]
+    rate = transformation_of(model).config.adjustment_rate
+    sizes = unit_sizes(model)
+    # The count of round 0 is the schedule's largest, wherever it stops.
+    return [
+        adjustment_count(count, rest, round_index=0, stop=1, rate=rate)
+        for count, rest in (sizes[name] for name in entries)
+    ]
+
+
+def _backward(model: nn.Module, loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise ConfigError(
+            f"growth_candidates: loss_fn returned a tensor of shape {tuple(loss.shape)}; expected a scalar"
+        )
+    if not loss.requires_grad:
+        raise ConfigError(
+            "growth_candidates: loss_fn returned a loss without a gradient; expected one computed from the model, "
+            "without torch.no_grad() or .detach()"
+        )
+    # Restricted to the model: a parameter of somebody else in the loss must not collect a gradient.
+    torch.autograd.backward(loss.reshape(()), inputs=_trainable(model))
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _batch_size(batch: Any) -> int | None:
+    """First dimension of the first tensor in a batch, None without one."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((size for size in map(_batch_size, parts) if size is not None), None)
+
+
+@contextlib.contextmanager
+def _gradients_dropped(
+    model: nn.Module, entries: Mapping[str, MaskedParameter], collector: Collector
+) -> Iterator[None]:
+    """Free each gradient as soon as it is complete; the `.grad` that parameters came with is back afterwards."""
+    names = {id(entry.parameter): name for name, entry in entries.items()}
+
+    def drop(parameter: Tensor, *, name: str | None) -> None:
+        parameter.grad = None
+        # Autograd accumulates into a parameter once per backward, after all of its uses: a tied weight is complete.
+        if name is not None:
+            collector.complete(name)
+
+    parameters = _trainable(model)
+    gradients = [parameter.grad for parameter in parameters]
+    handles = []
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            hook = functools.partial(drop, name=names.get(id(parameter)))
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # unannotated
+            handles.append(handle)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, entries: Mapping[str, MaskedParameter]) -> Iterator[None]:
+    """Put back buffers, thresholds and random state; masks are left out, a forward pass does not change them."""
+    masks = {id(entry.buffer) for entry in entries.values()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if id(buffer) not in masks
+    ]
+    sites = [(module, module.estimator) for module in model.modules() if isinstance(module, PackActivation)]
+    for site, estimator in sites:
+        site.estimator = copy.copy(estimator)
+    devices = {entry.parameter.device for entry in entries.values()} - {torch.device("cpu")}
+    device_type = next((device.type for device in devices), "cuda")
+    try:
+        with torch.random.fork_rng(devices=sorted(device.index for device in devices), device_type=device_type):
+            yield
+    finally:
+        for site, estimator in sites:
+            site.estimator = estimator
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)

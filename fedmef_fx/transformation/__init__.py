@@ -1,0 +1,1 @@
+"""`transform`: from a model to its sparse version."""
