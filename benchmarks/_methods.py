@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedmef_fx import Config, masks, micro_batches, transform
 from fedmef_fx.models import REFERENCE_MODELS
-from fedmef_fx.sparse_model.masks import register_mask
+from fedmef_fx.sparse_model.parameters import register_mask
 
 __all__ = ["METHODS", "Method", "Trainer", "applies"]
 

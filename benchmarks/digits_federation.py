@@ -2,7 +2,7 @@
 
     python benchmarks/digits_federation.py [--seeds 3] [--rounds]
 
-10 clients, Dirichlet 0.5, FedMef at density 0.1 and gamma 0.9, digits_cnn; the settings are those of `fedmef_fx.federated.demo`.
+10 clients, Dirichlet 0.5, FedMef at density 0.1 and gamma 0.9, digits_cnn; settings of `fedmef_fx.federated.demo`.
 With --rounds the history of every seed is printed.
 """
 

@@ -35,7 +35,8 @@ from fedmef_fx.federated.averaging import weighted_average
 from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.state import ModelState, load_state, read_state
 from fedmef_fx.models import digits_cnn
-from fedmef_fx.sparse_model.masks import masked_parameters, transformation_of
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
 

@@ -12,7 +12,8 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
-from fedmef_fx.sparse_model.masks import coverage, density, masks, memory_plan, report, set_masks
+from fedmef_fx.sparse_model.facts import coverage, memory_plan, report
+from fedmef_fx.sparse_model.masks import density, masks, set_masks
 from fedmef_fx.sparse_model.state_dicts import dense_state_dict
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates

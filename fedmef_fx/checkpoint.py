@@ -24,15 +24,10 @@ from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
 from fedmef_fx.packing import pack_bits
-from fedmef_fx.sparse_model.masks import (
-    bitmap_name,
-    is_transformed,
-    mask_name,
-    masked_parameters,
-    set_masks,
-    transformation_of,
-)
+from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
+from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["load", "save"]
 

@@ -1,17 +1,20 @@
 """`Config`: every choice a transformation makes, validated when it is made and readable as JSON."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
-from fedmef_fx.budget.plan import parse_bytes
+from torch import nn
+
+from fedmef_fx.display.sizes import parse_bytes
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparsity.granularity import parse_granularity
 
-__all__ = ["Config"]
+__all__ = ["Config", "is_ignored"]
 
 _TYPE_PREFIX: Final = "type:"
 
@@ -207,3 +210,12 @@ class Config:
         if isinstance(fields.get("ignore"), list):
             fields["ignore"] = tuple(fields["ignore"])
         return cls(**fields)
+
+
+def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:
+    """Whether `Config.ignore` names a module: by its exact name, a glob, or one of its types."""
+    types = {f"type:{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+    return any(
+        str(pattern) in types if str(pattern).startswith("type:") else fnmatch.fnmatchcase(name, str(pattern))
+        for pattern in patterns
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-__all__ = ["duplicate_of"]
+__all__ = ["duplicate_of", "join", "owner_of", "tensors_of"]
 
 
 def duplicate_of(model: nn.Module) -> nn.Module:
@@ -39,3 +39,23 @@ def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
             many = value.values() if isinstance(value, dict) else value
             parts = many if isinstance(value, list | tuple | dict) else (value,)
             yield from (part for part in parts if isinstance(part, Tensor) and not part.is_leaf)
+
+
+def join(path: str, name: str) -> str:
+    """Join two module paths, either of which may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and the name it has there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a model or one of its modules has as an attribute, also in lists and dicts."""
+    for module in model.modules():
+        for value in vars(module).values():
+            many = value.values() if isinstance(value, dict) else value
+            parts = many if isinstance(value, list | tuple | dict) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))

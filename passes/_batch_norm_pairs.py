@@ -14,13 +14,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.capture import capture_graphs
-from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import bound, is_layer, layers, source_of_weight
-from fedmef_fx.graph.program import GraphMode, Program, Region
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import channel_affine
-from fedmef_fx.sparse_model.masks import is_ignored
+from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["Pair", "affine_graphs", "find_pairs"]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fedmef_fx.graph.nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.sparse_model.masks import ChannelFact
+from fedmef_fx.sparse_model.facts import ChannelFact
 from fedmef_fx.sparsity.granularity import Layout
 
 __all__ = ["ChannelGroups", "find_channel_groups", "layout_of"]

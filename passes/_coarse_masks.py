@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.program import Program
 from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
-from fedmef_fx.sparse_model.masks import ChannelFact, PrunableParameter
+from fedmef_fx.sparse_model.facts import ChannelFact, PrunableParameter
 from fedmef_fx.sparsity import (
     Layout,
     Pattern,

@@ -10,12 +10,14 @@ from typing import Any, Final, TypeAlias
 from torch import fx
 from torch.fx.node import Argument
 
-from fedmef_fx.graph.program import GraphMode, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.norms import compressed_norm
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
+from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["add_8_bit_site", "handle_of"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from fedmef_fx.capture.calls import PRODUCTS
 from fedmef_fx.graph.nodes import bound, is_layer, source_of_weight
+from fedmef_fx.graph.operations import PRODUCTS
 from fedmef_fx.graph.program import Program, Region
 
 __all__ = [

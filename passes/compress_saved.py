@@ -28,13 +28,15 @@ from torch.fx.node import Argument
 
 from fedmef_fx.graph.gradients import differentiable
 from fedmef_fx.graph.nodes import without_views
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import GraphMode, Program, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.passes._compressible import Compression, match
 from fedmef_fx.passes._handles import add_8_bit_site, handle_of
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.shrink_saved import shrinkable
+from fedmef_fx.records.graphs import GraphMode
+from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["CompressSaved"]
 

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Final
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fedmef_fx.capture.tracer import has_user_hooks
+from fedmef_fx.config import is_ignored
 from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import bound, layers
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, set_provenance
-from fedmef_fx.sparse_model.masks import is_ignored
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["FunctionalizeWeights"]
 

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
+from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, what_resulted, with_channels
 from fedmef_fx.passes._weights import (
@@ -43,7 +44,10 @@ from fedmef_fx.passes._weights import (
     opaque_weights,
     readers,
 )
-from fedmef_fx.sparse_model.masks import PrunableParameter, Tier, is_ignored, mask_name, register_mask
+from fedmef_fx.records.passes import PassResult, Refusal
+from fedmef_fx.sparse_model.facts import PrunableParameter, Tier
+from fedmef_fx.sparse_model.masks import mask_name
+from fedmef_fx.sparse_model.parameters import register_mask
 from fedmef_fx.sparsity import allocate, magnitude_masks, random_masks
 
 __all__ = ["InsertMasks", "read_through_masks"]

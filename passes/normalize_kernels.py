@@ -34,13 +34,15 @@ from fedmef_fx.graph.nodes import (
     single_user,
     source_of_weight,
 )
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.graph.operations import nonlinearity
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyTensors
-from fedmef_fx.ops.gain import activation_gain, nonlinearity
+from fedmef_fx.ops.gain import activation_gain
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
 from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
+from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masks import mask_name
 
 __all__ = ["NormalizeKernels"]

@@ -25,16 +25,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.graph.nodes import is_layer
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, provenance, set_provenance
+from fedmef_fx.graph.origin import provenance, set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.packing.bitmap import pack_bits
 from fedmef_fx.packing.words import SUPPORTED_DTYPES
 from fedmef_fx.passes.prune_activations import geometry_of, prune_layer
+from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["PackWeights", "unpack_weights"]
 

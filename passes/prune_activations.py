@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.config import is_ignored
 from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound, layers, source_of_weight, without_views
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import GraphMode, Program, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
@@ -28,7 +29,8 @@ from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.passes._handles import add_8_bit_site, handle_of
-from fedmef_fx.sparse_model.masks import is_ignored
+from fedmef_fx.records.graphs import GraphMode
+from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["PruneActivations", "geometry_of", "prune_layer"]
 

@@ -15,14 +15,14 @@ from typing import ClassVar
 from torch import nn
 
 from fedmef_fx.errors import PassError
-from fedmef_fx.graph.emit import tables_in
+from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.nodes import layers, source_of_weight
-from fedmef_fx.graph.pipeline import PassResult
 from fedmef_fx.graph.program import Program
 from fedmef_fx.ops.nsconv import Statistics, nsconv_weight
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import read_through_masks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
+from fedmef_fx.records.passes import PassResult
 from fedmef_fx.sparse_model.masks import mask_name
 
 __all__ = ["ReplayRewrites"]

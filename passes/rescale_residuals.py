@@ -17,9 +17,10 @@ from typing import ClassVar, Final
 from torch import fx
 
 from fedmef_fx.graph.nodes import ADDITIONS, is_inplace, is_view, layers, without_views
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["RescaleResiduals"]
 

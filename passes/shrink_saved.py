@@ -25,13 +25,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.graph.nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, owns_input, single_user
-from fedmef_fx.graph.pipeline import PassResult, Refusal
-from fedmef_fx.graph.program import Program, Region, provenance, set_provenance
+from fedmef_fx.graph.origin import provenance, set_provenance
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_by, kept_tensors
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.ops.relu import sign_relu
+from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["ShrinkSaved", "shrinkable"]
 

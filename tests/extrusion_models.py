@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.config import Config
-from fedmef_fx.sparse_model.masks import HOLDER, PrunableParameter, Transformation, register_mask
+from fedmef_fx.sparse_model.facts import HOLDER, PrunableParameter, Transformation
+from fedmef_fx.sparse_model.parameters import register_mask
 from fedmef_fx.training.extrusion import Extrusion
 
 NAMES = ("a.weight", "b.weight")

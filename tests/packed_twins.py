@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 from fedmef_fx import Config, set_masks, transform
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive
 from tests.packed_models import build
 

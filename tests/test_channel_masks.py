@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 import fedmef_fx
 from fedmef_fx import Config, Extrusion, compact, compact_report, federated, growth_candidates, masks, set_masks
 from fedmef_fx.federated import LocalTraining
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.adjustment import unit_sizes
 
 CHANNEL = Config(

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, Optimizer
 from fedmef_fx import Config, load, save, set_masks, transform
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.packed_models import build
 
 STORAGES = ("dense", "packed")

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from fedmef_fx import Config, masks, memory, report, set_masks, transform
 from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.packing.registry import held_buffers
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.packed_models import build
 from tests.packed_twins import CONFIG, change_topology, step, twins
 

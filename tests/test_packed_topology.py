@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 
 from fedmef_fx import Extrusion, masks, set_masks
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.clipping import clip_gradients
 from tests.packed_twins import OPTIMIZERS, TIGHT, assert_same_weights, change_topology, relative, step, twins
 

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from fedmef_fx import Extrusion, density, growth_candidates, masks, set_masks
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.clipping import clip_gradients
 from tests.packed_models import MODELS
 from tests.packed_twins import (

@@ -13,11 +13,12 @@ import fedmef_fx
 from fedmef_fx import Config, memory, memory_plan, transform
 from fedmef_fx.budget import planner
 from fedmef_fx.budget.layer_sparsity import packing_sites
-from fedmef_fx.budget.plan import LayerLevels, MemoryPlan, fewest_moves, moves
+from fedmef_fx.budget.plan import LayerLevels, fewest_moves, moves
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.models import digits_cnn, resnet18
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.records.memory_plan import MemoryPlan
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 KEEP = Config(normalization="keep", density=0.5)
 LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16")

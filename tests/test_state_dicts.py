@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedmef_fx import Config, dense_state_dict, load, masks, save, set_masks, transform
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.packing import unpack_bits
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.models import Tied
 from tests.packed_models import MODELS, build
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config, transform
 from fedmef_fx.ops.gain import activation_gain
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.models import ZOO, Optional, Residual, build
 from tests.transform_checks import (
     IDENTITY,

@@ -7,7 +7,7 @@ from torch import nn
 import fedmef_fx
 from fedmef_fx import Config, transform
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.models import Residual, Tied, build
 from tests.transform_checks import OPTIMIZERS, SPARSE, assert_masked_weights_are_zero, loss_of
 

@@ -11,13 +11,15 @@ from torch import fx, nn
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.config import Config
 from fedmef_fx.errors import PassError, VerificationError
-from fedmef_fx.graph.pipeline import PassResult, Pipeline
-from fedmef_fx.graph.program import Program, Region, set_provenance
+from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.pipeline import Pipeline
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
-from fedmef_fx.sparse_model.masks import Transformation
+from fedmef_fx.records.passes import PassResult
+from fedmef_fx.sparse_model.facts import Transformation
 
 
 def program() -> Program:

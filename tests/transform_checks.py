@@ -3,7 +3,7 @@
 import torch
 
 from fedmef_fx import Config
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0)
 

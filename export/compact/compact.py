@@ -32,7 +32,7 @@ from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import Call as TracedCall
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
-from fedmef_fx.sparse_model.masks import Transformation, is_transformed
+from fedmef_fx.sparse_model.facts import Transformation, is_transformed
 
 __all__ = ["compact", "compact_report"]
 

@@ -21,6 +21,7 @@ Slices: TypeAlias = tuple[FloatArray | None, ...]
 
 
 def concatenated(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+    """The constants of a concatenation: those of its parts, side by side."""
     tensors, dim = operation.options["tensors"], operation.options.get("dim", 0)
     if not isinstance(tensors, list | tuple):
         return None
@@ -32,6 +33,7 @@ def concatenated(c: "Constants", node: fx.Node, operation: Operation) -> Slices 
 
 
 def reshaped(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+    """The constants of a reshaped tensor, where its channels stay together."""
     x = c.slices.get(operation.x)
     before, after = c.ties.shape(operation.x), c.ties.shape(node)
     if not isinstance(x, tuple) or 0 in before:
@@ -62,12 +64,14 @@ def _merged(x: Slices, dims: list[int], shape: tuple[int, ...]) -> FloatArray:
 
 
 def permuted(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+    """The constants of a tensor with its dimensions in another order."""
     x = c.slices.get(operation.x)
     order = permutation(node, len(x)) if isinstance(x, tuple) else None
     return None if order is None or not isinstance(x, tuple) else tuple(x[index] for index in order)
 
 
 def split_parts(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+    """The constants of each part of a split tensor."""
     x, shapes = c.slices.get(operation.x), c.ties.shapes.get(node)
     dim = operation.options.get("dim", 0)
     if not isinstance(x, tuple) or not isinstance(shapes, list) or not isinstance(dim, int):
@@ -82,6 +86,7 @@ def split_parts(c: "Constants", node: fx.Node, operation: Operation) -> Any:
 
 
 def indexed(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+    """The constants of what an index takes out of a tensor or a sequence."""
     x, index = c.slices.get(operation.x), node.args[1]
     if isinstance(x, list):
         return x[index] if isinstance(index, int) else None
@@ -99,6 +104,7 @@ def indexed(c: "Constants", node: fx.Node, operation: Operation) -> Any:
 
 
 def unbound(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+    """The constants of each slice of a tensor along one dimension."""
     x, shapes = c.slices.get(operation.x), c.ties.shapes.get(node)
     dim = operation.options.get("dim", 0)
     if not isinstance(x, tuple) or not isinstance(shapes, list) or not isinstance(dim, int):

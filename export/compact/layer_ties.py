@@ -22,6 +22,7 @@ def _rows_and_columns(ties: Ties, operation: Operation) -> tuple[Tensor, Dims] |
 
 
 def linear(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
+    """How the features of a linear layer depend on those of its input."""
     found = _rows_and_columns(ties, operation)
     if found is None:
         return None
@@ -52,6 +53,7 @@ def _tie_bias(ties: Ties, bias: Any, rows: Any) -> None:
 
 
 def conv(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
+    """How the channels of a convolution depend on those of its input."""
     found = _rows_and_columns(ties, operation)
     if found is None:
         return None
@@ -112,6 +114,7 @@ def per_channel(ties: Ties, node: fx.Node, operation: Operation) -> State | None
 
 
 def statistics(ties: Ties, node: fx.Node, operation: Operation) -> State:
+    """Ties of a normalisation that takes statistics over several channels: those stay."""
     x = ties.of(operation.x)
     mixed = x[-operation.options["dims"] :] if "dims" in operation.options else x[1:]
     for channels in mixed:
@@ -122,6 +125,7 @@ def statistics(ties: Ties, node: fx.Node, operation: Operation) -> State:
 
 
 def matmul(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
+    """Ties of a product of two tensors: what is summed over has to stay the same in both."""
     left, right = operation.x, operation.options["other"]
     a, b = ties.of(left), ties.of(right)
     if len(a) < 2 or len(b) < 2:
@@ -161,6 +165,7 @@ def attention(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
 
 
 def embedding(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
+    """Ties of an embedding: its last dimension is that of its weight."""
     weight = operation.options.get("weight")
     dims = ties.parameter(weight) if isinstance(weight, Tensor) else ties.of(weight)
     if len(dims) != 2:

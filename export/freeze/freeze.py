@@ -10,7 +10,8 @@ Stages, each on a copy of the eval graph
 The residual factor 1 / sqrt(2) stays a multiplication: folding it into the branches would round differently, and the
 branch of an identity shortcut has no weights to take it.
 
-Where no graph runs the whole model, its Python code stays and the weights are stored plainly (`export/freeze/restore.py`).
+Where no graph runs the whole model, its Python code stays and the weights are stored plainly
+(`export/freeze/restore.py`).
 """
 
 import copy
@@ -27,8 +28,8 @@ from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
+from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
-from fedmef_fx.sparse_model.masks import is_transformed
 
 __all__ = ["freeze"]
 

@@ -20,7 +20,8 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
-from fedmef_fx.sparse_model.masks import HOLDER, mask_name
+from fedmef_fx.sparse_model.facts import HOLDER
+from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
 
 __all__ = ["restore_model"]

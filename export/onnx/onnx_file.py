@@ -21,7 +21,8 @@ from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.precision import in_float32, low_precision, widened
 from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.files.atomic import check_target
-from fedmef_fx.sparse_model.masks import is_transformed, masked_parameters
+from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["export_onnx"]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
+from fedmef_fx.graph.origin import layer_of
 from fedmef_fx.graph.program import Region
-from fedmef_fx.measure.layer_marks import layer_of
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.packing import ThresholdEstimator
 

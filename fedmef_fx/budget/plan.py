@@ -3,50 +3,9 @@
 import dataclasses
 import heapq
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
 
-from fedmef_fx.errors import ConfigError
-
-__all__ = ["LayerChoice", "LayerLevels", "MemoryPlan", "fewest_moves", "moves", "parse_bytes", "shown_bytes"]
-
-_UNITS: Final = {
-    "": 1,
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
-}
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
-
-
-def parse_bytes(value: object, *, name: str = "memory_budget") -> int:
-    """A number of bytes from a number or text.
-
-    Args:
-        value: Bytes, or text such as "64MB" (millions of bytes), "1.5GiB" (1024^3 bytes), "500 kB".
-        name: What it is, for the message.
-
-    Raises:
-        ConfigError: Anything else, or less than one byte.
-
-    Example:
-        >>> parse_bytes("64MB"), parse_bytes("1.5GiB"), parse_bytes(1000)
-        (64000000, 1610612736, 1000)
-    """
-    count: float = -1.0
-    if isinstance(value, int) and not isinstance(value, bool):
-        count = value
-    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)) and match[2].lower() in _UNITS:
-        count = float(match[1]) * _UNITS[match[2].lower()]
-    if not 1 <= count < math.inf:
-        raise ConfigError(f'{name}: got {value!r}; expected bytes >= 1, or text such as "64MB", "1.5GiB" or "500kB"')
-    return int(count)
-
-
-def shown_bytes(count: int) -> str:
-    """A number of bytes for people: 1.23 MB."""
-    return f"{count / 1e6:.4g} MB" if count >= 1e5 else f"{count:,d} B"
+__all__ = ["LayerLevels", "fewest_moves", "moves"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,72 +93,3 @@ def _after_moves(layers: Sequence[LayerLevels]) -> Iterator[list[int]]:
     for index in moves(layers):
         levels[index] += 1
         yield list(levels)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LayerChoice:
-    """What was chosen for one packed input.
-
-    Attributes:
-        layer: The layer that reads it first.
-        gamma: Share that is dropped.
-        nbytes: Bytes that are kept of it, for one part of the batch.
-    """
-
-    layer: str
-    gamma: float
-    nbytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """How a budget is kept.
-
-    Attributes:
-        budget: Bytes that a training step may take.
-        predicted_peak: Bytes that it will take.
-        optimizer: The optimizer that was counted with.
-        batch: Samples in the example inputs.
-        micro_batch: Samples per part, None for the whole batch at once: use `fedmef_fx.training.micro_batches`.
-        settings: Fields of the configuration that were changed.
-        layers: The share that is dropped of each packed input.
-        gradient_error: Relative error of the weight gradients on the example inputs, against exact ones.
-        reasons: What was tried, in order, and what came of it.
-        seconds: Time that planning took.
-    """
-
-    budget: int
-    predicted_peak: int
-    optimizer: str
-    batch: int | None
-    micro_batch: int | None
-    settings: Mapping[str, Any]
-    layers: tuple[LayerChoice, ...]
-    gradient_error: float
-    reasons: tuple[str, ...]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        return {**dataclasses.asdict(self), "settings": dict(self.settings), "reasons": list(self.reasons)}
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What was chosen, as label and text."""
-        gammas = [layer.gamma for layer in self.layers]
-        span = f"{min(gammas):g} to {max(gammas):g}" if gammas else "nothing is packed"
-        return [
-            ("budget", shown_bytes(self.budget)),
-            ("predicted peak", shown_bytes(self.predicted_peak)),
-            ("optimizer", self.optimizer),
-            ("micro-batch", "whole batch" if self.micro_batch is None else f"{self.micro_batch} of {self.batch}"),
-            *((name, str(value)) for name, value in self.settings.items()),
-            ("gamma", span),
-            ("gradient error", f"{self.gradient_error:.2g}"),
-        ]
-
-    def __str__(self) -> str:
-        lines = [f"{label:16s}{text}" for label, text in self.rows()]
-        width = max((len(layer.layer) for layer in self.layers), default=5)
-        table = [f"{layer.layer:{width}s}  {layer.gamma:<5g}  {layer.nbytes:>12,d} bytes" for layer in self.layers]
-        head = [f"{'layer':{width}s}  gamma          kept"] if table else []
-        return "\n".join([*lines, *(f"because: {reason}" for reason in self.reasons), *head, *table])

@@ -26,12 +26,14 @@ from typing import Any, Final, get_args, get_type_hints
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.budget.plan import LayerChoice, LayerLevels, MemoryPlan, fewest_moves, parse_bytes, shown_bytes
+from fedmef_fx.budget.plan import LayerLevels, fewest_moves
 from fedmef_fx.budget.trial import PlannedModel, square_distance
 from fedmef_fx.config import Config
+from fedmef_fx.display.sizes import parse_bytes, shown_bytes
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.measure.report import MemoryReport
+from fedmef_fx.records.memory_plan import LayerChoice, MemoryPlan
 from fedmef_fx.training.micro_batches import batch_size_of, batch_statistics_in
 
 __all__ = ["SMALLEST_PREFERRED", "Transform", "plan_memory"]

@@ -11,47 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
+from fedmef_fx.graph.operations import PRODUCTS
 from fedmef_fx.graph.signature import Call, Signature
 
-__all__ = ["PRODUCTS", "Recording", "record_calls"]
+__all__ = ["Recording", "record_calls"]
 
 _CALLS_PER_MODULE: Final = 6
 
-PRODUCTS: Final = frozenset(
-    {
-        "__matmul__",
-        "__rmatmul__",
-        "_grouped_mm",
-        "addbmm",
-        "addmm",
-        "baddbmm",
-        "bilinear",
-        "bmm",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "einsum",
-        "grouped_mm",
-        "gru",
-        "gru_cell",
-        "linear",
-        "lstm",
-        "lstm_cell",
-        "matmul",
-        "mm",
-        "multi_head_attention_forward",
-        "mv",
-        "rnn_relu",
-        "rnn_relu_cell",
-        "rnn_tanh",
-        "rnn_tanh_cell",
-        "tensordot",
-    }
-)
-"""Names of the functions and methods of torch that multiply a weight with something."""
 _WEIGHT_SECOND: Final = frozenset(name for name in PRODUCTS if name.startswith("conv") or name == "linear")
 
 

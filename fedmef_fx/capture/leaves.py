@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fedmef_fx.capture.symbolic import capture_graphs
-from fedmef_fx.capture.tracer import has_user_hooks
 from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import AnyTensors
 

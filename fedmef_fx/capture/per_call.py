@@ -10,8 +10,9 @@ from fedmef_fx.capture.proof import Originals, prove
 from fedmef_fx.capture.symbolic import as_graphs, failure
 from fedmef_fx.capture.value_tracer import trace_call
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.graph.program import GraphMode, Region
+from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import Call, Signature
+from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["CaptureOnValues", "capture_call", "drop_constants"]
 

@@ -21,11 +21,14 @@ from fedmef_fx.capture.per_call import CaptureOnValues, drop_constants
 from fedmef_fx.capture.proof import Originals
 from fedmef_fx.capture.state import ChangedAttributeError, attributes_of, fixed_seed, settle
 from fedmef_fx.capture.symbolic import capture_graphs, failure
-from fedmef_fx.capture.tracer import COMPOSITES, has_user_hooks
+from fedmef_fx.capture.tracer import COMPOSITES
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.pipeline import Refusal
-from fedmef_fx.graph.program import GraphMode, Region, join
+from fedmef_fx.graph.hooks import has_user_hooks
+from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import AnyTensors, Call
+from fedmef_fx.module_tree import join
+from fedmef_fx.records.graphs import GraphMode
+from fedmef_fx.records.passes import Refusal
 
 __all__ = ["Captured", "capture_model", "has_weights"]
 

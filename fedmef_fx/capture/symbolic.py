@@ -27,7 +27,7 @@ from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.graph.program import GraphMode
+from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["as_graphs", "capture_graphs", "failure"]
 

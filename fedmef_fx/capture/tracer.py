@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.rebuild import Rebuild
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
-from fedmef_fx.sparse_model.gradient_masks import is_own_hook
 
-__all__ = ["COMPOSITES", "BaseTracer", "has_user_hooks", "is_proxy"]
+__all__ = ["COMPOSITES", "BaseTracer", "is_proxy"]
 
 COMPOSITES: Final = (
     nn.Bilinear,
@@ -31,19 +31,6 @@ COMPOSITES: Final = (
     nn.TransformerEncoderLayer,
 )
 """Modules of torch.nn that compute with tensor functions only; tracers that know values look inside."""
-
-
-def has_user_hooks(module: nn.Module, *, besides: Collection[int] = ()) -> bool:
-    """Whether calling a module does more than its forward does.
-
-    Args:
-        module: The module.
-        besides: Identities of hooks that do not count, because the model's own code installed them.
-    """
-    if module._backward_hooks or module._backward_pre_hooks:
-        return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(is_own_hook(hook) or id(hook) in besides for hook in hooks)
 
 
 def is_proxy(value: object) -> bool:

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.proxies import NumberProxy, TensorProxy, ValueProxy, shown_to_isinstance, value_of
 from fedmef_fx.capture.state import unchanged
-from fedmef_fx.capture.tracer import BaseTracer, has_user_hooks
+from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.graph.compiled import original_forward
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.signature import Call
 
 __all__ = ["trace_call"]

@@ -19,9 +19,9 @@ from fedmef_fx.commands.reports import coverage_data, passes_data, show_coverage
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.data import DATA_VARIABLE
-from fedmef_fx.graph.pipeline import PassReport
 from fedmef_fx.packing import available_backends, backend
-from fedmef_fx.sparse_model.masks import Coverage
+from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.facts import Coverage
 
 __all__ = ["doctor"]
 

@@ -17,7 +17,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.measure.memory import MemoryReport
 from fedmef_fx.measure.memory import memory as measure
 from fedmef_fx.measure.training_step import OptimizerName
-from fedmef_fx.sparse_model.masks import register_mask
+from fedmef_fx.sparse_model.parameters import register_mask
 
 __all__ = ["memory"]
 

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 
 from fedmef_fx.commands.tables import show_table
-from fedmef_fx.graph.pipeline import PassReport
-from fedmef_fx.sparse_model.masks import Coverage
+from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.facts import Coverage
 
 __all__ = ["coverage_data", "passes_data", "show_coverage", "show_passes"]
 

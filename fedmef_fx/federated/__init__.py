@@ -6,10 +6,11 @@ bytes and know nothing of how these travel.
 
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.engine import run
-from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining, train_locally
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
+from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import CheckpointError, WireError
-from fedmef_fx.federated.history import RoundRecord
+from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.files.atomic import replacing
 from fedmef_fx.files.container import decode, encode

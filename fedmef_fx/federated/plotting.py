@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fedmef_fx.display.plot_style import COLORS, LINES, MUTED, drawing, label
-from fedmef_fx.federated.history import RoundRecord
+from fedmef_fx.federated.rounds import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.files.container import DTYPES
-from fedmef_fx.sparse_model.masks import masked_parameters, masks, set_masks
+from fedmef_fx.sparse_model.masks import masks, set_masks
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state"]
 

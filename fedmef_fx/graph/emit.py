@@ -6,29 +6,23 @@ becomes a subclass whose forward picks the graph for the mode and the kind of ca
 there is none. Names, `isinstance`, hooks, `deepcopy` and pickling keep working.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-import torch
 from torch import fx, nn
 
 from fedmef_fx.graph.compiled import (
     ORIGINAL_FORWARD,
     CompiledGraph,
-    TransformedModule,
     original_class,
-    original_forward,
 )
-from fedmef_fx.graph.program import GraphMode, Program, Region, Role
-from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
+from fedmef_fx.graph.dispatch import _TABLE, Extend, RegionTable, _table_of, tables_in
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.signature import AnyCall
+from fedmef_fx.sparse_model.facts import HOLDER, transformation_of
 from fedmef_fx.sparse_model.gradient_masks import keep_gradients_masked
-from fedmef_fx.sparse_model.masks import HOLDER, transformation_of
 
-__all__ = ["CompiledGraph", "RegionTable", "emit", "program_of", "recompile", "restore_classes", "tables_in"]
+__all__ = ["CompiledGraph", "emit", "program_of", "recompile", "restore_classes"]
 
-_TABLE: Final = "_fedmef_regions"
 _KEPT_BY_ROOT: Final = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -42,109 +36,6 @@ _KEPT_BY_ROOT: Final = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-Extend: TypeAlias = Callable[[nn.Module, "RegionTable", Call], None]
-
-
-@dataclasses.dataclass
-class _Entry:
-    """The graphs that serve one kind of call."""
-
-    signature: Signature | AnyTensors | AnyCall
-    by_name: bool
-    role: Role
-    graphs: dict[GraphMode, CompiledGraph]
-
-    def graph_for(self, *, training: bool) -> CompiledGraph | None:
-        return self.graphs.get("both") or self.graphs.get("train" if training else "eval")
-
-
-@dataclasses.dataclass
-class RegionTable:
-    """What a region's owner runs.
-
-    Attributes:
-        path: Name of the owner in the model.
-        entries: Graphs by kind of call.
-        extend: Captures another kind of call when it is first made, and adds it here; None for layers.
-        attempts: How many more kinds of call may be tried.
-    """
-
-    path: str
-    entries: list[_Entry] = dataclasses.field(default_factory=list)
-    extend: Extend | None = None
-    attempts: int = 4
-
-    def add(self, region: Region) -> None:
-        """Take in a region; graphs of a known signature gain its mode."""
-        signature = region.signature or AnyCall()
-        graphs = {mode: CompiledGraph(graph) for mode, graph in region.graphs.items()}
-        for entry in self.entries:
-            if entry.signature == signature and entry.by_name == region.by_name and not entry.graphs.keys() & graphs:
-                entry.graphs |= graphs
-                return
-        self.entries.append(_Entry(signature, region.by_name, region.role, graphs))
-
-    def find(self, owner: nn.Module, call: Call) -> tuple[CompiledGraph, bool] | None:
-        """The graph that serves a call in the owner's mode, and whether it takes the arguments by name."""
-        for entry in self.entries:
-            graph = entry.graph_for(training=owner.training)
-            if graph is not None and entry.signature.accepts(call):
-                return graph, entry.by_name
-        return None
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the graph that serves a call, or the original forward."""
-    table: RegionTable = module.__dict__[_TABLE]
-    original = original_forward(module)
-    # A trace sees the code that the model was written in, not the graphs that were made from it.
-    call = None if torch.fx._symbolic_trace.is_fx_symbolic_tracing() else Call.of(module, args, kwargs)
-    if call is None:
-        return original(*args, **kwargs)
-    found = table.find(module, call)
-    if found is None and table.extend is not None and table.attempts > 0 and _may_capture():
-        table.extend(module, table, call)
-        found = table.find(module, call)
-    if found is None:
-        return original(*args, **kwargs)
-    graph, by_name = found
-    return graph(module, **call.arguments) if by_name else graph(module, *call.tensors)
-
-
-def _may_capture() -> bool:
-    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return not is_traced and not torch._C._functorch.maybe_current_level()
-
-
-_RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _running(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module's class that runs graphs; one per class, so that isinstance and pickle agree."""
-    if kind not in _RUNNING:
-        _RUNNING[kind] = _subclass(kind)
-    return _RUNNING[kind]
-
-
-def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
-    # The signature of the original forward stays visible: generation and data collators look at it.
-    @functools.wraps(kind.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, args, kwargs)
-
-    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "__reduce_ex__": _reduce}
-    return type(f"Transformed{kind.__name__}", (TransformedModule, kind), body)
-
-
-def _reduce(module: nn.Module, _: Any) -> Any:
-    # The class is made at run time, so that pickle and copy find it through the class of the original.
-    return _revive, (original_class(module),), module.__getstate__()  # type: ignore[no-untyped-call]  # object's own
-
-
-def _revive(kind: type[nn.Module]) -> nn.Module:
-    subclass = _running(kind)
-    return subclass.__new__(subclass)
 
 
 def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
@@ -168,26 +59,6 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
             _table_of(program.model.get_submodule(path), path, extend)
     keep_gradients_masked(result)
     return result
-
-
-def tables_in(module: nn.Module) -> Iterator[tuple[nn.Module, RegionTable]]:
-    """The modules inside a module that run graphs, with their tables."""
-    for child in module.modules():
-        table = child.__dict__.get(_TABLE)
-        if table is not None:
-            yield child, table
-
-
-def _table_of(owner: nn.Module, path: str, extend: Extend | None) -> RegionTable:
-    """The table of a module, which starts to run graphs if it did not before."""
-    table: RegionTable | None = owner.__dict__.get(_TABLE)
-    if table is not None:
-        return table
-    table = owner.__dict__[_TABLE] = RegionTable(path, extend=extend)
-    if "forward" in owner.__dict__:  # set on the instance by the user, where it would hide that of the class
-        owner.__dict__[ORIGINAL_FORWARD] = owner.__dict__.pop("forward")
-    owner.__class__ = _running(type(owner))
-    return table
 
 
 def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -10,14 +10,64 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.graph.nodes import CONVOLUTIONS, bound
 from fedmef_fx.graph.program import Region
-from fedmef_fx.ops.gain import ACTIVATION_MODULES, ACTIVATION_NAMES
 
-__all__ = ["DROPOUT_MODULES", "Operation", "operation_of"]
+__all__ = [
+    "ACTIVATION_MODULES",
+    "ACTIVATION_NAMES",
+    "DROPOUT_MODULES",
+    "PRODUCTS",
+    "Operation",
+    "nonlinearity",
+    "operation_of",
+]
+
+ACTIVATION_MODULES: Final = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Tanh,
+)
+
+_FUNCTIONS: Final[dict[Callable[..., Any] | str, Callable[..., Tensor]]] = {
+    F.celu: F.celu,
+    F.elu: F.elu,
+    F.gelu: F.gelu,
+    F.hardsigmoid: F.hardsigmoid,
+    F.hardswish: F.hardswish,
+    F.hardtanh: F.hardtanh,
+    F.leaky_relu: F.leaky_relu,
+    F.mish: F.mish,
+    F.relu: F.relu,
+    F.relu6: F.relu6,
+    F.selu: F.selu,
+    F.silu: F.silu,
+    F.softplus: F.softplus,
+    torch.relu: torch.relu,
+    torch.sigmoid: torch.sigmoid,
+    torch.tanh: torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+ACTIVATION_NAMES: Final = frozenset(f if isinstance(f, str) else f.__name__ for f in _FUNCTIONS)
+"""What these functions are called, not in place: `relu`, `gelu`, ..."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -288,3 +338,54 @@ def _dimension(node: fx.Node, kind: str) -> dict[str, Any]:
     if "axis" in given:
         given["dim"] = given.pop("axis")
     return given
+
+
+def nonlinearity(region: Region, node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """The elementwise function a node applies to its first argument, None if it is none that is known.
+
+    The result never works in place, whatever the node does.
+    """
+    module = region.module(node)
+    if type(module) in ACTIVATION_MODULES:
+        return lambda z: module(z.clone())  # type: ignore[misc]  # one of ACTIVATION_MODULES
+    if node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
+        kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
+        return lambda z: _FUNCTIONS[node.target](z.clone(), *node.args[1:], **kwargs)
+    return None
+
+
+PRODUCTS: Final = frozenset(
+    {
+        "__matmul__",
+        "__rmatmul__",
+        "_grouped_mm",
+        "addbmm",
+        "addmm",
+        "baddbmm",
+        "bilinear",
+        "bmm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "einsum",
+        "grouped_mm",
+        "gru",
+        "gru_cell",
+        "linear",
+        "lstm",
+        "lstm_cell",
+        "matmul",
+        "mm",
+        "multi_head_attention_forward",
+        "mv",
+        "rnn_relu",
+        "rnn_relu_cell",
+        "rnn_tanh",
+        "rnn_tanh_cell",
+        "tensordot",
+    }
+)
+"""Names of the functions and methods of torch that multiply a weight with something."""

@@ -11,16 +11,15 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, fx, nn
 
-from fedmef_fx.graph.pipeline import Refusal
 from fedmef_fx.graph.signature import AnyTensors, Signature
-from fedmef_fx.sparse_model.masks import Transformation
+from fedmef_fx.module_tree import join
+from fedmef_fx.records.graphs import GraphMode
+from fedmef_fx.records.passes import Refusal
+from fedmef_fx.sparse_model.facts import Transformation
 
-__all__ = ["GraphMode", "Program", "Region", "Role", "join", "provenance", "set_provenance"]
+__all__ = ["Program", "Region", "Role"]
 
-GraphMode: TypeAlias = Literal["both", "train", "eval"]
 Role: TypeAlias = Literal["region", "leaf", "fallback"]
-
-_META = "fedmef_fx"
 
 
 @dataclasses.dataclass
@@ -124,19 +123,3 @@ class Program:
         for region in self.regions:
             for mode, graph in region.graphs.items():
                 yield region, mode, graph
-
-
-def join(path: str, name: str) -> str:
-    """Join two module paths, either of which may be empty."""
-    return f"{path}.{name}" if path and name else path or name
-
-
-def set_provenance(node: fx.Node, *, by: str, origin: str) -> None:
-    """Record which pass made a node and from which node, module or parameter."""
-    node.meta[_META] = {"pass": by, "origin": origin}
-
-
-def provenance(node: fx.Node) -> tuple[str, str] | None:
-    """The pass that made a node and what it was made from; None for nodes of the original graph."""
-    entry = node.meta.get(_META)
-    return (entry["pass"], entry["origin"]) if entry else None

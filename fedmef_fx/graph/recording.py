@@ -4,141 +4,36 @@ Each view (text, diff, networkx, DOT, JSON) reads these records, so that they ag
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from fedmef_fx.display.printable import visible
-from fedmef_fx.graph.program import GraphMode, Program, Region, join, provenance
-from fedmef_fx.sparse_model.masks import MaskedParameter, is_transformed, masked_parameters
+from fedmef_fx.graph.origin import module_path, provenance
+from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord, TensorRecord, dtype_name
+from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
-if TYPE_CHECKING:
-    from fedmef_fx.inspection.shapes import Observation
-
-__all__ = ["GraphRecord", "NodeRecord", "Operation", "SavedRecord", "TensorRecord", "record_graphs", "visible"]
-
-Operation = Literal["placeholder", "get_attr", "call_function", "call_method", "call_module", "output"]
-
-_DTYPES: Final = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "bool",
-    torch.complex64: "c64",
-    torch.complex128: "c128",
-}
+__all__ = ["KeptStorage", "Observation", "record_graphs", "visible"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """Shape and type of a tensor.
+class KeptStorage:
+    """A piece of memory that a node keeps for backward.
 
     Attributes:
-        shape: Sizes.
-        dtype: Short name: `f32`, `i64`, `bool`, ...
+        number: The same for the same memory, within one call of the model.
+        codec: "dense", or what the maker of a buffer announced: "packed values", "bitmap", ...
+        nbytes: All its bytes, also where only a view of it was saved.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorRecord":
-        """The record of a tensor."""
-        return cls(tuple(tensor.shape), dtype_name(tensor.dtype))
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SavedRecord:
-    """Memory that a node keeps between forward and backward.
-
-    Attributes:
-        codec: How it is stored: "dense", "packed values", "bitmap", or what else its operation announced.
-        nbytes: Its size.
-        counted_at: The earlier node that keeps the same memory and where it counts, with its graph where that is
-            another one, `region/name`; empty where it counts here.
-    """
-
+    number: int
     codec: str
     nbytes: int
-    counted_at: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.codec} of %{self.counted_at}" if self.counted_at else f"{self.nbytes} B {self.codec}"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """One node of a graph.
-
-    Attributes:
-        name: Unique in its graph.
-        op: Kind of node, as in torch.fx.
-        target: What it reads or calls: full name of a parameter, buffer or module, name of a function or method,
-            name of an input; "output" for the output.
-        arguments: Arguments as text, without parentheses.
-        inputs: Names of the nodes that it reads, each once, in the order of its arguments.
-        tensors: The tensors of its value: one, several for a tuple of tensors, none where they are not known.
-        density: Active share of a masked parameter that it reads; None for anything else.
-        made_by: The pass that made it; None for nodes of the original graph.
-        origin: The node, module or parameter it was made from; None for nodes of the original graph.
-        module: Path of the module it belongs to, as far as that is known; "" is the whole model.
-        saved: What it keeps for backward; None where that was not measured.
-    """
-
-    name: str
-    op: Operation
-    target: str
-    arguments: str = ""
-    inputs: tuple[str, ...] = ()
-    tensors: tuple[TensorRecord, ...] = ()
-    density: float | None = None
-    made_by: str | None = None
-    origin: str | None = None
-    module: str = ""
-    saved: tuple[SavedRecord, ...] | None = None
-
-    @property
-    def saved_bytes(self) -> int | None:
-        """Bytes that count at this node; None where they were not measured."""
-        return None if self.saved is None else sum(saved.nbytes for saved in self.saved if not saved.counted_at)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class GraphRecord:
-    """One graph of a model.
-
-    Attributes:
-        region: Path of the traced module; "" is the whole model.
-        mode: The mode in which it runs: "train", "eval" or "both".
-        nodes: In the order in which they run.
-    """
-
-    region: str
-    mode: GraphMode
-    nodes: tuple[NodeRecord, ...]
-
-    @property
-    def label(self) -> str:
-        """What tells it from the model's other graphs; empty for the only graph of a whole model."""
-        mode = "" if self.mode == "both" else self.mode
-        return ", ".join(part for part in (self.region, mode) if part)
 
 
 def record_graphs(program: Program, observation: "Observation | None" = None) -> tuple[GraphRecord, ...]:
@@ -204,7 +99,7 @@ def _record_node(
         density=None if tensor is None else densities.get(id(tensor)),
         made_by=made_by,
         origin=origin,
-        module=_module_path(region, node),
+        module=module_path(region, node),
         saved=saved,
     )
 
@@ -219,35 +114,6 @@ def _target(region: Region, node: fx.Node) -> str:
 
 def _function_name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _module_path(region: Region, node: fx.Node) -> str:
-    """The module whose forward made a node; nodes that passes made follow what they read."""
-    if node.op == "get_attr":
-        return region.full_name(str(node.target).rpartition(".")[0])
-    if node.op == "call_module":
-        return region.full_name(str(node.target))
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        return join(region.path, next(reversed(stack)))
-    origin = (provenance(node) or ("", ""))[1]
-    read = [argument for argument in node.all_input_nodes if isinstance(region.tensor(argument), nn.Parameter)]
-    # A layer that took over a bias of another one belongs to its weight, or to what it was made from.
-    weights = [argument for argument in read if (tensor := region.tensor(argument)) is not None and tensor.dim() > 1]
-    if not weights and _is_module(region, origin):
-        return origin
-    for argument in (*weights, *read):
-        return region.full_name(str(argument.target).rpartition(".")[0])
-    return region.path
-
-
-def _is_module(region: Region, origin: str) -> bool:
-    if not origin:
-        return False
-    try:
-        return isinstance(region.attribute(origin.removeprefix(f"{region.path}.")), nn.Module)
-    except AttributeError:
-        return False
 
 
 def _arguments(node: fx.Node) -> str:
@@ -285,6 +151,20 @@ def _value(value: object) -> str:
             return f"<{type(value).__name__}>"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`f32` for torch.float32; torch's own name for types without a short one."""
-    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+@dataclasses.dataclass(slots=True)
+class Observation:
+    """What running the graphs on example inputs showed; empty without.
+
+    Attributes:
+        tensors: Per node the tensors of its value, in order; an empty tuple for a value without tensors.
+        kept: Per node what it keeps for backward; nodes that keep nothing are left out.
+        kept_outside: What Python between the graphs keeps.
+        measured: The graphs for which `kept` was measured.
+        notices: What could not be measured, and why.
+    """
+
+    tensors: dict[fx.Node, tuple[TensorRecord, ...]] = dataclasses.field(default_factory=dict)
+    kept: dict[fx.Node, tuple[KeptStorage, ...]] = dataclasses.field(default_factory=dict)
+    kept_outside: tuple[KeptStorage, ...] = ()
+    measured: set[fx.Graph] = dataclasses.field(default_factory=set)
+    notices: list[str] = dataclasses.field(default_factory=list)

@@ -10,7 +10,8 @@ pass that made it with what it was made from, and, after @, the module it belong
 
 from collections.abc import Iterable
 
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord, SavedRecord, visible
+from fedmef_fx.graph.recording import visible
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord
 
 __all__ = ["graph_text", "node_text"]
 

@@ -8,10 +8,13 @@ import torch
 from torch import fx
 
 from fedmef_fx.errors import VerificationError
-from fedmef_fx.graph.pipeline import Pass, PassResult
-from fedmef_fx.graph.program import Program, provenance
+from fedmef_fx.graph.origin import provenance
+from fedmef_fx.graph.pipeline import Pass
+from fedmef_fx.graph.program import Program
 from fedmef_fx.packing.bitmap import bitmap_nbytes, count_bits
-from fedmef_fx.sparse_model.masks import PrunableParameter, masked_parameters
+from fedmef_fx.records.passes import PassResult
+from fedmef_fx.sparse_model.facts import PrunableParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 
 __all__ = ["Verifier"]

@@ -4,11 +4,11 @@
 Importing this package imports neither networkx nor rich.
 """
 
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord, SavedRecord, TensorRecord
 from fedmef_fx.inspection.comparison import Comparison, ParameterChange, compare
 from fedmef_fx.inspection.document import json_schema
 from fedmef_fx.inspection.inspection import Inspection, inspect
 from fedmef_fx.inspection.table import LayerRow, Table
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord, TensorRecord
 
 __all__ = [
     "Comparison",

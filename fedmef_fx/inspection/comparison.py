@@ -21,8 +21,10 @@ from fedmef_fx.display.text_table import text_table
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.files.checkpoint_file import StoredTensor
 from fedmef_fx.inspection.comparison_sources import Source, tensors_of
+from fedmef_fx.inspection.page.data import PageContent
+from fedmef_fx.inspection.page.page import write_page
 
-__all__ = ["Comparison", "ParameterChange", "compare"]
+__all__ = ["Comparison", "ParameterChange", "compare", "write_comparison"]
 
 SCHEMA: Final = "fedmef-fx/comparison"
 SCHEMA_VERSION: Final = 1
@@ -282,3 +284,17 @@ def _cells(row: ParameterChange) -> tuple[str, ...]:
         f"{row.distance:.4g}",
         "-" if relative is None else f"{relative:.4f}",
     )
+
+
+def write_comparison(path: str | PathLike[str], comparison: Comparison, *, title: str = "Comparison") -> None:
+    """Write a page about two states of one model: overlap of masks, weights grown and pruned, distances.
+
+    Args:
+        path: Of the file, e.g. `rounds.html`.
+        comparison: The two states.
+        title: Heading of the page.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    write_page(path, PageContent(title=title, comparison=comparison))

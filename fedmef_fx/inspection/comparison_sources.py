@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.checkpoint_file import StoredTensor, read_tensors
-from fedmef_fx.sparse_model.masks import bitmap_name, is_transformed, mask_name, masked_parameters
+from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.masks import bitmap_name, mask_name
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["Source", "tensors_of"]
 

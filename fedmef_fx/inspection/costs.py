@@ -19,10 +19,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.graph.recording import TensorRecord
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.records.graphs import TensorRecord
 
 __all__ = ["parameter_behind", "positions_by_parameter", "weights_of"]
 

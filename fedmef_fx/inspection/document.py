@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from fedmef_fx.graph.pipeline import PassReport
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
 from fedmef_fx.inspection.table import Table
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
+from fedmef_fx.records.passes import PassReport
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "document", "json_schema", "to_json"]
 

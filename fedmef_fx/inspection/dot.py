@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from fedmef_fx.display.printable import shortened, visible
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 __all__ = ["to_dot"]
 

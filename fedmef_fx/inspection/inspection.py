@@ -15,9 +15,8 @@ from fedmef_fx.config import Config
 from fedmef_fx.display.notebook import escaped, fragment, preformatted
 from fedmef_fx.errors import CaptureError, ConfigError
 from fedmef_fx.graph.emit import program_of
-from fedmef_fx.graph.pipeline import PassReport, PassResult, Refusal
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.graph.recording import GraphRecord, record_graphs
+from fedmef_fx.graph.recording import Observation, record_graphs
 from fedmef_fx.graph.signature import Call
 from fedmef_fx.graph.text import graph_text
 from fedmef_fx.inspection.diff import text_diff
@@ -25,10 +24,12 @@ from fedmef_fx.inspection.document import document, to_json
 from fedmef_fx.inspection.dot import to_dot
 from fedmef_fx.inspection.networkx_graph import to_networkx
 from fedmef_fx.inspection.plots import plot_sparsity
-from fedmef_fx.inspection.shapes import Observation, observe
+from fedmef_fx.inspection.shapes import observe
 from fedmef_fx.inspection.table import Table, layer_table
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
-from fedmef_fx.sparse_model.masks import Transformation, is_transformed
+from fedmef_fx.records.graphs import GraphRecord
+from fedmef_fx.records.passes import PassReport, PassResult, Refusal
+from fedmef_fx.sparse_model.facts import Transformation, is_transformed
 
 if TYPE_CHECKING:
     import networkx

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
 from fedmef_fx.graph.text import node_text
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 if TYPE_CHECKING:
     import networkx

@@ -6,7 +6,6 @@ inputs exist anyway and do not count. Which codec a buffer has is what its maker
 """
 
 import bisect
-import dataclasses
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,24 +14,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fedmef_fx.graph.recording import KeptStorage
 from fedmef_fx.packing.registry import held_buffers, next_serial
 
-__all__ = ["KeptStorage", "NodeMeter"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class KeptStorage:
-    """A piece of memory that a node keeps for backward.
-
-    Attributes:
-        number: The same for the same memory, within one call of the model.
-        codec: "dense", or what the maker of a buffer announced: "packed values", "bitmap", ...
-        nbytes: All its bytes, also where only a view of it was saved.
-    """
-
-    number: int
-    codec: str
-    nbytes: int
+__all__ = ["NodeMeter"]
 
 
 class _Saved:

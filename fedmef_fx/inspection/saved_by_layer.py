@@ -13,8 +13,8 @@ from collections.abc import Collection
 from torch import fx
 
 from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.graph.recording import Observation
 from fedmef_fx.inspection.costs import parameter_behind, weights_of
-from fedmef_fx.inspection.shapes import Observation
 
 __all__ = ["SavedByLayer", "saved_by_layer"]
 

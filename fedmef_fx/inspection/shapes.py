@@ -1,7 +1,6 @@
 """What one call shows: shapes of activations, and what each node saves for backward, seen by running the graphs."""
 
 import copy
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -11,14 +10,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.emit import tables_in
+from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.graph.recording import TensorRecord
+from fedmef_fx.graph.recording import Observation
 from fedmef_fx.graph.signature import Call
-from fedmef_fx.inspection.saved import KeptStorage, NodeMeter
-from fedmef_fx.sparse_model.masks import HOLDER, is_transformed
+from fedmef_fx.inspection.saved import NodeMeter
+from fedmef_fx.records.graphs import TensorRecord
+from fedmef_fx.sparse_model.facts import HOLDER, is_transformed
 
-__all__ = ["Observation", "observe"]
+__all__ = ["observe"]
 
 # torch.fx numbers the placeholders of specialised arguments: `mask` becomes `mask_1`.
 _NUMBERED: Final = re.compile(r"_\d+$")
@@ -26,25 +26,6 @@ _SEED: Final = 0
 _STATE: Final = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclasses.dataclass(slots=True)
-class Observation:
-    """What running the graphs on example inputs showed; empty without.
-
-    Attributes:
-        tensors: Per node the tensors of its value, in order; an empty tuple for a value without tensors.
-        kept: Per node what it keeps for backward; nodes that keep nothing are left out.
-        kept_outside: What Python between the graphs keeps.
-        measured: The graphs for which `kept` was measured.
-        notices: What could not be measured, and why.
-    """
-
-    tensors: dict[fx.Node, tuple[TensorRecord, ...]] = dataclasses.field(default_factory=dict)
-    kept: dict[fx.Node, tuple[KeptStorage, ...]] = dataclasses.field(default_factory=dict)
-    kept_outside: tuple[KeptStorage, ...] = ()
-    measured: set[fx.Graph] = dataclasses.field(default_factory=set)
-    notices: list[str] = dataclasses.field(default_factory=list)
 
 
 def observe(

@@ -10,10 +10,11 @@ from torch import nn
 from fedmef_fx.display.notebook import html_table
 from fedmef_fx.display.text_table import format_count, text_table
 from fedmef_fx.graph.program import Program
+from fedmef_fx.graph.recording import Observation
 from fedmef_fx.inspection.costs import positions_by_parameter
 from fedmef_fx.inspection.saved_by_layer import saved_by_layer
-from fedmef_fx.inspection.shapes import Observation
-from fedmef_fx.sparse_model.masks import Tier, is_transformed, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.facts import Tier, is_transformed, transformation_of
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["LayerRow", "Table", "layer_table"]
 

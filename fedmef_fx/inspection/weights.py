@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedmef_fx.sparse_model.masks import is_transformed, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["Histogram", "Picture", "WeightRecord", "record_weights"]
 

@@ -11,12 +11,10 @@ import torch
 from torch import fx, nn
 
 from fedmef_fx.graph.emit import program_of, recompile
-from fedmef_fx.graph.program import Region, provenance
-from fedmef_fx.sparse_model.masks import HOLDER, is_transformed
+from fedmef_fx.graph.origin import _SITES, _is_site, layer_of
+from fedmef_fx.sparse_model.facts import HOLDER, is_transformed
 
-__all__ = ["LayerListener", "layer_of", "mark_layers"]
-
-_SITES = "fedmef_sites"
+__all__ = ["LayerListener", "mark_layers"]
 
 
 class LayerListener(Protocol):
@@ -57,40 +55,8 @@ def _mark_module(module: nn.Module, path: str, listener: LayerListener) -> None:
     module.register_forward_hook(lambda _, __, result: listener.leave(result), always_call=True)
 
 
-def _is_site(node: fx.Node) -> bool:
-    return node.op == "call_module" and _SITES in str(node.target).split(".")
-
-
 def _mark_node(node: fx.Node, path: str, listener: LayerListener) -> None:
     with node.graph.inserting_before(node):
         node.graph.call_function(listener.enter, (path, tuple(node.all_input_nodes)))
     with node.graph.inserting_after(node):
         node.graph.call_function(listener.leave, (node,))
-
-
-def layer_of(region: Region, node: fx.Node) -> str:
-    """The module of the original model that a node does the work of, as well as can be told.
-
-    By rank: the module whose parameter the node reads; for a packing site the first layer that reads the packed copy;
-    the module called; what the node was made from; the module whose forward was traced here; the node's own name.
-    """
-    if _is_site(node):
-        reader = next((user for user in node.users if _parameter(region, user)), None)
-        return layer_of(region, reader) if reader is not None else _origin(region, node)
-    owner = _parameter(region, node)
-    return region.full_name(owner.rpartition(".")[0]) if owner else _origin(region, node)
-
-
-def _parameter(region: Region, node: fx.Node) -> str:
-    """The first parameter that a node reads."""
-    tensors = ((str(source.target), region.tensor(source)) for source in node.all_input_nodes)
-    return next((target for target, tensor in tensors if isinstance(tensor, nn.Parameter)), "")
-
-
-def _origin(region: Region, node: fx.Node) -> str:
-    made = provenance(node)
-    stack: Any = node.meta.get("nn_module_stack") or {}
-    traced = [str(path) for path, *_ in stack.values()] if isinstance(stack, dict) else []
-    if made is not None:
-        return region.full_name(made[1])
-    return region.full_name(traced[-1] if traced and traced[-1] else node.name)

@@ -47,8 +47,8 @@ def memory(
             nothing for backward.
         optimizer: `"sgd"`, `"sgd-momentum"`, `"adam"`, `"adamw"`, or a function from parameters to an optimizer; None
             for a step without.
-        micro_batch: Samples per part, as of `fedmef_fx.training.micro_batches`; the loss has to fit parts then. Held bytes are
-            those of the first part.
+        micro_batch: Samples per part, as of `fedmef_fx.training.micro_batches`; the loss has to fit parts then. Held
+            bytes are those of the first part.
         predict: Run on tensors that have shapes only: no memory, hardly any time, for models of any size. What
             depends on values is assumed: a pruned activation keeps the share it kept when the model last ran, before
             that its target.

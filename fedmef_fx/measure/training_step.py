@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.live import tensors_in
-from fedmef_fx.module_tree import duplicate_of
+from fedmef_fx.module_tree import duplicate_of, tensors_of
 from fedmef_fx.training.micro_batches import micro_batches
 
 __all__ = ["LossOfOutput", "OptimizerChoice", "OptimizerName", "TrainingStep", "optimizer_factory"]
@@ -228,16 +228,8 @@ def _input(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
 def _without_values(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of a model whose tensors have shapes only."""
     memo: dict[int, Any] = {}
-    for tensor in _tensors_of(model):
+    for tensor in tensors_of(model):
         if id(tensor) not in memo and not isinstance(tensor, FakeTensor):
             memo[id(tensor)] = mode.from_tensor(tensor)
     with torch.no_grad():
         return copy.deepcopy(model, memo)
-
-
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for value in vars(module).values():
-            many = value.values() if isinstance(value, dict) else value
-            parts = many if isinstance(value, list | tuple | dict) else (value,)
-            yield from (part for part in parts if isinstance(part, Tensor))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.ops import gradient_collector as growth
-from fedmef_fx.sparse_model.masks import mask_name, transformation_of
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.masks import mask_name
 
 __all__ = ["attach_gradient_masks", "forget_gradient_masks", "is_own_hook", "keep_gradients_masked"]
 

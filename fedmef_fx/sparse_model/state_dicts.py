@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
-from fedmef_fx.sparse_model.masks import apply_masks, masked_parameters
+from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["dense_state_dict", "forget_load_hooks", "keep_masks_on_load"]
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.ops.gradient_collector import Request
-from fedmef_fx.sparse_model.masks import MaskedParameter, least_bias, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.channels import least_bias
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 from fedmef_fx.sparsity.patterns import adjust_pattern, best_in_groups, lowest_in_groups, row_norms

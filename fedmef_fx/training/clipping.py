@@ -14,9 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.ops.rows import Rows, SegmentRows, packed_rows
-from fedmef_fx.sparse_model.masks import MaskedParameter, is_ignored, is_transformed, masked_parameters
+from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["clip_gradients"]
 

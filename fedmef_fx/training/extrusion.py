@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.sparse_model.masks import MaskedParameter, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.training.adjustment import lowest_units, unit_sizes

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.ops.gradient_collector import Collector, collecting
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.masks import MaskedParameter, masked_parameters, transformation_of
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.adjustment import growth_requests, probed, unit_candidates, unit_sizes

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final, Literal
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.pipeline import Pass, PassResult
+from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.graph.program import Program
 from fedmef_fx.graph.recording import record_graphs
 from fedmef_fx.graph.text import graph_text
+from fedmef_fx.records.passes import PassResult
 
 __all__ = ["CAPTURE", "PassObserver"]
 

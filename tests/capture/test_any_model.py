@@ -8,7 +8,7 @@ import torch
 
 from fedmef_fx import Config, coverage, masks, transform
 from fedmef_fx.capture.proof import tensors_in
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.capture.models import ZOO, build
 
 IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0)

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 import fedmef_fx
 from fedmef_fx import Config, coverage, growth_candidates, masks, report, transform
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.emit import program_of, tables_in
+from fedmef_fx.graph.dispatch import tables_in
+from fedmef_fx.graph.emit import program_of
 from tests.capture.models import build
 from tests.capture.test_any_model import IDENTITY, SPARSE, assert_masks_hold, assert_same, run, train
 

@@ -14,7 +14,7 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.federated import METHODS, History, LocalTraining, Method, RoundRecord, run
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 
 FAST = LocalTraining(batch_size=8, learning_rate=0.02)
 CONFIG = Config(density=0.3, adjustment_interval=2)

@@ -12,7 +12,7 @@ import fedmef_fx
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.federated import LocalTraining, RoundTask, Update, train_locally
 from fedmef_fx.federated.batches import batch_indices, fetch
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
 

@@ -15,7 +15,7 @@ from fedmef_fx.federated.methods import METHODS
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.state import Schema, load_state, read_state
 from fedmef_fx.models import digits_cnn
-from fedmef_fx.sparse_model.masks import masked_parameters
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.packed_models import build
 
 

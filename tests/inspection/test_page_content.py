@@ -18,7 +18,8 @@ from PIL import Image
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.federated.history import History
+from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.inspection import Inspection, inspect
 from fedmef_fx.inspection.page import Timeline
 from fedmef_fx.inspection.page.mask_image import png

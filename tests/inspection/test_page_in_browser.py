@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config
-from fedmef_fx.federated.history import History, RoundRecord
+from fedmef_fx.federated.history import History
+from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.models import mobilenet_v2, resnet18
 from tests.capture.models import build
 from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError

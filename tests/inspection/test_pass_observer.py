@@ -7,7 +7,7 @@ from torch import nn
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.transformation.transform import passes_of
+from fedmef_fx.transformation.recipe import passes_of
 from tests.inspection.models import PerMode, two_convolutions
 
 CONFIG = Config(density=0.5)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmef_fx.budget.plan import LayerLevels, moves, parse_bytes
+from fedmef_fx.budget.plan import LayerLevels, moves
+from fedmef_fx.display.sizes import parse_bytes
 from fedmef_fx.errors import ConfigError
 
 

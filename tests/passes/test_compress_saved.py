@@ -23,8 +23,8 @@ from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.ops.products import compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 from fedmef_fx.packing.registry import held_buffers
-from fedmef_fx.sparse_model.masks import Transformation
-from fedmef_fx.transformation.transform import memory_passes, passes_of
+from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.transformation.recipe import memory_passes, passes_of
 from tests.models import ZOO, Residual, build
 from tests.transformer_models import TRANSFORMERS, ViT
 

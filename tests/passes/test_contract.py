@@ -15,8 +15,9 @@ from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.relu import sign_relu
-from fedmef_fx.sparse_model.masks import Transformation, masked_parameters
-from fedmef_fx.transformation.transform import passes_of
+from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.transformation.recipe import passes_of
 from tests.models import ZOO, PreActivation, Residual, Shared, build
 
 CONFIG = Config(density=0.3)

@@ -12,14 +12,16 @@ from fedmef_fx import Config, coverage, density, inspect, masks, report, transfo
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.errors import ConfigError, VerificationError
 from fedmef_fx.graph.emit import program_of
-from fedmef_fx.graph.pipeline import PassResult, Pipeline
+from fedmef_fx.graph.pipeline import Pipeline
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.ops.layers import pruned_convolution
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.pack_weights import PackWeights, unpack_weights
-from fedmef_fx.sparse_model.masks import Transformation, masked_parameters, transformation_of
+from fedmef_fx.records.passes import PassResult
+from fedmef_fx.sparse_model.facts import Transformation, transformation_of
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.transformation.transform import pack_weights
 from tests.models import ZOO, build
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from fedmef_fx.graph.pipeline import PassReport
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
+from fedmef_fx.records.passes import PassReport
 
 __all__ = ["Changes"]
 

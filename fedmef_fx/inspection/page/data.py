@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from fedmef_fx.graph.pipeline import PassReport
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
 from fedmef_fx.graph.text import node_text
 from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.page.changes import Changes
@@ -16,6 +14,8 @@ from fedmef_fx.inspection.page.timeline import MemoryPair
 from fedmef_fx.inspection.page.views import OPAQUE, View, views_of
 from fedmef_fx.inspection.table import LayerRow, Table
 from fedmef_fx.inspection.weights import WeightRecord
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
+from fedmef_fx.records.passes import PassReport
 
 if TYPE_CHECKING:
     from fedmef_fx.federated.history import History

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from fedmef_fx.graph.recording import GraphRecord, NodeRecord
+from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 __all__ = ["Box", "Folded", "Group", "fold", "nest"]
 

@@ -16,10 +16,9 @@ from typing import Any, Final
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.files.atomic import check_target, replacing
-from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.page.data import PageContent, page_document
 
-__all__ = ["page_html", "write_comparison", "write_page"]
+__all__ = ["page_html", "write_page"]
 
 _SCRIPTS: Final = (
     "dom.js",
@@ -55,20 +54,6 @@ def write_page(path: str | PathLike[str], content: PageContent) -> None:
     text = page_html(content)
     with replacing(target, error=ConfigError) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def write_comparison(path: str | PathLike[str], comparison: Comparison, *, title: str = "Comparison") -> None:
-    """Write a page about two states of one model: overlap of masks, weights grown and pruned, distances.
-
-    Args:
-        path: Of the file, e.g. `rounds.html`.
-        comparison: The two states.
-        title: Heading of the page.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    write_page(path, PageContent(title=title, comparison=comparison))
 
 
 def page_html(content: PageContent) -> str:

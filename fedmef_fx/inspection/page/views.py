@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from fedmef_fx.graph.recording import GraphRecord
 from fedmef_fx.inspection.page.hierarchy import Box, Folded, Group, fold, nest
 from fedmef_fx.inspection.table import LayerRow
+from fedmef_fx.records.graphs import GraphRecord
 
 __all__ = ["FALLBACK", "OPAQUE", "View", "views_of"]
 

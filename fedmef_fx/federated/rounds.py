@@ -1,0 +1,66 @@
+"""What is recorded of a round."""
+
+import dataclasses
+import math
+from typing import Any, Self, get_args, get_type_hints
+
+from fedmef_fx.errors import CheckpointError
+
+__all__ = ["RoundRecord"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """One finished round.
+
+    Attributes:
+        round_index: t, counted from 0.
+        adjusted: Whether it was an adjustment round.
+        clients: The clients that took part.
+        train_loss: Mean loss of the last local epoch, weighted by samples.
+        test_loss: Mean loss of the new global model on the test set; None without one.
+        test_accuracy: Its share of correct predictions, 0 to 1; None without a test set or classes.
+        density: Active share of the prunable weights, 0 to 1.
+        bytes_down: Bytes from the server to all clients of the round.
+        bytes_up: Bytes from them to the server.
+        seconds: Wall-clock time, evaluation included.
+        peak_saved_bytes: Largest number of bytes that a client kept between forward and backward.
+        churn: Parameter name -> weights that changed places; empty outside adjustment rounds.
+    """
+
+    round_index: int
+    adjusted: bool
+    clients: tuple[int, ...]
+    train_loss: float
+    test_loss: float | None
+    test_accuracy: float | None
+    density: float
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    peak_saved_bytes: int
+    churn: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: object) -> Self:
+        """Read what `dataclasses.asdict` gave and JSON stored.
+
+        Raises:
+            CheckpointError: Missing or unknown fields, or values of another type.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict) or fields.keys() != set(names):
+            raise CheckpointError(f"round record: got {fields!r:.80}; expected the fields {', '.join(names)}")
+        for name, hint in get_type_hints(cls).items():
+            if not _fits(fields[name], hint):
+                raise CheckpointError(f"round record: {name}: got {fields[name]!r:.80}; expected {hint}")
+        return cls(**{**fields, "clients": tuple(fields["clients"])})
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint == tuple[int, ...]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    if hint == dict[str, int]:
+        return isinstance(value, dict) and all(type(item) is int for item in value.values())
+    allowed = get_args(hint) or (hint,)
+    return type(value) in allowed and (not isinstance(value, float) or math.isfinite(value))

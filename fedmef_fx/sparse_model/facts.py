@@ -1,0 +1,169 @@
+"""What a transformed model knows about itself: its prunable parameters, coverage, pass reports and memory plan."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from fedmef_fx.config import Config
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.records.memory_plan import MemoryPlan
+from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
+from fedmef_fx.sparsity.granularity import Layout
+
+if TYPE_CHECKING:
+    from fedmef_fx.records.graphs import GraphRecord
+
+__all__ = [
+    "HOLDER",
+    "ChannelFact",
+    "Coverage",
+    "PrunableParameter",
+    "Tier",
+    "Transformation",
+    "coverage",
+    "is_transformed",
+    "memory_plan",
+    "report",
+    "transformation_of",
+]
+
+
+HOLDER = "fedmef"
+
+
+Tier = Literal["graph", "module", "hook"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChannelFact:
+    """How the channels of a weight relate to those of others; see `passes/_channel_groups.py`.
+
+    Attributes:
+        layout: Where its channels lie.
+        leader: The first weight of the group of layers that have the same channels; itself where it has its own.
+        silent: Of a leader, names of biases and running means with one entry per channel, 0 where it is off.
+    """
+
+    layout: Layout
+    leader: str
+    silent: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrunableParameter:
+    """One weight that a transformation may prune.
+
+    Attributes:
+        name: Its name in the original model.
+        numel: Number of weights, pruned ones included.
+        tier: Where it is rewritten: in a traced graph, in the graph of a single leaf module, or by hooks.
+        reason: Why the tier is not a higher one, or why the parameter is left dense; empty for the graph tier.
+        masked: Whether it has a mask.
+        region: Path of the traced region that holds it, None outside the graph tier.
+        region_modules: Number of modules with weights in that region; 1 is a leaf on its own.
+        channels: What granularities coarser than single weights need to know; None with single weights.
+        packed_shape: Shape of the weight where it is stored packed; None where it is stored dense.
+    """
+
+    name: str
+    numel: int
+    tier: Tier | None
+    reason: str = ""
+    masked: bool = True
+    region: str | None = None
+    region_modules: int = 0
+    channels: ChannelFact | None = None
+    packed_shape: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Coverage:
+    """Which prunable parameter is rewritten where, and why not better.
+
+    Attributes:
+        rows: One `PrunableParameter` per prunable parameter, in the order of `named_parameters`.
+    """
+
+    rows: tuple[PrunableParameter, ...]
+
+    @property
+    def graph_fraction(self) -> float:
+        """Share of prunable weights in traced regions larger than one leaf module, 0 to 1."""
+        total = sum(row.numel for row in self.rows)
+        inside = sum(row.numel for row in self.rows if row.tier == "graph" and row.region_modules > 1)
+        return inside / total if total else 0.0
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=9)
+        lines = [f"{'parameter':{width}s}  {'weights':>10s}  tier    reason"]
+        lines += [f"{row.name:{width}s}  {row.numel:10d}  {row.tier or 'dense':6s}  {row.reason}" for row in self.rows]
+        return "\n".join([*lines, f"graph fraction {self.graph_fraction:.3f}"])
+
+
+class Transformation(nn.Module):
+    """The child module `fedmef` of a transformed model: configuration, facts, reports and packing sites.
+
+    Attributes:
+        config: The configuration of the transformation.
+        prunable: Original parameter name -> `PrunableParameter`.
+        guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
+        reports: What the passes did, in order.
+        plan: How the memory budget is kept; None without one.
+        original: Records of the graphs as they were captured, before any pass.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        watch_optimizers()
+        self.config = config
+        self.prunable: dict[str, PrunableParameter] = {}
+        self.guarded: tuple[str, ...] = ()
+        self.reports: PassReport = PassReport(())
+        self.plan: MemoryPlan | None = None
+        self.original: tuple[GraphRecord, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or a pickle, which are made without `__init__`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        watch_optimizers()
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        return f"density={self.config.density:g}, masked={sum(p.masked for p in self.prunable.values())}"
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether `fedmef_fx.transform` made this model."""
+    return isinstance(getattr(model, HOLDER, None), Transformation)
+
+
+def transformation_of(model: nn.Module) -> Transformation:
+    """The facts of a transformed model.
+
+    Raises:
+        ConfigError: The model was not made by `fedmef_fx.transform`.
+    """
+    holder = getattr(model, HOLDER, None)
+    if not isinstance(holder, Transformation):
+        raise ConfigError(
+            f"{type(model).__name__} is not a transformed model; expected the result of "
+            "fedmef_fx.transform(model), e.g. sparse = fedmef_fx.transform(model); fedmef_fx.masks(sparse)"
+        )
+    return holder
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Where each prunable parameter of a transformed model is rewritten, and why not better."""
+    return Coverage(tuple(transformation_of(model).prunable.values()))
+
+
+def report(model: nn.Module) -> PassReport:
+    """What each pass did and refused, with reasons and times."""
+    return transformation_of(model).reports
+
+
+def memory_plan(model: nn.Module) -> MemoryPlan | None:
+    """How the memory budget of a transformed model is kept, and why so; None where there was no budget."""
+    return transformation_of(model).plan

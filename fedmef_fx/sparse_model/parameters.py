@@ -1,0 +1,46 @@
+"""The masked parameters of a model, with their masks."""
+
+import torch
+from torch import Tensor, nn
+
+from fedmef_fx.module_tree import owner_of
+from fedmef_fx.sparse_model.facts import Transformation, transformation_of
+from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
+
+__all__ = ["masked_parameters", "register_mask"]
+
+
+def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
+    """Put a mask next to its parameter and zero what it masks.
+
+    Args:
+        model: The model that holds the parameter.
+        parameter: Its name.
+        mask: Boolean, of the parameter's shape; True = active.
+    """
+    owner, leaf = owner_of(model, parameter)
+    weight = getattr(owner, leaf)
+    owner.register_buffer(mask_name(leaf), mask.to(device=weight.device, dtype=torch.bool).clone())
+    with torch.no_grad():
+        weight.mul_(getattr(owner, mask_name(leaf)))
+
+
+def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) -> dict[str, MaskedParameter]:
+    """Every masked parameter with its mask or bitmap, by original name: the live tensors, not copies.
+
+    Args:
+        model: A transformed model.
+        facts: What is known about it; None for what it has itself. A model on its way through passes has nothing yet.
+    """
+    found = {}
+    for name, fact in (facts or transformation_of(model)).prunable.items():
+        if not fact.masked:
+            continue
+        owner, leaf = owner_of(model, name)
+        parameter = getattr(owner, leaf)
+        if fact.packed_shape is None:
+            found[name] = MaskedParameter(parameter, getattr(owner, mask_name(leaf)), parameter.shape)
+        else:
+            shape = torch.Size(fact.packed_shape)
+            found[name] = MaskedParameter(parameter, getattr(owner, bitmap_name(leaf)), shape)
+    return found

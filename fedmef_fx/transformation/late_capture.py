@@ -1,0 +1,38 @@
+"""Capturing a kind of call that comes up after the transformation."""
+
+from torch import nn
+
+from fedmef_fx.budget.layer_sparsity import apply_layer_sparsity
+from fedmef_fx.capture import capture_call
+from fedmef_fx.config import Config
+from fedmef_fx.errors import CaptureError, PassError
+from fedmef_fx.graph.dispatch import RegionTable
+from fedmef_fx.graph.pipeline import Pipeline
+from fedmef_fx.graph.program import Program
+from fedmef_fx.graph.signature import Call
+from fedmef_fx.passes.replay_rewrites import ReplayRewrites
+from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.transformation.recipe import memory_passes
+
+__all__ = ["extend_region"]
+
+
+def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: Config) -> None:
+    """Capture a region's owner for a kind of call that no graph serves yet, with the masks and kernels that it has.
+
+    Args:
+        module: The owner, in the mode of the call.
+        table: Gains the graph; stays as it is where the call cannot be captured faithfully.
+        call: The call.
+        config: Of the transformation.
+    """
+    table.attempts -= 1
+    try:
+        regions = capture_call(module, table.path, call)
+        program = Program(module, list(regions), Transformation(config))
+        Pipeline([ReplayRewrites(config.nsconv_statistics, config.ignore), *memory_passes(config)]).run(program)
+    except (CaptureError, PassError):
+        return
+    apply_layer_sparsity(regions, config.layer_sparsity)
+    for region in regions:
+        table.add(region)
