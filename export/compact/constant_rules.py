@@ -1,11 +1,11 @@
-"""What each kind of operation makes of constant slices: one rule per kind, for `_constants.Constants` to apply.
+"""What each kind of operation makes of constant slices: one rule per kind, for `Constants` to apply.
 
 A rule gets the constants that are known so far, the node and its operation, and returns the constants of the result,
 per dimension; None where it knows nothing.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.export.compact.constant_views import (
-    FloatArray,
-    Slices,
     concatenated,
     indexed,
     permuted,
@@ -22,17 +20,15 @@ from fedmef_fx.export.compact.constant_views import (
     split_parts,
     unbound,
 )
+from fedmef_fx.export.compact.known_slices import FloatArray, KnownSlices, Slices
+from fedmef_fx.export.compact.ties import Ties
 from fedmef_fx.graph.nodes import TRANSPOSED
 from fedmef_fx.graph.operations import Operation, operation_of
 
-if TYPE_CHECKING:
-    from fedmef_fx.export.compact.constants import Constants
-    from fedmef_fx.export.compact.ties import Ties
-
-__all__ = ["RULES", "FloatArray", "Slices", "can_fold"]
+__all__ = ["RULES", "can_fold"]
 
 
-def can_fold(ties: "Ties", node: fx.Node) -> bool:
+def can_fold(ties: Ties, node: fx.Node) -> bool:
     """Whether a layer adds the same number at every position for a constant input: not where zeros are padded."""
     operation = operation_of(ties.region, node)
     bias = operation.options.get("bias")
@@ -45,11 +41,11 @@ def can_fold(ties: "Ties", node: fx.Node) -> bool:
     return operation.kind == "conv" and node.target not in TRANSPOSED and unpadded
 
 
-def _same(c: "Constants", _: fx.Node, operation: Operation) -> Any:
+def _same(c: KnownSlices, _: fx.Node, operation: Operation) -> Any:
     return c.slices.get(operation.x)
 
 
-def _elementwise(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _elementwise(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """The operation itself, on the constants."""
     known = c.slices.get(operation.x)
     x = operation.x
@@ -84,7 +80,7 @@ _ARITHMETIC: Final[dict[str, Callable[[Any, Any], Any]]] = {
 }
 
 
-def _arithmetic(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _arithmetic(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     shape, operands = c.ties.shape(node), operation.options["operands"]
     result: list[FloatArray | None] = []
     for dim, size in enumerate(shape):
@@ -104,7 +100,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _operand(c: "Constants", operand: Any, back: int, size: int) -> FloatArray:
+def _operand(c: KnownSlices, operand: Any, back: int, size: int) -> FloatArray:
     """An operand's constants along a dimension counted from the last; NaN where it is not constant there."""
     if _is_number(operand):
         return np.full(size, float(operand))
@@ -115,7 +111,7 @@ def _operand(c: "Constants", operand: Any, back: int, size: int) -> FloatArray:
     return np.full(size, np.nan)
 
 
-def _conv(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _conv(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     dims = c.ties.of(node)
     weight = c.ties.region.tensor(operation.options["weight"])
     if weight is None or not dims:
@@ -154,7 +150,7 @@ def _ungrouped(sums: Any, touch: Any, groups: int, *, transposed: bool) -> tuple
     return result[0], result[1]
 
 
-def _batch_norm(c: "Constants", _: fx.Node, operation: Operation) -> Slices | None:
+def _batch_norm(c: KnownSlices, _: fx.Node, operation: Operation) -> Slices | None:
     x = c.slices.get(operation.x)
     if not isinstance(x, tuple) or len(x) < 2:
         return None
@@ -173,7 +169,7 @@ def _batch_norm(c: "Constants", _: fx.Node, operation: Operation) -> Slices | No
     return tuple(values if dim == 1 else None for dim in range(len(x)))
 
 
-def _prelu(c: "Constants", _: fx.Node, operation: Operation) -> Slices | None:
+def _prelu(c: KnownSlices, _: fx.Node, operation: Operation) -> Slices | None:
     x = c.slices.get(operation.x)
     return tuple(_zeros_only(values) for values in x) if isinstance(x, tuple) else None
 
@@ -182,7 +178,7 @@ def _zeros_only(values: FloatArray | None) -> FloatArray | None:
     return None if values is None else np.where(values == 0, 0.0, np.nan)
 
 
-def _pool(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _pool(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     x = c.slices.get(operation.x)
     if not isinstance(x, tuple):
         return None
@@ -192,7 +188,7 @@ def _pool(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
     return (*pass_on, *(None,) * (len(c.ties.shape(node)) - kept))
 
 
-def _pad(c: "Constants", _: fx.Node, operation: Operation) -> Slices | None:
+def _pad(c: KnownSlices, _: fx.Node, operation: Operation) -> Slices | None:
     x = c.slices.get(operation.x)
     if not isinstance(x, tuple) or operation.options.get("value") not in (None, 0, 0.0):
         return None
@@ -200,7 +196,7 @@ def _pad(c: "Constants", _: fx.Node, operation: Operation) -> Slices | None:
     return tuple(_zeros_only(values) if dim < kept else None for dim, values in enumerate(x))
 
 
-def _reduce(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _reduce(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     x, dim = c.slices.get(operation.x), operation.options.get("dim")
     if not isinstance(x, tuple) or dim is None:
         return None
@@ -211,19 +207,19 @@ def _reduce(c: "Constants", node: fx.Node, operation: Operation) -> Slices | Non
     return tuple(values for index, values in enumerate(kept) if index not in reduced)
 
 
-def _matmul(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _matmul(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """Zero rows of the left factor and zero columns of the right one; a zero batch entry of either."""
     left, right = operation.x, operation.options["other"]
     return _product(c, node, rows=left, columns=right)
 
 
-def _attention(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def _attention(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """A weighted mean of the values: zero where they are, whatever the weights."""
     value = operation.options.get("value")
     return _product(c, node, rows=None, columns=value)
 
 
-def _product(c: "Constants", node: fx.Node, *, rows: Any, columns: Any) -> Slices | None:
+def _product(c: KnownSlices, node: fx.Node, *, rows: Any, columns: Any) -> Slices | None:
     shape = c.ties.shape(node)
     result: list[FloatArray | None] = []
     for dim, size in enumerate(shape):
@@ -237,7 +233,7 @@ def _product(c: "Constants", node: fx.Node, *, rows: Any, columns: Any) -> Slice
     return tuple(result)
 
 
-RULES: Final[dict[str, Callable[["Constants", fx.Node, Operation], Any]]] = {
+RULES: Final[dict[str, Callable[[KnownSlices, fx.Node, Operation], Any]]] = {
     "add": _arithmetic,
     "attention": _attention,
     "batch_norm": _batch_norm,

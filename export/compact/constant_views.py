@@ -1,26 +1,19 @@
 """What operations that move indices make of constant slices: concatenation, reshape, permute, parts."""
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 
+from fedmef_fx.export.compact.known_slices import FloatArray, KnownSlices, Slices
 from fedmef_fx.export.compact.view_ties import full_index, matched_dims, part_sizes, permutation
 from fedmef_fx.graph.operations import Operation
 
-if TYPE_CHECKING:
-    from fedmef_fx.export.compact.constants import Constants
-
-__all__ = ["FloatArray", "Slices", "concatenated", "indexed", "permuted", "reshaped", "split_parts", "unbound"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
-Slices: TypeAlias = tuple[FloatArray | None, ...]
-"""Per dimension the constant of each index; None where none is known."""
+__all__ = ["concatenated", "indexed", "permuted", "reshaped", "split_parts", "unbound"]
 
 
-def concatenated(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def concatenated(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """The constants of a concatenation: those of its parts, side by side."""
     tensors, dim = operation.options["tensors"], operation.options.get("dim", 0)
     if not isinstance(tensors, list | tuple):
@@ -32,7 +25,7 @@ def concatenated(c: "Constants", node: fx.Node, operation: Operation) -> Slices 
     return tuple(np.concatenate(filled) if index == dim % len(shape) else None for index in range(len(shape)))
 
 
-def reshaped(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def reshaped(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """The constants of a reshaped tensor, where its channels stay together."""
     x = c.slices.get(operation.x)
     before, after = c.ties.shape(operation.x), c.ties.shape(node)
@@ -63,14 +56,14 @@ def _merged(x: Slices, dims: list[int], shape: tuple[int, ...]) -> FloatArray:
     return result.reshape(-1)
 
 
-def permuted(c: "Constants", node: fx.Node, operation: Operation) -> Slices | None:
+def permuted(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     """The constants of a tensor with its dimensions in another order."""
     x = c.slices.get(operation.x)
     order = permutation(node, len(x)) if isinstance(x, tuple) else None
     return None if order is None or not isinstance(x, tuple) else tuple(x[index] for index in order)
 
 
-def split_parts(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+def split_parts(c: KnownSlices, node: fx.Node, operation: Operation) -> Any:
     """The constants of each part of a split tensor."""
     x, shapes = c.slices.get(operation.x), c.ties.shapes.get(node)
     dim = operation.options.get("dim", 0)
@@ -85,7 +78,7 @@ def split_parts(c: "Constants", node: fx.Node, operation: Operation) -> Any:
     return parts
 
 
-def indexed(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+def indexed(c: KnownSlices, node: fx.Node, operation: Operation) -> Any:
     """The constants of what an index takes out of a tensor or a sequence."""
     x, index = c.slices.get(operation.x), node.args[1]
     if isinstance(x, list):
@@ -103,7 +96,7 @@ def indexed(c: "Constants", node: fx.Node, operation: Operation) -> Any:
     return tuple(result)
 
 
-def unbound(c: "Constants", node: fx.Node, operation: Operation) -> Any:
+def unbound(c: KnownSlices, node: fx.Node, operation: Operation) -> Any:
     """The constants of each slice of a tensor along one dimension."""
     x, shapes = c.slices.get(operation.x), c.ties.shapes.get(node)
     dim = operation.options.get("dim", 0)

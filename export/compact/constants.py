@@ -14,29 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from fedmef_fx.export.compact.constant_rules import RULES, FloatArray, Slices, can_fold
+from fedmef_fx.export.compact.constant_rules import RULES, can_fold
+from fedmef_fx.export.compact.known_slices import FloatArray, KnownSlices, Slices
 from fedmef_fx.export.compact.ties import Exit, IntArray, Ties
-from fedmef_fx.graph.nodes import TRANSPOSED, is_inplace, is_view
-from fedmef_fx.graph.operations import Operation, operation_of
+from fedmef_fx.graph.nodes import is_inplace, is_view
+from fedmef_fx.graph.operations import operation_of
 
 __all__ = ["Constants"]
 
 
 @dataclasses.dataclass
-class Constants:
-    """The constants of all tensors of a graph.
+class Constants(KnownSlices):
+    """The constants of all tensors of a graph, found by one rule per kind of operation."""
 
-    Attributes:
-        ties: The channels.
-        gone: Channel -> whether it has left.
-        biases: Identity of a bias -> what has been folded into it, by layer node.
-    """
-
-    ties: Ties
-    gone: NDArray[np.bool_]
-    folded: dict[fx.Node, FloatArray] = dataclasses.field(default_factory=dict)
-    slices: dict[fx.Node, Any] = dataclasses.field(default_factory=dict)
-    _weights: dict[fx.Node, tuple[FloatArray, NDArray[np.bool_]]] = dataclasses.field(default_factory=dict)
     _impure: set[fx.Node] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -53,11 +43,6 @@ class Constants:
         for node in self._graph().nodes:
             found = None if node in self._impure else self._of(node)
             self.slices[node] = self._without_gone(self.ties.dims.get(node), found)
-
-    def of(self, value: object, dim: int) -> FloatArray | None:
-        """The constants of one dimension of an argument."""
-        found = self.slices.get(value) if isinstance(value, fx.Node) else None
-        return found[dim] if isinstance(found, tuple) and -len(found) <= dim < len(found) else None
 
     def _of(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -98,27 +83,6 @@ class Constants:
         values = np.full(len(channels), np.nan) if values is None else values.copy()
         values[self.gone[channels]] = 0.0
         return values
-
-    def layer(self, node: fx.Node, operation: Operation) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """A layer's weight summed over its kernel, [out, in], and whether an output depends on an input."""
-        known = self._weights.get(node)
-        if known is None:
-            weight = self.ties.region.tensor(operation.options["weight"])
-            assert weight is not None  # noqa: S101 -- its rule has seen it
-            kernel = weight.detach().double().flatten(2) if weight.dim() > 2 else weight.detach().double().unsqueeze(2)
-            if node.target in TRANSPOSED:
-                kernel = kernel.transpose(0, 1)
-            known = self._weights[node] = kernel.sum(2).numpy(), (kernel != 0).any(2).numpy()
-        return known
-
-    def bias(self, node: fx.Node, operation: Operation, rows: int) -> FloatArray:
-        """A layer's bias with what was folded into it; zeros without one, NaN where it is computed."""
-        bias = operation.options.get("bias")
-        tensor = self.ties.region.tensor(bias) if bias is not None else None
-        if bias is not None and tensor is None:
-            return np.full(rows, np.nan)
-        value = np.zeros(rows) if tensor is None else tensor.detach().double().numpy().copy()
-        return value + self.folded.get(node, 0.0)
 
     def is_used(self, exit_: Exit) -> NDArray[np.bool_]:
         """Per channel of an exit: whether what it contributes there is neither nothing nor foldable."""

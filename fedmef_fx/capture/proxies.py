@@ -11,16 +11,25 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, fx
 
 from fedmef_fx.errors import CaptureError
 
-if TYPE_CHECKING:
-    from fedmef_fx.capture.value_tracer import ValueTracer
-
 __all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "shown_to_isinstance", "value_of"]
+
+
+class SpecializingTracer(Protocol):
+    """What a proxy asks of the tracer that made it."""
+
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record an operation."""
+        ...
+
+    def specialize(self, proxy: "ValueProxy") -> None:
+        """Note that the graph now depends on the value behind a proxy."""
+        ...
 
 
 class ValueProxy(fx.Proxy):
@@ -32,10 +41,10 @@ class ValueProxy(fx.Proxy):
         depends_on_data: Whether sizes of the value follow from what tensors contain, as after `nonzero`.
     """
 
-    tracer: "ValueTracer"
+    tracer: Any  # a SpecializingTracer, which torch.fx wants to be one of its own classes
 
-    def __init__(self, node: fx.Node, tracer: "ValueTracer", known: Any, *, depends_on_data: bool) -> None:
-        super().__init__(node, tracer)
+    def __init__(self, node: fx.Node, tracer: SpecializingTracer, known: Any, *, depends_on_data: bool) -> None:
+        super().__init__(node, tracer)  # type: ignore[arg-type]  # it is a torch.fx tracer, too
         self.known = known
         self.depends_on_data = depends_on_data
 

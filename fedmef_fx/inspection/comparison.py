@@ -24,7 +24,7 @@ from fedmef_fx.inspection.comparison_sources import Source, tensors_of
 from fedmef_fx.inspection.page.data import PageContent
 from fedmef_fx.inspection.page.page import write_page
 
-__all__ = ["Comparison", "ParameterChange", "compare", "write_comparison"]
+__all__ = ["Comparison", "ParameterChange", "compare"]
 
 SCHEMA: Final = "fedmef-fx/comparison"
 SCHEMA_VERSION: Final = 1
@@ -174,9 +174,7 @@ class Comparison:
         Raises:
             ConfigError: The file cannot be written.
         """
-        from fedmef_fx.inspection.page import write_comparison  # noqa: PLC0415 -- it needs this module
-
-        write_comparison(path, self, title=title)
+        write_page(path, PageContent(title=title, comparison=self.as_dict()))
 
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows as text: parameters with masks, the others that moved, and the total."""
@@ -284,17 +282,3 @@ def _cells(row: ParameterChange) -> tuple[str, ...]:
         f"{row.distance:.4g}",
         "-" if relative is None else f"{relative:.4f}",
     )
-
-
-def write_comparison(path: str | PathLike[str], comparison: Comparison, *, title: str = "Comparison") -> None:
-    """Write a page about two states of one model: overlap of masks, weights grown and pruned, distances.
-
-    Args:
-        path: Of the file, e.g. `rounds.html`.
-        comparison: The two states.
-        title: Heading of the page.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    write_page(path, PageContent(title=title, comparison=comparison))

@@ -6,12 +6,12 @@ How many elements a threshold keeps depends on values, so that whoever knows a s
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backend_numpy import block_nbytes
-from fedmef_fx.packing.backends import backend
 from fedmef_fx.packing.bitmap import bitmap_nbytes, check_bitmap
 from fedmef_fx.packing.registry import announce_temporary
 from fedmef_fx.packing.words import check_float
@@ -24,6 +24,10 @@ class MetaBackend:
 
     name = "meta"
 
+    def __init__(self, cpu_backend: Callable[[], str]) -> None:
+        """Stand for the backend of that name on the CPU."""
+        self._cpu_backend = cpu_backend
+
     def pack(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """See `Backend.pack`; keeps everything."""
         del threshold
@@ -33,7 +37,7 @@ class MetaBackend:
         """`pack` that keeps so many elements, whichever they are."""
         check_float(x.dtype)
         values = x.new_empty(kept_count)
-        if _runs_in_numpy(x):
+        if self._runs_in_numpy(x):
             announce_temporary(values.nbytes + block_nbytes(x))
         return _bitmap(x), values
 
@@ -41,7 +45,7 @@ class MetaBackend:
         """See `Backend.unpack`."""
         del values
         check_bitmap(bitmap, out.numel())
-        if _runs_in_numpy(out):
+        if self._runs_in_numpy(out):
             announce_temporary(block_nbytes(out))
 
     def gather(self, bitmap: Tensor, dense: Tensor) -> Tensor:
@@ -66,10 +70,9 @@ class MetaBackend:
         """See `Backend.clamp_pack`."""
         return self.clamp_bits(x, out=out, low=low, high=high), *self.pack(out, threshold)
 
-
-def _runs_in_numpy(x: Tensor) -> bool:
-    """Whether the tensor stands for one that numpy would pack, with numpy's temporaries."""
-    return x.device.type == "cpu" and backend().name == "numpy"
+    def _runs_in_numpy(self, x: Tensor) -> bool:
+        """Whether the tensor stands for one that numpy would pack, with numpy's temporaries."""
+        return x.device.type == "cpu" and self._cpu_backend() == "numpy"
 
 
 def _bitmap(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Final, Literal, Protocol, get_args
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing.backend_meta import MetaBackend
 from fedmef_fx.packing.layout import has_no_values
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "available_backends",
     "backend",
     "backend_for",
+    "meta_backend",
     "set_backend",
     "using_backend",
 ]
@@ -107,6 +109,12 @@ def _has_numba() -> bool:
 
 
 @functools.cache
+def meta_backend() -> MetaBackend:
+    """The backend of tensors without values, which can also keep a number of elements that is given."""
+    return MetaBackend(lambda: backend().name)
+
+
+@functools.cache
 def _load(name: str) -> Backend:
     # Imported here: numba takes half a second and dozens of megabytes, which only its users should pay.
     if name == "numpy":
@@ -117,10 +125,6 @@ def _load(name: str) -> Backend:
         from fedmef_fx.packing.backend_torch import TorchBackend  # noqa: PLC0415
 
         return TorchBackend()
-    if name == "meta":
-        from fedmef_fx.packing.backend_meta import MetaBackend  # noqa: PLC0415
-
-        return MetaBackend()
     if not _has_numba():
         raise ConfigError('backend: "numba" is not installed; pip install "fedmef-fx[fast]", or use "auto"')
     from fedmef_fx.packing.backend_numba import NumbaBackend  # noqa: PLC0415
@@ -179,5 +183,5 @@ def backend(name: BackendName = "auto") -> Backend:
 def backend_for(x: Tensor) -> Backend:
     """The implementation for a tensor: the chosen one on the CPU, torch on other devices, sizes only without values."""
     if has_no_values(x):
-        return _load("meta")
+        return meta_backend()
     return backend() if x.device.type == "cpu" else _load("torch")

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fedmef_fx.packing.backends import backend_for
+from fedmef_fx.packing.backends import backend_for, meta_backend
 from fedmef_fx.packing.layout import Layout
 from fedmef_fx.packing.registry import announce
 
@@ -63,11 +63,8 @@ class PackedTensor:
             x: A tensor without values (meta or fake), of any shape and strides.
             kept: Share of the elements that are stored, 0-1.
         """
-        # Imported here, as every backend is.
-        from fedmef_fx.packing.backend_meta import MetaBackend  # noqa: PLC0415
-
         layout = Layout.of(x)
-        bitmap, values = MetaBackend().keep(layout.flatten(x), round(kept * layout.numel))
+        bitmap, values = meta_backend().keep(layout.flatten(x), round(kept * layout.numel))
         return cls(bitmap, values, layout)
 
     def unpack(self) -> Tensor:

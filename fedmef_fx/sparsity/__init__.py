@@ -1,6 +1,5 @@
 """Sparse training as tensor math: allocation, masks, adjustment, extrusion schedule; nothing here knows graphs."""
 
-from fedmef_fx.sparse_model.optimizer_state import forget_state
 from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive, lowest_magnitude
 from fedmef_fx.sparsity.allocation import allocate
 from fedmef_fx.sparsity.extrusion_schedule import extrusion_rate, floored_rate, rex
@@ -31,7 +30,6 @@ __all__ = [
     "best_in_groups",
     "extrusion_rate",
     "floored_rate",
-    "forget_state",
     "is_adjustment_round",
     "largest_inactive",
     "lowest_in_groups",

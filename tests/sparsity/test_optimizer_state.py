@@ -11,8 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedmef_fx.sparse_model.optimizer_state import Move, move_state, watch_optimizers
-from fedmef_fx.sparsity import forget_state
+from fedmef_fx.sparse_model.optimizer_state import Move, forget_state, move_state, watch_optimizers
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -4,9 +4,8 @@
 gathers everything as one JSON document, `page` puts document, style and script into one file.
 """
 
-from fedmef_fx.inspection.comparison import write_comparison
 from fedmef_fx.inspection.page.data import PageContent
 from fedmef_fx.inspection.page.page import page_html, write_page
 from fedmef_fx.inspection.page.timeline import MemoryPair, Timeline
 
-__all__ = ["MemoryPair", "PageContent", "Timeline", "page_html", "write_comparison", "write_page"]
+__all__ = ["MemoryPair", "PageContent", "Timeline", "page_html", "write_page"]

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from fedmef_fx.graph.text import node_text
-from fedmef_fx.inspection.comparison import Comparison
 from fedmef_fx.inspection.page.changes import Changes
 from fedmef_fx.inspection.page.hierarchy import Box, Group
 from fedmef_fx.inspection.page.layout import Flow, plan
@@ -42,7 +41,7 @@ class PageContent:
         notices: What could not be found out, and why.
         memory: Bytes over a training step.
         history: Rounds of a training.
-        comparison: What changed from one state of a model to another.
+        comparison: What changed from one state of a model to another, as `Comparison.as_dict` gives it.
     """
 
     title: str
@@ -54,7 +53,7 @@ class PageContent:
     notices: Sequence[str] = ()
     memory: MemoryPair | None = None
     history: "History | None" = None
-    comparison: Comparison | None = None
+    comparison: Mapping[str, Any] | None = None
 
 
 def page_document(content: PageContent) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def page_document(content: PageContent) -> dict[str, Any]:
             "before": content.memory.before and content.memory.before.as_dict(),
         },
         "history": _history(content.history),
-        "comparison": content.comparison and content.comparison.as_dict(),
+        "comparison": content.comparison,
     }
 
 
