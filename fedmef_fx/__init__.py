@@ -5,6 +5,7 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fedmef_fx.checkpoint import load, save
@@ -12,6 +13,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
+from fedmef_fx.moved import MovedModules, keep_old_attributes
 from fedmef_fx.sparse_model.facts import coverage, memory_plan, report
 from fedmef_fx.sparse_model.masks import density, masks, set_masks
 from fedmef_fx.sparse_model.state_dicts import dense_state_dict
@@ -61,6 +63,10 @@ __all__ = [
     "transform",
     "verify_onnx",
 ]
+
+sys.meta_path.append(MovedModules())
+keep_old_attributes(memory)
+keep_old_attributes(micro_batches)
 
 
 def __getattr__(name: str) -> Any:
