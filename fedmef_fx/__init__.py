@@ -62,6 +62,8 @@ __all__ = [
     "verify_onnx",
 ]
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name: str) -> Any:
     # The federation takes as long to import as all the rest: only its users should wait for it.
