@@ -64,6 +64,8 @@ __all__ = [
     "verify_onnx",
 ]
 
+__version__ = "0.1.0"
+
 sys.meta_path.append(MovedModules())
 keep_old_attributes(memory)
 keep_old_attributes(micro_batches)

@@ -1,10 +1,10 @@
 """`fedmef-fx`: the command line."""
 
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+from fedmef_fx import __version__
 from fedmef_fx.commands.bench import bench
 from fedmef_fx.commands.compare import compare
 from fedmef_fx.commands.demo import demo
@@ -31,7 +31,7 @@ for _command in (demo, train, export, verify, inspect, compare, memory, bench, d
 
 def _print_version(is_asked_for: bool) -> None:
     if is_asked_for:
-        typer.echo(metadata.version("fedmef-fx"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

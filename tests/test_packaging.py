@@ -3,14 +3,18 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+# Only for those who work in the repository; an installation or a test of the sdist needs none of it.
+NOT_IN_SDIST = (".ci/", ".gitignore")
 # Where the linked packages really lie, e.g. {"passes": "fedmef_fx.passes"}.
 PACKAGE_OF_FOLDER = {folder: package for package, folder in SETUPTOOLS["package-dir"].items()}
 
@@ -31,9 +35,16 @@ def repository_files() -> list[str]:
     return sorted({name for name in listed.split("\0") if name and (ROOT / name).exists()})
 
 
+class Distributions(NamedTuple):
+    """The names of the files in an sdist, without its top folder, and in the wheel that was built from it."""
+
+    sdist: set[str]
+    wheel: set[str]
+
+
 @pytest.fixture(scope="module")
-def wheel_files(repository_files: list[str], tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel that was built from an sdist, as an installer does it that finds no wheel.
+def distributions(repository_files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """What an sdist and a wheel hold, the wheel built from the sdist, as an installer does it that finds no wheel.
 
     The build runs in a copy: it leaves an egg-info folder behind, and would read one that lies around in the clone.
     """
@@ -43,12 +54,18 @@ def wheel_files(repository_files: list[str], tmp_path_factory: pytest.TempPathFa
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
     output = tmp_path_factory.mktemp("dist")
-    # Without isolation, because that would download setuptools; torch depends on it, so it is installed.
+    # Without isolation, because that would download setuptools.
     _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source), cwd=output)
-    assert len(list(output.glob("*.tar.gz"))) == 1
+    (sdist,) = output.glob("*.tar.gz")
     (wheel,) = output.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+    with tarfile.open(sdist) as packed, zipfile.ZipFile(wheel) as archive:
+        files = {name.partition("/")[2] for name in packed.getnames()}
+        return Distributions(files, set(archive.namelist()))
+
+
+@pytest.fixture(scope="module")
+def wheel_files(distributions: Distributions) -> set[str]:
+    return distributions.wheel
 
 
 def _installed_name(path: str) -> str | None:
@@ -81,6 +98,14 @@ def test_wheel_holds(suffix: str, wheel_files: set[str]) -> None:
     assert any(name.endswith(suffix) for name in wheel_files)
 
 
+@pytest.mark.slow
+def test_sdist_holds_the_repository(repository_files: list[str], distributions: Distributions) -> None:
+    links = {package.replace(".", "/") for package in PACKAGE_OF_FOLDER.values()}  # the folders themselves are there
+    expected = {name for name in repository_files if name not in links and not name.startswith(NOT_IN_SDIST)}
+    assert {"docs/guide.md", "tests/conftest.py", "CITATION.cff"} <= expected
+    assert expected - distributions.sdist == set()
+
+
 def test_every_package_is_listed(repository_files: list[str]) -> None:
     modules = [name for path in repository_files if path.endswith(".py") and (name := _installed_name(path))]
     packages = {".".join(PurePosixPath(name).parent.parts) for name in modules}
@@ -90,6 +115,8 @@ def test_every_package_is_listed(repository_files: list[str]) -> None:
 @pytest.mark.parametrize("package", PACKAGE_OF_FOLDER.values())
 def test_links_lead_to_the_mapped_folders(package: str) -> None:
     link = ROOT.joinpath(*package.split("."))
+    if (ROOT / "PKG-INFO").exists():
+        pytest.skip("an sdist holds no links: what is installed from it finds the folders by pyproject.toml's mapping")
     assert link.resolve() == ROOT / SETUPTOOLS["package-dir"][package]
 
 

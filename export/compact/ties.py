@@ -133,8 +133,9 @@ class Ties:
         """The unit of each channel: the number of its connected component."""
         import networkx  # noqa: PLC0415 -- takes 0.2 s to import, which only its users should wait for
 
-        graph: networkx.Graph[int] = networkx.Graph(self.edges)
+        graph: networkx.Graph[int] = networkx.Graph()
         graph.add_nodes_from(range(self.count))
+        graph.add_edges_from(self.edges)
         result = np.empty(self.count, dtype=np.int64)
         for number, members in enumerate(networkx.connected_components(graph)):
             result[list(members)] = number

@@ -104,7 +104,22 @@ def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool,
             raise ExportError(f"export_onnx: {type(model).__name__}: {failure}") from error
     if program is None or program.exported_program is None:
         raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx returned no model")
+    if (constant := constant_size(program.exported_program)) is not None:
+        raise ExportError(f"export_onnx: {type(model).__name__}: torch.onnx made {constant}")
     return Converted(program.model_proto, program.exported_program, examples, dynamic)
+
+
+def constant_size(program: torch.export.ExportedProgram) -> str | None:
+    """A size that was to vary and became a number, as the length of an LSTM does in torch 2.15; None: there is none."""
+    inputs = {name for name in program.graph_signature.user_inputs if isinstance(name, str)}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node.name not in inputs or not isinstance(value, Tensor):
+            continue
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+                return f"size {dim} of {node.name!r} the constant {size.node.expr}"
+    return None
 
 
 @contextlib.contextmanager
@@ -117,6 +132,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # torch's exporter uses what torch itself has deprecated.
             warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="_check_is_size will be removed", category=FutureWarning)
             # nn.LSTM and its kind keep a list of their parameters, which are registered all the same.
             warnings.filterwarnings(
                 "ignore", message=r"The tensor attributes? self\.\S*_flat_weights", category=UserWarning

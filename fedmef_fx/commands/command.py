@@ -103,5 +103,6 @@ def progress_bar(title: str, *, steps: int) -> Iterator[ProgressBar]:
     bar = Progress(
         *columns, TextColumn("{task.fields[note]}", markup=False), console=console, disable=not console.is_terminal
     )
-    with bar:
+    # A disabled bar that is started and stopped prints an empty line in some versions of rich.
+    with bar if console.is_terminal else contextlib.nullcontext():
         yield ProgressBar(bar, bar.add_task(title, total=steps, note=""))

@@ -40,7 +40,8 @@ def allocator_peak(step: Callable[[], None]) -> int:
     Returns:
         Bytes; 0 where nothing was allocated.
     """
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # One cycle is recorded, so accumulating changes no number; without it torch 2.10 warns that it forgets cycles.
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step()
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     if results is None:

@@ -63,7 +63,9 @@ def test_digits(tmp_path: Path, normalization: str) -> None:
     assert report.path == path
     assert report.bytes == path.stat().st_size <= dense.bytes
     assert report.dense_bytes == 67_754 * 4
-    assert report.nodes == len(file.graph.node) == 12
+    assert report.nodes == len(file.graph.node)
+    # torch 2.10 lets the file ask for the batch size, which later ones write into the Reshape.
+    assert len([node for node in file.graph.node if node.op_type not in {"Shape", "Concat"}]) == 12
     assert report.parity.max_abs < 1e-5
     assert report.parity.batch_sizes == (5, 1, 2, 3, 5)
     assert report.parity.top1_agreement == 1.0

@@ -15,6 +15,7 @@ from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ConfigError, ExportError, FedmefError
 from fedmef_fx.export.onnx import onnx_file
 from fedmef_fx.export.onnx import parity as _parity
+from fedmef_fx.export.onnx.convert import constant_size
 
 X = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
 
@@ -189,6 +190,16 @@ def test_infinities_and_nan_of_the_outputs_are_compared() -> None:
 def test_bad_dynamic_sizes(tmp_path: Path, sizes: dict[str, dict[int, str]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _export(Net(F.relu), tmp_path / "m.onnx", X, dynamic_sizes=sizes)
+
+
+def test_a_size_that_became_a_number_is_found() -> None:
+    shapes = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(Net(F.relu), (X,), dynamic_shapes=shapes)
+    assert constant_size(program) is None
+
+    (x,) = [node for node in program.graph.find_nodes(op="placeholder") if node.name == "x"]
+    torch._check(x.meta["val"].shape[0] == 4)  # what a translation does that works for one size only
+    assert constant_size(program) == "size 0 of 'x' the constant 4"
 
 
 def test_a_size_of_one_cannot_vary(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_compiling_works_without_a_folder_for_what_is_compiled() -> None:
         "    if cache: return lambda function: (_ for _ in ()).throw(RuntimeError('cannot cache function'))\n"
         "    return genuine(*args, **options)\n"
         "numba.njit = refuse\n"
-        "import torch, fedmef_fx.memory as m; print(m.backend('numba').pack(torch.ones(3), 0.5)[1].tolist())"
+        "import torch, fedmef_fx.packing as m; print(m.backend('numba').pack(torch.ones(3), 0.5)[1].tolist())"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     assert ran.stdout.strip() == "[1.0, 1.0, 1.0]"
@@ -264,7 +264,7 @@ def test_compiling_works_without_a_folder_for_what_is_compiled() -> None:
 @pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("numpy", "numpy"), ("quick", "expected 'auto'")])
 def test_the_environment_chooses_and_importing_stays_light(value: str, expected: str) -> None:
     code = (
-        "import sys, fedmef_fx.memory as m; assert 'numba' not in sys.modules; print(m.backend().name);"
+        "import sys, fedmef_fx.packing as m; assert 'numba' not in sys.modules; print(m.backend().name);"
         "assert 'numba' not in sys.modules"
     )
     environment = os.environ | {ENVIRONMENT_VARIABLE: value}
