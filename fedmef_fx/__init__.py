@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fedmef_fx.checkpoint import load, save
 from fedmef_fx.config import Config
 from fedmef_fx.errors import FedmefError
+from fedmef_fx.export.compact.compact import compact, compact_report
+from fedmef_fx.export.compact.report import CompactReport
+from fedmef_fx.export.freeze.freeze import freeze
+from fedmef_fx.export.onnx.digest import verify_onnx
+from fedmef_fx.export.onnx.inspect_file import inspect_onnx
+from fedmef_fx.export.onnx.onnx_file import export_onnx
+from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.moved import MovedModules, keep_old_attributes
@@ -20,17 +27,7 @@ from fedmef_fx.sparse_model.state_dicts import dense_state_dict
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates
 from fedmef_fx.training.micro_batches import micro_batches
-from fedmef_fx.transformation.transform import (
-    CompactReport,
-    ExportReport,
-    compact,
-    compact_report,
-    export_onnx,
-    freeze,
-    inspect_onnx,
-    transform,
-    verify_onnx,
-)
+from fedmef_fx.transformation.transform import transform
 
 if TYPE_CHECKING:
     from fedmef_fx import federated

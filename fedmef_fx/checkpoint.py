@@ -28,6 +28,7 @@ from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.transformation.transform import transform
 
 __all__ = ["load", "save"]
 
@@ -114,8 +115,6 @@ def load(
     config = _config(metadata)
     architecture, ties = parsed(metadata, "architecture"), parsed(metadata, "tied")
     if not is_transformed(model):
-        from fedmef_fx.transformation.transform import transform  # noqa: PLC0415 -- it imports the passes, which import the core
-
         original, _ = _state(model)
         known = {name: entry for name, entry in architecture.items() if name in original}
         _check_architecture(_architecture(original, {}), known)

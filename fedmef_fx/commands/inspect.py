@@ -16,11 +16,11 @@ from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.display.printable import visible
+from fedmef_fx.export.onnx.file_records import FileInspection
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
 from fedmef_fx.measure.memory import MemoryReport, memory
 from fedmef_fx.models import REFERENCE_MODELS
-from fedmef_fx.transformation.transform import FileInspection
 
 __all__ = ["inspect"]
 

@@ -12,14 +12,6 @@ from fedmef_fx.budget.planner import plan_memory
 from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.export.compact.compact import compact, compact_report
-from fedmef_fx.export.compact.report import CompactReport
-from fedmef_fx.export.freeze.freeze import freeze
-from fedmef_fx.export.onnx.digest import verify_onnx
-from fedmef_fx.export.onnx.file_records import FileInspection
-from fedmef_fx.export.onnx.inspect_file import inspect_onnx
-from fedmef_fx.export.onnx.onnx_file import export_onnx
-from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.graph.emit import emit, program_of, recompile
 from fedmef_fx.graph.pipeline import Pipeline
 from fedmef_fx.graph.program import Program
@@ -38,17 +30,8 @@ from fedmef_fx.transformation.observer import PassObserver
 from fedmef_fx.transformation.recipe import passes_of
 
 __all__ = [
-    "CompactReport",
-    "ExportReport",
-    "FileInspection",
-    "compact",
-    "compact_report",
-    "export_onnx",
-    "freeze",
-    "inspect_onnx",
     "pack_weights",
     "transform",
-    "verify_onnx",
 ]
 
 
