@@ -36,6 +36,9 @@ ROOMS = [
     "federated",
     "checkpoint",
     "inspection",
+    "",
+    "commands",
+    "cli",
 ]
 EXPORTS_ROOMS = ["examples", "freeze", "compact", "onnx"]
 
