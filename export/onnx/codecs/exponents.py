@@ -155,9 +155,10 @@ def choose_exponents(values: _Floats) -> tuple[ExponentCode, int]:
     ranked = ranked[(ranked >= _LEAST_EXPONENT) & (ranked <= _LARGEST_EXPONENT) & (counts[ranked] > 0)]
     # reached[r] values have a number of at least r.
     reached = np.append(np.cumsum(counts[ranked][::-1])[::-1], 0)
-    found = min((_nbytes(widths, reached, values.size), widths) for widths in _LEVEL_WIDTHS)
-    exponents = ranked[: _capacity(found[1])].tolist()
-    return ExponentCode(found[1], tuple(exponents)), found[0]
+    zeros = values.size - int(np.count_nonzero(values))
+    nbytes, widths = min((_nbytes(widths, reached, values.size, zeros), widths) for widths in _LEVEL_WIDTHS)
+    exponents = ranked[: _capacity(widths)].tolist()
+    return ExponentCode(widths, tuple(exponents)), nbytes
 
 
 def split_floats(values: _Floats, code: ExponentCode) -> SplitFloats:
@@ -207,15 +208,18 @@ def _capacity(widths: tuple[int, ...]) -> int:
     return sum((1 << width) - 1 for width in widths)
 
 
-def _nbytes(widths: tuple[int, ...], reached: _Ints, count: int) -> int:
-    """Bytes of values and of their decoder."""
-    coded, first, fields = 0, 0, count
+def _nbytes(widths: tuple[int, ...], reached: _Ints, count: int, zeros: int) -> int:
+    """Bytes of values and of their decoder.
+
+    Outliers are written with number 0, so that they never reach a second level; 0 has the last number of all.
+    """
+    kept = min(_capacity(widths), reached.size - 1)
+    coded, escaped, fields = 0, 0, count
     for width in widths:
         coded += plane_bytes(fields + 1, width)
-        first = min(first + (1 << width) - 1, reached.size - 1)
-        fields = int(reached[first])
-    kept = min(_capacity(widths), reached.size - 1)
-    outliers = count - int(reached[0]) + int(reached[kept])
+        escaped += (1 << width) - 1
+        fields = int(reached[min(escaped, kept)] - reached[kept]) + (zeros if kept >= escaped else 0)
+    outliers = count - zeros - int(reached[0]) + int(reached[kept])
     nodes = _SPLIT_BYTES + _LEVEL_BYTES * len(widths)
     nbytes = 3 * count + coded + _OUTLIER_BYTES * outliers + 4 * (kept + 1) + nodes
     return nbytes + (int(_OUTLIERS_PAY * nbytes) if outliers else 0)
