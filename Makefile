@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 PYTEST_ARGS ?=
+# One process per core, each of which takes the next test that nobody has begun; '-n 0' runs all in one process.
+PYTEST_WORKERS ?= -n auto --dist worksteal
 
 BIN := .venv/bin
 # Newer than what it depends on: the environment is up to date and pip, which takes seconds to find that out, is not called.
@@ -32,13 +34,13 @@ demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a m
 test test-fast test-slow: export OMP_WAIT_POLICY ?= passive
 
 test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## Run only the tests that take a few seconds at most
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## Run only the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m slow $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check

@@ -1,7 +1,6 @@
 """What every test shares: hypothesis profiles, a fixed torch seed, and the reasons for which tests are skipped."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,9 @@ os.environ.setdefault("FEDMEF_FX_BACKEND", "numpy")
 
 
 def pytest_configure() -> None:
-    # The order in which torch adds up floats depends on the number of threads: the same everywhere.
-    torch.set_num_threads(2)
+    # The order in which torch adds up floats depends on the number of threads: the same everywhere. One, because tests
+    # run in as many processes as there are cores, and threads of several processes wait for each other.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,15 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_torch_seed() -> None:
     """Tests run in random order; what one draws must not change what the next one gets."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For small tensors: two threads would only wait for each other, for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

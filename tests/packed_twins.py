@@ -10,12 +10,14 @@ from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive
 from tests.packed_models import build
 
-# Sums over a row run in another order, which costs a few units in the last place of double precision per step.
-TIGHT = 1e-12
+# Sums over a row run in another order, which costs a few units in the last place of double precision per step, and more
+# where little is left of large terms. The order depends on the processor, so there are digits to spare; what is wrong
+# differs from the first digit on.
+TIGHT = 1e-10
 
 
 # Adam divides a gradient by its own size: where one is almost 0, as of weights just grown, it magnifies such noise.
-OVER_STEPS = {"sgd": TIGHT, "adamw": 1e-10}
+OVER_STEPS = {"sgd": TIGHT, "adamw": 1e-8}
 
 
 OPTIMIZERS = {

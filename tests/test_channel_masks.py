@@ -20,9 +20,6 @@ CHANNEL = Config(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Coupled(nn.Module):
     """A residual sum, an inverted residual and a classifier."""
 

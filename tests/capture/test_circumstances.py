@@ -179,8 +179,20 @@ def test_bfloat16(name):
     assert_masks_hold(sparse)
 
 
+def why_no_bfloat16_lstm():
+    """Why torch cannot run an LSTM in bfloat16 on this processor, in its own words; empty where it can."""
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nn.LSTM(4, 3)(torch.zeros(2, 1, 4))[0].sum().backward()
+    except RuntimeError as error:
+        return f"torch has no bfloat16 LSTM here: {error}"
+    return ""
+
+
 @pytest.mark.parametrize("name", ["attention", "data-dependent", "recurrent", "shared"])
 def test_autocast(name):
+    if name == "recurrent" and (reason := why_no_bfloat16_lstm()):
+        pytest.skip(reason)
     model, inputs = build(name)
     twin = transform(model, IDENTITY, example_inputs=inputs()[0])
     sparse = transform(model, SPARSE, example_inputs=inputs()[0])

@@ -15,8 +15,6 @@ import fedmef_fx
 from fedmef_fx import compact, compact_report
 from tests.export.compact_models import DEAD, Residual, check, kill, lively
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_convolutions_of_all_dimensions_lose_outputs_and_the_next_ones_inputs(dims: int) -> None:

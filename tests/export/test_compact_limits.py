@@ -15,8 +15,6 @@ from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.models import digits_cnn
 from tests.export.compact_models import Residual, check, kill, lively
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm([8, 4, 4])])
 def test_norms_over_channels_keep_them(norm: nn.Module) -> None:

@@ -174,7 +174,6 @@ def test_a_residual_network_reaches_its_sizes(tmp_path: Path) -> None:
 
     assert report.plain_bytes / report.bytes > 8.7
     assert report.over_entropy < 0.03
-    assert report.seconds["encode"] < 10  # a tenth of that on an idle machine
     assert {tensor.name for tensor in report.tensors} < set(masks(sparse))
 
 

@@ -35,11 +35,6 @@ def blobs(samples: int, *, seed: int) -> TensorDataset:
     return TensorDataset(images, labels)
 
 
-@pytest.fixture(autouse=True)
-def _small_tensors(one_thread: None) -> None:
-    """All tests here compute with small ones."""
-
-
 @pytest.fixture
 def network() -> nn.Sequential:
     return small_network()
