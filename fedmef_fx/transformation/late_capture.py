@@ -10,6 +10,7 @@ from fedmef_fx.graph.dispatch import RegionTable
 from fedmef_fx.graph.pipeline import Pipeline
 from fedmef_fx.graph.program import Program
 from fedmef_fx.graph.signature import Call
+from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.sparse_model.facts import Transformation
 from fedmef_fx.transformation.recipe import memory_passes
@@ -30,7 +31,8 @@ def extend_region(module: nn.Module, table: RegionTable, call: Call, *, config: 
     try:
         regions = capture_call(module, table.path, call)
         program = Program(module, list(regions), Transformation(config))
-        Pipeline([ReplayRewrites(config.nsconv_statistics, config.ignore), *memory_passes(config)]).run(program)
+        replayed = (FunctionalizeWeights(config.ignore), ReplayRewrites(config.nsconv_statistics, config.ignore))
+        Pipeline([*replayed, *memory_passes(config)]).run(program)
     except (CaptureError, PassError):
         return
     apply_layer_sparsity(regions, config.layer_sparsity)
