@@ -19,7 +19,7 @@ from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_mod
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 
-__all__ = ["Compression", "match"]
+__all__ = ["Compression", "compression_of"]
 
 Handles = tuple[fx.Node | None, ...]
 
@@ -118,7 +118,7 @@ _ATTENTION: Final = (
 )
 
 
-def match(region: Region, node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str | None:
+def compression_of(region: Region, node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str | None:
     """What takes a node's place; why nothing does, where something could; None for any other node.
 
     Args:

@@ -21,6 +21,7 @@ take no fewer bytes than the tensor is decided when its size is known, in each s
 
 import dataclasses
 import operator
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import fx
@@ -31,10 +32,10 @@ from fedmef_fx.graph.nodes import without_views
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
-from fedmef_fx.passes._compressible import Compression, match
+from fedmef_fx.passes._compressible import Compression, compression_of
 from fedmef_fx.passes._handles import add_8_bit_site, handle_of
-from fedmef_fx.passes.prune_activations import PruneActivations
-from fedmef_fx.passes.shrink_saved import shrinkable
+from fedmef_fx.passes._pruned_layers import prunable_layers
+from fedmef_fx.passes._shrinkable import shrinkable
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import PassResult, Refusal
 
@@ -65,55 +66,68 @@ class CompressSaved:
 
     def _run(self, region: Region, mode: GraphMode, graph: fx.Graph) -> tuple[list[str], list[Refusal]]:
         carriers = set(differentiable(region, graph))
-        found = {node: found for node in graph.nodes if (found := match(region, node, carriers)) is not None}
-        refusals = [Refusal(region.full_name(n.name), why) for n, why in found.items() if isinstance(why, str)]
-        chosen = [node for node, found in found.items() if isinstance(found, Compression)]
-        others = {*shrinkable(region, graph), *PruneActivations(ignore=self.ignore).matches(region, graph)}
+        matches = {node: self._match(region, node, carriers) for node in graph.nodes}
+        refusals = [match for match in matches.values() if isinstance(match, Refusal)]
+        chosen = [node for node, match in matches.items() if isinstance(match, Compression)]
+        others = {*shrinkable(region, graph), *prunable_layers(region, graph, ignore=self.ignore)}
         kept = kept_tensors(region, graph, rewritten={*chosen, *others})
         rewrites: list[str] = []
         for node in chosen:
             # Again: the nodes that it reads may have been replaced.
-            compression = match(region, node, carriers)
+            compression = self._match(region, node, carriers)
             if not isinstance(compression, Compression):
                 continue
-            name = region.full_name(node.name)
-            handles, reasons = self._handles(region, mode, node, compression, kept)
-            refusals += [Refusal(where, reason) for where, reason in reasons]
-            if not any(handles) and not (compression.keeps_result and not reasons):
+            tensors = self._match_tensors(region, node, compression, kept)
+            dense = [tensor for tensor in tensors if isinstance(tensor, Refusal)]
+            refusals += dense
+            operands = tuple(None if isinstance(tensor, Refusal) else tensor for tensor in tensors)
+            if not any(operands) and not (compression.keeps_result and not dense):
                 continue
-            new = self._rewrite(region, node, compression, handles)
+            rewrites.append(region.full_name(node.name))
+            new = self._rewrite(region, mode, node, compression, operands)
             carriers.add(new)
             if node in kept:
                 kept[new] = kept[node]
-            rewrites.append(name)
         return rewrites, refusals
 
-    def _handles(
-        self, region: Region, mode: GraphMode, node: fx.Node, compression: Compression, kept: dict[fx.Node, str]
-    ) -> tuple[tuple[fx.Node | None, ...], list[tuple[str, str]]]:
-        """How each operand is kept, and why others are kept as they are."""
+    def _match(self, region: Region, node: fx.Node, carriers: Collection[fx.Node]) -> Compression | Refusal | None:
+        """What takes a node's place, why nothing does, or None for a node that keeps nothing."""
+        found = compression_of(region, node, carriers)
+        return Refusal(region.full_name(node.name), found) if isinstance(found, str) else found
+
+    def _match_tensors(
+        self, region: Region, node: fx.Node, compression: Compression, kept: dict[fx.Node, str]
+    ) -> list[fx.Node | Refusal | None]:
+        """Which of the tensors that backward needs are kept in 8 bits; why others stay dense; None for a weight.
+
+        There is one for each operand; where the result is kept instead, it is here only if it stays dense.
+        """
         if compression.keeps_result:
-            why = [(region.full_name(node.name), f"stays dense: {kept[node]}")] if node in kept else []
-            return (), why
-        handles: list[fx.Node | None] = []
-        reasons = []
+            return [Refusal(region.full_name(node.name), f"stays dense: {kept[node]}")] if node in kept else []
+        found: list[fx.Node | Refusal | None] = []
         for x in compression.operands:
             root = without_views(region, x)
-            if not isinstance(x, fx.Node) or not isinstance(root, fx.Node):
-                handles.append(None)
+            if not isinstance(x, fx.Node) or not isinstance(root, fx.Node) or (root in kept and root.op == "get_attr"):
+                found.append(None)
             elif root in kept:
-                handles.append(None)
-                if root.op != "get_attr":
-                    reasons.append((region.full_name(x.name), f"stays dense: {kept[root]}"))
+                found.append(Refusal(region.full_name(x.name), f"stays dense: {kept[root]}"))
             else:
-                known = handle_of(region, x, by=self.name)
-                handles.append(known or add_8_bit_site(region, mode, x, by=self.name))
-        return tuple(handles), reasons
+                found.append(x)
+        return found
 
     def _rewrite(
-        self, region: Region, node: fx.Node, compression: Compression, handles: tuple[fx.Node | None, ...]
+        self,
+        region: Region,
+        mode: GraphMode,
+        node: fx.Node,
+        compression: Compression,
+        operands: tuple[fx.Node | None, ...],
     ) -> fx.Node:
+        """Put the compression in the node's place; each operand but None gets a handle, if it has none yet."""
         graph = node.graph
+        handles: tuple[fx.Node | None, ...] = ()
+        if not compression.keeps_result:
+            handles = tuple(None if x is None else self._handle(region, mode, x) for x in operands)
         made: list[fx.Node] = []
 
         def read(target: str) -> fx.Node:
@@ -133,3 +147,6 @@ class CompressSaved:
             set_provenance(inserted, by=self.name, origin=origin)
         graph.erase_node(node)
         return result
+
+    def _handle(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
+        return handle_of(region, x, by=self.name) or add_8_bit_site(region, mode, x, by=self.name)

@@ -11,7 +11,7 @@ convolution called with `output_size`. Opaque modules with weights of their own 
 """
 
 import dataclasses
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from torch import fx, nn
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fedmef_fx.config import is_ignored
 from fedmef_fx.graph.compiled import original_class
 from fedmef_fx.graph.hooks import has_user_hooks
-from fedmef_fx.graph.nodes import bound, layers
+from fedmef_fx.graph.nodes import bound, is_layer, layers
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.records.passes import PassResult, Refusal
@@ -54,24 +54,32 @@ class FunctionalizeWeights:
         rewrites: dict[str, None] = {}
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
-            for node in layers(graph):
-                if _by_position(node):
-                    rewrites[region.full_name(node.name)] = None
-            for node in list(graph.nodes):
-                module = region.module(node)
-                if module is None or not _has_weights(module):
-                    continue
-                name = region.full_name(str(node.target))
-                reason = "ignored by Config.ignore" if is_ignored(self.ignore, name, module) else _refusal(node, module)
-                if reason is not None:
-                    refusals[name] = Refusal(name, reason)
-                    continue
-                self._rewrite(region, node, module)
-                rewrites[name] = None
+            for node in (*layers(graph), *graph.find_nodes(op="call_module")):
+                match = self._match(region, node)
+                if isinstance(match, Refusal):
+                    refusals[match.where] = match
+                elif match is not None:
+                    self._rewrite(region, node, match)
+                    rewrites[region.full_name(node.name if is_layer(node) else str(node.target))] = None
         return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
 
-    def _rewrite(self, region: Region, node: fx.Node, module: nn.Module) -> None:
-        graph, path = node.graph, str(node.target)
+    def _match(self, region: Region, node: fx.Node) -> "nn.Module | _Arguments | Refusal | None":
+        """The module whose call becomes functional, or the order of a function's arguments; None where all is well."""
+        if is_layer(node):
+            arguments = _by_position(node)
+            return None if arguments == (node.args, node.kwargs) else arguments
+        module = region.module(node)
+        if module is None or not _has_weights(module):
+            return None
+        name = region.full_name(str(node.target))
+        reason = "ignored by Config.ignore" if is_ignored(self.ignore, name, module) else _refusal(node, module)
+        return module if reason is None else Refusal(name, reason)
+
+    def _rewrite(self, region: Region, node: fx.Node, match: "nn.Module | _Arguments") -> None:
+        if isinstance(match, _Arguments):
+            node.args, node.kwargs = match
+            return
+        graph, path, module = node.graph, str(node.target), match
         function = next(_FUNCTIONS[base] for base in type(module).__mro__ if base in _FUNCTIONS)
         with graph.inserting_before(node):
             made = [graph.get_attr(f"{path}.weight")]
@@ -93,12 +101,17 @@ class FunctionalizeWeights:
         graph.erase_node(node)
 
 
-def _by_position(node: fx.Node) -> bool:
+class _Arguments(NamedTuple):
+    """The arguments of a layer in the form of rule 2."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _by_position(node: fx.Node) -> _Arguments:
     given = bound(node)
-    before = (node.args, node.kwargs)
-    node.args = (given["input"], given["weight"], given.get("bias"))
-    node.kwargs = {key: value for key, value in given.values.items() if key not in ("input", "weight", "bias")}
-    return (node.args, node.kwargs) != before
+    others = {key: value for key, value in given.values.items() if key not in ("input", "weight", "bias")}
+    return _Arguments((given["input"], given["weight"], given.get("bias")), others)
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ Rules
 2. `get_attr weight` -> `masked_weight(get_attr weight, get_attr weight_mask)`, for every use of the parameter.
 3. Weights that Python code or opaque modules read are 0 where masked and have their gradients masked
    (`gradient_masks`).
-
 4. With `granularity="channel"` a mask switches whole output channels, the same in all layers of a group
    (`_channel_groups`); with "N:M" it keeps N of M consecutive inputs.
 
@@ -18,22 +17,25 @@ Left dense, with the reason in the coverage: ignored modules, frozen parameters,
 parametrized weights that are not 0 where their parameter is; with channel masks also weights that make the model's
 outputs and depthwise convolutions; with N:M weights whose inputs cannot be cut into groups of M. At density 1 there are
 no masks.
+
+Refused: weights that nothing reads, that have a mask already, or whose layer another pass rewrote without one.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
+from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, what_resulted, with_channels
+from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._weights import (
     NOT_WEIGHTS,
     Reader,
@@ -46,11 +48,13 @@ from fedmef_fx.passes._weights import (
 )
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.facts import PrunableParameter, Tier
-from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.parameters import register_mask
 from fedmef_fx.sparsity import allocate, magnitude_masks, random_masks
 
-__all__ = ["InsertMasks", "read_through_masks"]
+__all__ = ["InsertMasks"]
+
+_FINAL: Final = (nsconv_weight, pruned_convolution, pruned_linear)
+"""What takes a weight together with its mask, and so only right after the masks are made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +81,18 @@ class InsertMasks:
     channel_multiple: int = 8
 
     def run(self, program: Program) -> PassResult:
-        """Apply the rules to every graph; registers the masks and the coverage on the model."""
-        facts, unread = self._find(program)
+        """Apply the rules to every graph; registers the masks and the coverage on the model.
+
+        Raises:
+            ConfigError: Nothing can be pruned.
+        """
+        already = [name for name, fact in program.facts.prunable.items() if fact.masked]
+        if already:
+            reason = "it has a mask already, which fedmef_fx.set_masks changes"
+            return PassResult(self.name, refusals=tuple(Refusal(name, reason) for name in already))
+        reads = _Reads.of(program)
+        found = [self._match(program, reads, name, p) for name, p in program.model.named_parameters()]
+        facts = {fact.name: fact for fact in found if isinstance(fact, PrunableParameter)}
         facts = with_channels(program, facts, self.granularity)
         chosen = {name: fact for name, fact in facts.items() if not fact.reason or fact.tier in ("module", "hook")}
         chosen = {name: fact for name, fact in chosen.items() if fact.masked}
@@ -93,51 +107,42 @@ class InsertMasks:
                 )
             masks = self._masks(program, chosen)
             notices = what_resulted(masks, chosen, self.granularity, density=self.density)
-            for name, mask in masks.items():
-                register_mask(program.model, name, mask)
-            _guard(program, chosen)
-            for region, _, graph in program.graphs():
-                read_through_masks(
-                    region, graph, {id(program.model.get_parameter(n)): n for n in chosen}, program.model
-                )
+            self._rewrite(program, chosen, masks)
         masked = set(chosen) if self.density < 1 else set()
         program.facts.prunable = {
             name: dataclasses.replace(fact, masked=name in masked) for name, fact in facts.items()
         }
         refusals = [Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason and name not in chosen]
-        refusals += [Refusal(name, "nothing that was traced or recorded reads it") for name in unread]
+        refusals += [refusal for refusal in found if isinstance(refusal, Refusal)]
         return PassResult(self.name, tuple(sorted(masked)), tuple(refusals), notices=notices)
 
-    def _find(self, program: Program) -> tuple[dict[str, PrunableParameter], list[str]]:
-        """Every prunable parameter, in the model's order; and weights of layers that nothing reads."""
-        in_graphs, opaque = readers(program), opaque_weights(program)
-        read = {id(r.tensor(node)) for r, _, graph in program.graphs() for node in graph.find_nodes(op="get_attr")}
-        lookups = embedded(program)
-        sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
-        facts, unread = {}, []
-        for name, parameter in program.model.named_parameters():
-            owner = program.model.get_submodule(name.rpartition(".")[0])
-            if parameter.dim() < 2 or not parameter.is_floating_point():
-                continue
-            reader = in_graphs.get(id(parameter))
-            if reader is None and name not in opaque:
-                if id(parameter) not in read and not isinstance(owner, NOT_WEIGHTS):
-                    unread.append(name)
-                continue  # read, but by no product: a positional embedding, a learnable scale, ...
-            if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not is_main_parameter(program, name):
-                continue  # a factor such as weight_norm's magnitudes
-            dense = self._reason_for_dense(program, name, parameter, lookups)
-            tier, reason = _tier(program, name, reader)
-            facts[name] = PrunableParameter(
-                name,
-                parameter.numel(),
-                tier=tier,
-                reason=dense or reason,
-                masked=not dense,
-                region=reader.region.path if reader is not None and tier == "graph" else None,
-                region_modules=sizes[id(reader.region)] if reader is not None else 0,
-            )
-        return facts, unread
+    def _match(
+        self, program: Program, reads: "_Reads", name: str, parameter: nn.Parameter
+    ) -> PrunableParameter | Refusal | None:
+        """A prunable parameter, with its reason where it stays dense; a layer's weight that is none; else None."""
+        if parameter.dim() < 2 or not parameter.is_floating_point():
+            return None
+        owner = program.model.get_submodule(name.rpartition(".")[0])
+        if id(parameter) in reads.finished:
+            return Refusal(name, "an earlier pass made its layer one for a weight without a mask")
+        reader = reads.weights.get(id(parameter))
+        if reader is None and name not in reads.opaque:
+            if id(parameter) in reads.parameters or isinstance(owner, NOT_WEIGHTS):
+                return None  # read, but by no product: a positional embedding, a learnable scale, ...
+            return Refusal(name, "nothing that was traced or recorded reads it")
+        if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not is_main_parameter(program, name):
+            return None  # a factor such as weight_norm's magnitudes
+        dense = self._reason_for_dense(program, name, parameter, reads.lookups)
+        tier, reason = _tier(program, name, reader)
+        return PrunableParameter(
+            name,
+            parameter.numel(),
+            tier=tier,
+            reason=dense or reason,
+            masked=not dense,
+            region=reader.region.path if reader is not None and tier == "graph" else None,
+            region_modules=reads.sizes[id(reader.region)] if reader is not None else 0,
+        )
 
     def _reason_for_dense(self, program: Program, name: str, parameter: nn.Parameter, lookups: set[int]) -> str:
         path = layer_of(name.rpartition(".")[0])
@@ -153,6 +158,15 @@ class InsertMasks:
         if not keeps_zeros(program, name):
             return "its parametrization does not keep zeros, so that a mask would not hold"
         return ""
+
+    def _rewrite(self, program: Program, chosen: dict[str, PrunableParameter], masks: dict[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            register_mask(program.model, name, mask)
+        _guard(program, chosen)
+        names = {id(program.model.get_parameter(name)): name for name in chosen}
+        for region, _, graph in program.graphs():
+            for read in bare_reads(region, graph, names, program.model):
+                read_through_mask(read, by=self.name)
 
     def _masks(self, program: Program, chosen: dict[str, PrunableParameter]) -> dict[str, Tensor]:
         weights = {name: program.model.get_parameter(name).detach() for name in chosen}
@@ -177,31 +191,33 @@ class InsertMasks:
         return magnitude_masks(scores, counts)
 
 
-def read_through_masks(region: Region, graph: fx.Graph, names: dict[int, str], model: nn.Module) -> None:
-    """Rule 2 for one graph.
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """Who reads the parameters of a program.
 
-    Args:
-        region: The region of the graph.
-        graph: The graph.
-        names: Identity of each masked parameter -> its name in the model.
-        model: The model.
+    Attributes:
+        weights: Identity of each parameter that a graph reads as a weight -> its reader.
+        opaque: Names of the weights that no graph shows.
+        parameters: Identities of all tensors that graphs read.
+        finished: Identities of the parameters that other passes made NSConv kernels or pruned layers of.
+        lookups: Identities of the parameters that embeddings look up.
+        sizes: Identity of each region -> its number of modules with parameters.
     """
-    paths = {id(module): path for path, module in region.owner.named_modules()}
-    for node in graph.find_nodes(op="get_attr"):
-        name = names.get(id(region.tensor(node)))
-        if name is None or not node.users:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        local = paths.get(id(model.get_submodule(owner)))
-        if local is None:
-            continue  # tied to a parameter outside the region, where the mask is: its gradient is masked instead
-        with graph.inserting_after(node):
-            mask = graph.get_attr(f"{local}.{mask_name(leaf)}" if local else mask_name(leaf))
-        with graph.inserting_after(mask):
-            masked = graph.call_function(masked_weight, (node, mask))
-        node.replace_all_uses_with(masked, delete_user_cb=lambda user, masked=masked: user is not masked)
-        for new in (mask, masked):
-            set_provenance(new, by=InsertMasks.name, origin=name)
+
+    weights: dict[int, Reader]
+    opaque: set[str]
+    parameters: set[int]
+    finished: set[int]
+    lookups: set[int]
+    sizes: dict[int, int]
+
+    @classmethod
+    def of(cls, program: Program) -> "_Reads":
+        nodes = [(r.tensor(node), node) for r, _, graph in program.graphs() for node in graph.find_nodes(op="get_attr")]
+        parameters = {id(tensor) for tensor, _ in nodes}
+        finished = {id(tensor) for tensor, node in nodes if any(user.target in _FINAL for user in node.users)}
+        sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
+        return cls(readers(program), opaque_weights(program), parameters, finished, embedded(program), sizes)
 
 
 def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:

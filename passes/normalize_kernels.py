@@ -15,7 +15,9 @@ Rules
    steps keep the sum of a channel, because the gradient of a centred kernel sums to 0.
 
 The BatchNorm's modules and running statistics stay in the model, so that dictionaries of the original load; they are
-no longer read. `_batch_norm_pairs` says which pairs are rewritten, and what is refused.
+no longer read.
+
+Refused: what `_batch_norm_pairs` lists, which finds the pairs.
 """
 
 import dataclasses
@@ -25,23 +27,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from fedmef_fx.graph.nodes import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    bound,
-    is_view,
-    layers,
-    single_user,
-    source_of_weight,
-)
-from fedmef_fx.graph.operations import nonlinearity
+from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyTensors
-from fedmef_fx.ops.gain import activation_gain
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
 from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
+from fedmef_fx.passes._nsconv_layers import erase_unused, normalize_pair, output_channels
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masks import mask_name
 
@@ -63,41 +56,24 @@ class NormalizeKernels:
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
-        pairs, refused = find_pairs(program, ignore=self.ignore)
+        pairs, refusals = self._match(program)
         gains: dict[str, float] = {}
         for pair in pairs:
-            self._rewrite(pair.region, pair, gains)
+            self._rewrite(pair, gains)
         if any(region.may_run_python for region in program.regions):
             self._rewrite_fallbacks(program, pairs)
         rewrites = dict.fromkeys(pair.name for pair in pairs)
-        return PassResult(self.name, tuple(rewrites), tuple(Refusal(*entry) for entry in refused.items()))
+        return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
-    def _rewrite(self, region: Region, pair: Pair, gains: dict[str, float]) -> None:
-        layer, graph = pair.layer, pair.layer.graph
-        _ensure_affine(region, pair)
-        masked = layer.args[1]
-        is_masked = isinstance(masked, fx.Node) and masked.target is masked_weight
-        with graph.inserting_before(layer):
-            weight = graph.get_attr(pair.weight)
-            mask = graph.get_attr(mask_name(pair.weight)) if is_masked else None
-            gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
-            options = {
-                "g": _following_gain(region, pair.norm, gains),
-                "groups": bound(layer).get("groups", 1) if layer.target in CONVOLUTIONS else 1,
-                "transposed": layer.target in TRANSPOSED,
-                "statistics": self.statistics,
-            }
-            kernel = graph.call_function(nsconv_weight, (weight, gain, mask), options)
-        orphans = [*layer.all_input_nodes[1:], *pair.norm.all_input_nodes[1:]]
-        layer.args = (layer.args[0], kernel, shift)
-        layer.kwargs = {key: value for key, value in layer.kwargs.items() if key != "bias"}
-        pair.norm.replace_all_uses_with(layer)
-        graph.erase_node(pair.norm)
-        _erase_unused(orphans)
+    def _match(self, program: Program) -> tuple[list[Pair], list[Refusal]]:
+        """The pairs to rewrite, and the BatchNorms that stay; what all graphs say of a pair has to agree."""
+        pairs, refused = find_pairs(program, ignore=self.ignore)
+        return pairs, [Refusal(*entry) for entry in refused.items()]
+
+    def _rewrite(self, pair: Pair, gains: dict[str, float]) -> None:
+        kernel = normalize_pair(pair, statistics=self.statistics, gains=gains, by=self.name)
         if self.statistics == "active":
-            _centre(region, pair.weight, is_masked=is_masked, options=options)
-        for new in filter(None, (weight, mask, gain, shift, kernel)):
-            set_provenance(new, by=self.name, origin=region.full_name(pair.path))
+            _centre(pair, is_masked=kernel.args[2] is not None, options=dict(kernel.kwargs))
 
     def _rewrite_fallbacks(self, program: Program, pairs: list[Pair]) -> None:
         """Rule 3, for the layers and BatchNorms of all pairs."""
@@ -122,7 +98,7 @@ class NormalizeKernels:
     def _rewrite_layer(self, region: Region, layer: fx.Node, target: str, options: dict[str, Any]) -> None:
         graph, masked = layer.graph, layer.args[1]
         is_masked = isinstance(masked, fx.Node) and masked.target is masked_weight
-        channels = _channels(layer, region.owner.get_parameter(target))
+        channels = output_channels(layer, region.owner.get_parameter(target))
         orphans = layer.all_input_nodes[1:]
         with graph.inserting_before(layer):
             weight = graph.get_attr(target)
@@ -130,7 +106,7 @@ class NormalizeKernels:
             gain = graph.call_method("new_ones", (weight, (channels,)))
             kernel = graph.call_function(nsconv_weight, (weight, gain, mask), options)
         layer.args = (layer.args[0], kernel, None)
-        _erase_unused(orphans)
+        erase_unused(orphans)
         for new in filter(None, (weight, mask, gain, kernel)):
             set_provenance(new, by=self.name, origin=region.full_name(target))
 
@@ -140,60 +116,17 @@ def _required(module: nn.Module) -> AnyTensors:
     return AnyTensors(frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty))
 
 
-def _ensure_affine(region: Region, pair: Pair) -> None:
-    norm = region.owner.get_submodule(pair.path)
-    weight = region.owner.get_parameter(pair.weight)
-    channels = _channels(pair.layer, weight)
-    for name, fill in (("weight", 1.0), ("bias", 0.0)):
-        if getattr(norm, name, None) is None:
-            value = torch.full((channels,), fill, dtype=weight.dtype, device=weight.device)
-            norm.register_parameter(name, nn.Parameter(value))
-
-
-def _channels(layer: fx.Node, weight: nn.Parameter) -> int:
-    """Number of output channels of a layer."""
-    if layer.target not in TRANSPOSED:
-        return weight.shape[0]
-    return int(weight.shape[1] * bound(layer).get("groups", 1))
-
-
 @torch.no_grad()
-def _centre(region: Region, target: str, *, is_masked: bool, options: dict[str, Any]) -> None:
+def _centre(pair: Pair, *, is_masked: bool, options: dict[str, Any]) -> None:
     """Subtract from each row of a kernel the mean that its NSConv subtracts anyway (rule 4)."""
-    weight = region.owner.get_parameter(target)
+    owner = pair.region.owner
+    weight = owner.get_parameter(pair.weight)
     form = KernelForm(**options)
     rows = form.rows(weight)
-    mask = form.rows(region.owner.get_buffer(mask_name(target))) if is_masked else torch.ones_like(rows).bool()
+    mask = form.rows(owner.get_buffer(mask_name(pair.weight))) if is_masked else torch.ones_like(rows).bool()
     number = mask.sum(1, keepdim=True)
     mean = rows.sum(1, keepdim=True) / number.clamp_min(1)
     # Where nothing but the mean is left, NSConv does not subtract it either.
     spread = torch.where(mask, rows - mean, 0.0).norm(dim=1, keepdim=True)
     centred = (number > 1) & (spread > DEGENERATE * rows.norm(dim=1, keepdim=True))
     weight.copy_(form.kernel(torch.where(mask & centred, rows - mean, rows), weight.shape))
-
-
-def _following_gain(region: Region, norm: fx.Node, known: dict[str, float]) -> float:
-    """Gain of the nonlinearity that reads a node's result, 1 if there is none or not exactly one user.
-
-    Args:
-        region: The region of the node.
-        norm: The node.
-        known: Gains by nonlinearity, which this adds to: a model has few kinds and many of each.
-    """
-    node = single_user(norm)
-    while node is not None and is_view(region, node):
-        node = single_user(node)
-    function = None if node is None else nonlinearity(region, node)
-    if node is None or function is None:
-        return 1.0
-    kind = f"{region.module(node) or node.target} {node.args[1:]} {node.kwargs}"
-    return known[kind] if kind in known else known.setdefault(kind, activation_gain(function))
-
-
-def _erase_unused(nodes: list[fx.Node]) -> None:
-    """Erase nodes that nothing reads any more, and then their inputs: reads of attributes and masked weights only."""
-    for node in nodes:
-        if not node.users and not node._erased and (node.op == "get_attr" or node.target is masked_weight):
-            inputs = list(node.all_input_nodes)
-            node.graph.erase_node(node)
-            _erase_unused(inputs)

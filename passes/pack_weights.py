@@ -32,7 +32,7 @@ from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.packing.bitmap import pack_bits
 from fedmef_fx.packing.words import SUPPORTED_DTYPES
-from fedmef_fx.passes.prune_activations import geometry_of, prune_layer
+from fedmef_fx.passes._pruned_layers import geometry_of, prune_layer
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -72,33 +72,33 @@ class PackWeights:
             if entry.is_packed:
                 continue
             uses = self._match(program, name, entry, why_python)
-            if isinstance(uses, str):
-                refusals.append(Refusal(name, uses))
+            if isinstance(uses, Refusal):
+                refusals.append(uses)
                 continue
             self._rewrite(program, name, entry, uses)
             rewrites.append(name)
         program.facts.guarded = tuple(name for name in program.facts.guarded if name not in rewrites)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
-    def _match(self, program: Program, name: str, entry: MaskedParameter, why_python: str) -> list[_Use] | str:
+    def _match(self, program: Program, name: str, entry: MaskedParameter, why_python: str) -> list[_Use] | Refusal:
         """Everything that reads a weight, or why it stays dense."""
         if program.facts.prunable[name].tier == "hook":
-            return "it is used inside an opaque module"
+            return Refusal(name, "it is used inside an opaque module")
         if why_python:
-            return why_python
+            return Refusal(name, why_python)
         if entry.parameter.dtype not in SUPPORTED_DTYPES:
-            return f"it is of {entry.parameter.dtype}"
+            return Refusal(name, f"it is of {entry.parameter.dtype}")
         uses: list[_Use] = []
         for region, _, graph in program.graphs():
             for node in graph.nodes:
                 module = region.module(node)
                 if module is not None and any(p is entry.parameter for p in module.parameters()):
-                    return f"{type(module).__name__} reads it where no graph shows how"
+                    return Refusal(name, f"{type(module).__name__} reads it where no graph shows how")
             for use in _uses(region, graph, entry):
                 if isinstance(use, str):
-                    return use
+                    return Refusal(name, use)
                 uses.append(use)
-        return uses or "no layer of a graph reads it"
+        return uses or Refusal(name, "no layer of a graph reads it")
 
     def _rewrite(self, program: Program, name: str, entry: MaskedParameter, uses: list[_Use]) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -15,24 +15,20 @@ Refused: ignored layers; geometry that is not static; asymmetric `padding="same"
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 
-from fedmef_fx.config import is_ignored
-from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound, layers, source_of_weight, without_views
+from fedmef_fx.graph.nodes import layers, without_views
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.graph.sites import add_site
-from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
-from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.passes._handles import add_8_bit_site, handle_of
+from fedmef_fx.passes._pruned_layers import match_layer, prune_layer
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import PassResult, Refusal
 
-__all__ = ["PruneActivations", "geometry_of", "prune_layer"]
+__all__ = ["PruneActivations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,39 +57,54 @@ class PruneActivations:
         for region, mode, graph in program.graphs():
             if region.role == "fallback":
                 continue  # serves rare calls, and takes no more memory in them than the original
-            geometries = {node: self._match(region, node) for node in layers(graph)}
-            chosen = self.matches(region, graph)
-            refusals += [Refusal(region.full_name(n.name), g) for n, g in geometries.items() if isinstance(g, str)]
+            matches = {node: self._match(region, node) for node in layers(graph)}
+            refusals += [match for match in matches.values() if isinstance(match, Refusal)]
+            chosen = {node: match for node, match in matches.items() if not isinstance(match, Refusal)}
             kept = kept_tensors(region, graph, rewritten=set(chosen))
             packed: dict[fx.Node, fx.Node] = {}
             for node, geometry in chosen.items():
-                x = node.args[0]
-                root = without_views(region, x)
-                if isinstance(x, fx.Node) and root in kept:
-                    refusals.append(Refusal(region.full_name(x.name), f"stays dense: {kept[root]}"))
-                elif isinstance(x, fx.Node) and x not in packed:
-                    packed[x] = handle_of(region, x, by=self.name) or self._pack(region, mode, x)
-                name = node.name
-                prune_layer(node, packed.get(x) if isinstance(x, fx.Node) else None, geometry, by=self.name)
-                rewrites.append(region.full_name(name))
+                x = self._match_input(region, node, kept)
+                if isinstance(x, Refusal):
+                    refusals.append(x)
+                rewrites.append(region.full_name(node.name))
+                self._rewrite(region, mode, node, geometry, x if isinstance(x, fx.Node) else None, packed)
         return PassResult(self.name, tuple(rewrites), tuple(dict.fromkeys(refusals)))
 
-    def matches(self, region: Region, graph: fx.Graph) -> dict[fx.Node, dict[str, Any]]:
-        """The layers that are rewritten, with their geometry."""
-        found = {node: self._match(region, node) for node in layers(graph)}
-        return {node: geometry for node, geometry in found.items() if not isinstance(geometry, str)}
-
-    def _match(self, region: Region, node: fx.Node) -> dict[str, Any] | str:
+    def _match(self, region: Region, node: fx.Node) -> dict[str, Any] | Refusal:
         """The layer's geometry, or why it is left alone."""
-        target = source_of_weight(region, node.args[1])
-        if target is not None:
-            path = target.rpartition(".")[0]
-            if is_ignored(self.ignore, region.full_name(path), region.owner.get_submodule(path)):
-                return "ignored by Config.ignore"
-        if node.target is F.linear:
-            return {}
-        weight = None if target is None else region.owner.get_parameter(target)
-        return geometry_of(node, weight)
+        geometry = match_layer(region, node, ignore=self.ignore)
+        return Refusal(region.full_name(node.name), geometry) if isinstance(geometry, str) else geometry
+
+    def _match_input(self, region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> fx.Node | Refusal | None:
+        """The input of a layer, if it can be packed; why it stays dense; None for one that is no node."""
+        x = node.args[0]
+        root = without_views(region, x)
+        if not isinstance(x, fx.Node):
+            return None
+        return Refusal(region.full_name(x.name), f"stays dense: {kept[root]}") if root in kept else x
+
+    def _rewrite(
+        self,
+        region: Region,
+        mode: GraphMode,
+        node: fx.Node,
+        geometry: dict[str, Any],
+        x: fx.Node | None,
+        packed: dict[fx.Node, fx.Node],
+    ) -> None:
+        """Make a pruned layer of a layer.
+
+        Args:
+            region: The region of the graph.
+            mode: The mode of the graph.
+            node: The layer.
+            geometry: From `_match`.
+            x: Its input, if that is packed.
+            packed: Input -> where it is packed, which this adds to.
+        """
+        if x is not None and x not in packed:
+            packed[x] = handle_of(region, x, by=self.name) or self._pack(region, mode, x)
+        prune_layer(node, None if x is None else packed[x], geometry, by=self.name)
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
         if self.activation_sparsity == 0:
@@ -110,77 +121,3 @@ class PruneActivations:
             node = x.graph.call_module(target, (x,))
         set_provenance(node, by=self.name, origin=x.name)
         return node
-
-
-def prune_layer(node: fx.Node, packed: fx.Node | None, geometry: dict[str, Any], *, by: str) -> fx.Node:
-    """Rule 1 for one layer.
-
-    Args:
-        node: The functional convolution or linear layer.
-        packed: Where its input is packed; None for an input that it keeps itself.
-        geometry: From `geometry_of`; empty for a linear layer.
-        by: The pass, for provenance.
-
-    Returns:
-        The node that takes its place.
-    """
-    x, stored, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    weight, gain, mask, form = _stored_weight(stored)
-    op = pruned_linear if node.target is F.linear else pruned_convolution
-    with node.graph.inserting_before(node):
-        new = node.graph.call_function(op, (x, packed, weight, bias, gain, mask), {**geometry, **form})
-    node.replace_all_uses_with(new)
-    set_provenance(new, by=by, origin=node.name)
-    node.graph.erase_node(node)
-    if isinstance(stored, fx.Node) and not stored.users and stored.target in (masked_weight, nsconv_weight):
-        stored.graph.erase_node(stored)
-    return new
-
-
-def _stored_weight(node: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Weight, gain, mask and form from the node that makes a layer's weight."""
-    if isinstance(node, fx.Node) and node.target is masked_weight:
-        return node.args[0], None, node.args[1], {}
-    if isinstance(node, fx.Node) and node.target is nsconv_weight:
-        form = {key: node.kwargs[key] for key in ("g", "statistics")}
-        return node.args[0], node.args[1], node.args[2], form
-    return node, None, None, {}
-
-
-def geometry_of(node: fx.Node, weight: nn.Parameter | None) -> dict[str, Any] | str:
-    """The static geometry of a functional convolution as options of `pruned_convolution`, or why it has none.
-
-    Args:
-        node: The convolution.
-        weight: Its dense weight; None where it is no parameter.
-    """
-    given, dims = bound(node), CONVOLUTIONS[node.target]  # type: ignore[index]  # a convolution's function
-    options: dict[str, Any] = {}
-    for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        value = given.get(name, default)
-        options[name] = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
-        if isinstance(value, str):
-            options[name] = _named_padding(value, weight, given.get("dilation", 1), dims)
-            if isinstance(options[name], str):
-                return str(options[name])
-    options["groups"] = given.get("groups", 1)
-    if node.target in TRANSPOSED:
-        value = given.get("output_padding", 0)
-        options |= {"transposed": True, "output_padding": tuple(value) if isinstance(value, tuple | list) else (value,)}
-    if any(
-        not isinstance(v, int) for value in options.values() for v in (value if isinstance(value, tuple) else (value,))
-    ):
-        return "its geometry is computed at run time"
-    return options
-
-
-def _named_padding(name: str, weight: nn.Parameter | None, dilation: Any, dims: int) -> tuple[int, ...] | str:
-    if name == "valid":
-        return (0,) * dims
-    if weight is None:
-        return 'padding="same" of a kernel whose size is not known'
-    dilations = dilation if isinstance(dilation, tuple | list) else (dilation,) * dims
-    total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-    if any(t % 2 for t in total):
-        return 'padding="same" that is not symmetric'
-    return tuple(t // 2 for t in total)

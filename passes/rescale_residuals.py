@@ -2,8 +2,9 @@
 
 Two branches of unit variance, not correlated, add up to variance 2; BatchNorm used to undo that in the next layer.
 
-Rule: `a + b`, where a or b comes straight from a layer with an NSConv kernel -> `(a + b) * (1 / sqrt(2))`. Sums that
-no NSConv feeds are left alone: what normalises them is still there.
+Rules
+1. `a + b`, where a or b comes straight from a layer with an NSConv kernel -> `(a + b) * (1 / sqrt(2))`.
+2. Sums that no NSConv feeds are left alone: what normalises them is still there.
 
 Refused: regions whose Python forward may run for other calls, because there the sum stays as it is; `a += b` where
 something reads a afterwards, which would see the sum without the factor.
@@ -29,47 +30,51 @@ _FACTOR: Final = math.sqrt(0.5)
 
 @dataclasses.dataclass(frozen=True)
 class RescaleResiduals:
-    """The pass of this module; see the module docstring for its rule."""
+    """The pass of this module; see the module docstring for its rules."""
 
     name: ClassVar[str] = "rescale-residuals"
 
     def run(self, program: Program) -> PassResult:
-        """Apply the rule to every graph."""
+        """Apply the rules to every graph."""
         rewrites: dict[str, None] = {}
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
             normalized = {node for node in layers(graph) if _is_nsconv(node)}
             for node in list(graph.nodes):
-                if not self._match(region, node, normalized):
-                    continue
-                if region.may_run_python:
-                    name = region.full_name(node.name)
-                    refusals[name] = Refusal(
-                        name, "the model's Python code may run for other calls, without the factor"
-                    )
-                elif _is_seen_elsewhere(region, node):
-                    name = region.full_name(node.name)
-                    refusals[name] = Refusal(name, "it is written into a tensor that others read")
-                else:
-                    self._rewrite(node)
-                    rewrites[region.full_name(node.name)] = None
+                match = self._match(region, node, normalized)
+                if isinstance(match, Refusal):
+                    refusals[match.where] = match
+                elif match is not None:
+                    self._rewrite(match)
+                    rewrites[region.full_name(match.name)] = None
         return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
 
-    def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
-        if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
-            return False
-        if any(user.target is operator.mul and user.args[1] == _FACTOR for user in node.users):
-            return False
-        terms = [without_views(region, term) for term in node.args]
-        return (
-            len(terms) == 2 and all(isinstance(term, fx.Node) for term in terms) and any(t in normalized for t in terms)
-        )
+    def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> fx.Node | Refusal | None:
+        """The node, if it is a sum that grows; why its value may not change; None for any other node."""
+        if not _is_sum_of(region, node, normalized):
+            return None
+        if region.may_run_python:
+            reason = "the model's Python code may run for other calls, without the factor"
+            return Refusal(region.full_name(node.name), reason)
+        if _is_seen_elsewhere(region, node):
+            return Refusal(region.full_name(node.name), "it is written into a tensor that others read")
+        return node
 
     def _rewrite(self, node: fx.Node) -> None:
         with node.graph.inserting_after(node):
             scaled = node.graph.call_function(operator.mul, (node, _FACTOR))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
         set_provenance(scaled, by=self.name, origin=node.name)
+
+
+def _is_sum_of(region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
+    """Whether a node adds up two tensors, one of them straight from an NSConv layer, and has no factor yet."""
+    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
+        return False
+    if any(user.target is operator.mul and user.args[1] == _FACTOR for user in node.users):
+        return False
+    terms = [without_views(region, term) for term in node.args]
+    return len(terms) == 2 and all(isinstance(term, fx.Node) for term in terms) and any(t in normalized for t in terms)
 
 
 def _is_seen_elsewhere(region: Region, node: fx.Node) -> bool:

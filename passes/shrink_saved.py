@@ -34,7 +34,7 @@ from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.records.passes import PassResult, Refusal
 
-__all__ = ["ShrinkSaved", "shrinkable"]
+__all__ = ["ShrinkSaved", "replacement_of"]
 
 _MAX_POOLS: Final[dict[Any, int]] = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
 _AVG_POOLS: Final[dict[Any, int]] = {F.avg_pool2d: 2, F.avg_pool3d: 3}
@@ -64,25 +64,42 @@ class ShrinkSaved:
         for region, _, graph in program.graphs():
             if region.role == "fallback":
                 continue
-            found = {n: r for n in graph.nodes if (r := _match(region, n)) is not None}
-            for node in [n for n in found if is_inplace(region, n) and not owns_input(region, n)]:
-                refusals.append(Refusal(region.full_name(node.name), "it works in place on a tensor with other users"))
-                del found[node]
-            kept = kept_tensors(region, graph, rewritten={*found, *layers(graph)})
-            for node, (op, options) in found.items():
-                if op is sign_relu and node in kept:
-                    reason = f"its result stays dense: {kept[node]}"
-                    refusals.append(Refusal(region.full_name(node.name), reason))
+            matches = {node: self._match(region, node) for node in graph.nodes}
+            refusals += [match for match in matches.values() if isinstance(match, Refusal)]
+            chosen = {node: match for node, match in matches.items() if isinstance(match, _Replacement)}
+            kept = kept_tensors(region, graph, rewritten={*chosen, *layers(graph)})
+            for node, replacement in chosen.items():
+                match = self._match_result(region, node, replacement, kept)
+                if isinstance(match, Refusal):
+                    refusals.append(match)
                     continue
-                if op is sign_relu and _may_write(region, node, kept):
-                    options["inplace"] = True
-                if op is sign_relu and _gradient_is_fresh(node):
-                    options["inplace_gradient"] = True
-                self._rewrite(region, node, op, options)
                 rewrites.append(region.full_name(node.name))
+                self._rewrite(region, node, match)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
-    def _rewrite(self, region: Region, node: fx.Node, op: Callable[..., Any], options: dict[str, Any]) -> None:
+    def _match(self, region: Region, node: fx.Node) -> _Replacement | Refusal | None:
+        """What may take a node's place, why nothing does, or None for a node that keeps nothing, or must."""
+        replacement = replacement_of(region, node)
+        if replacement is not None and is_inplace(region, node) and not owns_input(region, node):
+            return Refusal(region.full_name(node.name), "it works in place on a tensor with other users")
+        return replacement
+
+    def _match_result(
+        self, region: Region, node: fx.Node, replacement: _Replacement, kept: dict[fx.Node, str]
+    ) -> _Replacement | Refusal:
+        """What takes a node's place, now that it is known which tensors stay dense."""
+        op, options = replacement
+        if op is not sign_relu:
+            return replacement
+        if node in kept:
+            return Refusal(region.full_name(node.name), f"its result stays dense: {kept[node]}")
+        may_write, is_fresh = _may_write(region, node, kept), _gradient_is_fresh(node)
+        options |= {"inplace": True} if may_write else {}
+        options |= {"inplace_gradient": True} if is_fresh else {}
+        return _Replacement(op, **options)
+
+    def _rewrite(self, region: Region, node: fx.Node, replacement: _Replacement) -> None:
+        op, options = replacement
         x = node.args[0] if node.args else node.kwargs["input"]
         with node.graph.inserting_before(node):
             if op is BitDropout:
@@ -97,13 +114,8 @@ class ShrinkSaved:
         node.graph.erase_node(node)
 
 
-def shrinkable(region: Region, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a graph that the pass rewrites unless something else keeps their result anyway."""
-    found = (n for n in graph.nodes if _match(region, n) is not None)
-    return {n for n in found if not is_inplace(region, n) or owns_input(region, n)}
-
-
-def _match(region: Region, node: fx.Node) -> _Replacement | None:
+def replacement_of(region: Region, node: fx.Node) -> _Replacement | None:
+    """What may take a node's place; None for a node that keeps nothing, or must."""
     module = region.module(node)
     if module is not None:
         return _match_module(module)

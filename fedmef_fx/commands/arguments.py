@@ -21,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "InputShape",
     "ModelName",
+    "Passes",
     "build_model",
     "example_input",
     "required_input",
@@ -44,6 +45,13 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Weights, masks and configuration of a model that `fedmef-fx train` or `save` wrote."
+    ),
+]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Passes to run after those of the configuration, as reports name them: 'name{option=value}; name'.",
     ),
 ]
 
@@ -124,6 +132,7 @@ def transformed(
     config: Config,
     *,
     checkpoint: Path | None,
+    passes: str | None = None,
     print_after: Collection[str] | Literal["all"] = (),
     stop_after: str | None = None,
     printer: Callable[[str], object] | None = None,
@@ -133,13 +142,19 @@ def transformed(
     Args:
         model: The original.
         config: The configuration.
-        checkpoint: The checkpoint; None for none. The passes that it asks for can be neither printed nor stopped.
+        checkpoint: The checkpoint; None for none. The passes that it asks for can be neither printed nor stopped, and
+            none can be added.
+        passes: Text of the passes to run after those of the configuration.
         print_after: As in `fedmef_fx.transform`.
         stop_after: Likewise.
         printer: Likewise.
     """
     if checkpoint is None:
-        return fedmef_fx.transform(model, config, print_after=print_after, stop_after=stop_after, printer=printer)
+        return fedmef_fx.transform(
+            model, config, passes=passes or (), print_after=print_after, stop_after=stop_after, printer=printer
+        )
+    if passes:
+        raise ConfigError("--checkpoint: is transformed as it was when it was saved; leave out --passes")
     if print_after or stop_after:
         raise ConfigError("--checkpoint: cannot be looked at between the passes; leave out --print-after, --stop-after")
     return fedmef_fx.load(checkpoint, model)

@@ -12,7 +12,15 @@ import typer
 from torch import Tensor
 
 import fedmef_fx
-from fedmef_fx.commands.arguments import Checkpoint, InputShape, ModelName, build_model, required_input, transformed
+from fedmef_fx.commands.arguments import (
+    Checkpoint,
+    InputShape,
+    ModelName,
+    Passes,
+    build_model,
+    required_input,
+    transformed,
+)
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.config import Config
@@ -53,6 +61,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
     model: ModelName,
     output: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file to write.")],
     checkpoint: Checkpoint = None,
+    passes: Passes = None,
     input_shape: InputShape = None,
     weights: Annotated[
         Weights, typer.Option(help="How weights are stored: packed files decode themselves when they are loaded.")
@@ -84,7 +93,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
     """Write a model as ONNX, with masks and normalisation folded, and prove that it computes the same."""
     x = required_input(model, input_shape, batch=2)  # torch.export takes a batch of one for a constant
     samples = None if calibration is None else _read_samples(calibration)
-    sparse = transformed(build_model(model, seed=config.seed), config, checkpoint=checkpoint)
+    sparse = transformed(build_model(model, seed=config.seed), config, checkpoint=checkpoint, passes=passes)
     options: dict[str, Any] = {} if quantize is None else {"quantize": quantize.value}
     argument = next(iter(python_inspect.signature(sparse.forward).parameters))
     sizes = dict(map(_named_dimension, dynamic_size or []))

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fedmef_fx
-from fedmef_fx.commands.arguments import Checkpoint, InputShape, build_model, example_input, transformed
+from fedmef_fx.commands.arguments import Checkpoint, InputShape, Passes, build_model, example_input, transformed
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.page import Opens, Page, page_result
@@ -75,6 +75,7 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
         bool, typer.Option("--memory", help="Measure a training step for the page's memory timeline; takes seconds.")
     ] = False,
     checkpoint: Checkpoint = None,
+    passes: Passes = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
     config: Config,
@@ -85,14 +86,24 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
             raise typer.BadParameter(
                 "there is no page for an ONNX file; expected --view text or table", param_hint="--html"
             )
+        if passes:
+            raise typer.BadParameter("no passes run on an ONNX file; expected a model", param_hint="--passes")
         return _inspect_file(model, view)
+    if original and passes:
+        raise typer.BadParameter("--original shows the model before all passes", param_hint="--passes")
     before = build_model(model, seed=config.seed)
     x = example_input(model, input_shape)
     after = before
     if not original:
         wanted = "all" if print_after_all else tuple(print_after or ())
         after = transformed(
-            before, config, checkpoint=checkpoint, print_after=wanted, stop_after=stop_after, printer=_print_text
+            before,
+            config,
+            checkpoint=checkpoint,
+            passes=passes,
+            print_after=wanted,
+            stop_after=stop_after,
+            printer=_print_text,
         )
     inspection = inspect_model(after, None if x is None else (x,))
     if html is not None or opens:

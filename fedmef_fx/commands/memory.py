@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 import fedmef_fx
-from fedmef_fx.commands.arguments import InputShape, ModelName, build_model, required_input
+from fedmef_fx.commands.arguments import InputShape, ModelName, Passes, build_model, required_input
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.tables import bytes_text, show_table
@@ -51,6 +51,7 @@ def memory(  # noqa: PLR0913 -- the options of a command
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the step of the transformed model: .png, .svg or .pdf.")
     ] = None,
+    passes: Passes = None,
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
@@ -60,7 +61,7 @@ def memory(  # noqa: PLR0913 -- the options of a command
     if budget is not None:
         config = config.replace(memory_budget=budget, budget_optimizer=_counted(optimizer))
     inputs = (x,) if config.memory_budget is not None else None
-    sparse = fedmef_fx.transform(network, config, example_inputs=inputs)
+    sparse = fedmef_fx.transform(network, config, example_inputs=inputs, passes=passes or ())
     plan = fedmef_fx.memory_plan(sparse)
     if plan is not None:
         optimizer, micro_batch = config.budget_optimizer, plan.micro_batch if micro_batch is None else micro_batch

@@ -15,7 +15,7 @@ from fedmef_fx.records.passes import PassReport, PassResult
 if TYPE_CHECKING:
     from fedmef_fx.graph.program import Program
 
-__all__ = ["Pass", "Pipeline"]
+__all__ = ["Pass", "Pipeline", "describe"]
 
 
 class Pass(Protocol):
@@ -29,11 +29,22 @@ class Pass(Protocol):
 
 
 def describe(step: Pass) -> str:
-    """A pass with its options: `insert-masks{density=0.1, allocation='erk'}`."""
+    """A pass with its options: `insert-masks{density=0.1, allocation='erk'}`; `graph/pass_text.py` reads it back."""
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(step) if dataclasses.is_dataclass(step) else ()
-    options: dict[str, Any] = {field.name: getattr(step, field.name) for field in fields}
-    shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    shown = ", ".join(f"{f.name}={_literal(getattr(step, f.name))}" for f in fields if f.init)
     return f"{step.name}{{{shown}}}" if shown else step.name
+
+
+def _literal(value: object) -> str:
+    """A value as a Python literal; a type as the text that stands for it in `Config.ignore`."""
+    if isinstance(value, type):
+        return repr(f"type:{value.__module__}.{value.__qualname__}")
+    if type(value) is tuple:
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind.__repr__(value)  # of a subclass, such as numpy.float64, the plain number
+    return repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Pipeline:
                 raise
             except Exception as error:
                 raise PassError(f"pass {step.name}: {type(error).__name__}: {error}") from error
+            if not isinstance(result, PassResult):
+                raise PassError(f"pass {step.name}: run returned {type(result).__name__}; expected a PassResult")
             result = dataclasses.replace(result, name=describe(step), seconds=time.perf_counter() - start)
             results.append(result)
             if self.after_pass is not None:

@@ -1,10 +1,11 @@
 """What `transform` checks about a model and its example call before it starts."""
 
+import dataclasses
 import difflib
 import fnmatch
 import inspect as python_inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -12,11 +13,17 @@ from torch import nn
 from fedmef_fx.capture import fixed_seed
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.graph.signature import Call
+from fedmef_fx.passes.catalogue import PASSES
 from fedmef_fx.records.passes import Refusal
 from fedmef_fx.sparse_model.facts import is_transformed
 
-__all__ = ["check_model", "example_call", "materialize", "unwrapped"]
+__all__ = ["check_model", "check_passes", "example_call", "materialize", "unwrapped"]
+
+
+_CONFIG_FIELDS: Final = {"statistics": "nsconv_statistics"}
+"""Options of passes that `Config` has under another name."""
 
 
 def check_model(model: nn.Module, config: Config) -> None:
@@ -40,13 +47,37 @@ def check_model(model: nn.Module, config: Config) -> None:
                 f"transform: module name {name!r} has quotes, backslashes or line breaks, which cannot stand in "
                 "the code that torch.fx generates; rename the module"
             )
-    for entry in config.ignore:
+    _check_ignored(model, config.ignore, where="Config.ignore")
+
+
+def check_passes(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Refuse options of the caller's passes that `Config` would refuse.
+
+    Raises:
+        ConfigError: A value out of range, or an entry of `ignore` that names nothing.
+    """
+    for step in passes:
+        if type(step) not in PASSES:
+            continue  # a class of the caller's, whose options only it knows
+        fields_of_step = dataclasses.fields(step)  # type: ignore[arg-type]  # all of PASSES are dataclasses
+        options = {field.name: getattr(step, field.name) for field in fields_of_step}
+        fields = {_CONFIG_FIELDS.get(name, name): value for name, value in options.items()}
+        try:
+            config = Config(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"pass {step.name}: {str(error).removeprefix('Config.')}") from error
+        _check_ignored(model, config.ignore, where=f"pass {step.name}: ignore")
+
+
+def _check_ignored(model: nn.Module, entries: Collection[str | type], *, where: str) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for entry in entries:
         pattern = str(entry)
         matches = pattern.startswith("type:") or any(fnmatch.fnmatchcase(name, pattern) for name in names)
         if not matches:
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-            raise ConfigError(f"Config.ignore: no module of {type(model).__name__} is named {pattern!r}{hint}")
+            raise ConfigError(f"{where}: no module of {type(model).__name__} is named {pattern!r}{hint}")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[Refusal, ...]]:

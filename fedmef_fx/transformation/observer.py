@@ -24,13 +24,13 @@ class PassObserver:
     """Prints graphs after passes, and says which passes run.
 
     Args:
-        passes: Names of the passes that the configuration asks for, in order.
+        passes: Names of the passes that were asked for, in order.
         print_after: After which of them to print, `CAPTURE` included, or "all".
         stop_after: The last one to run; None for all.
         printer: Called with each text; None prints on stderr.
 
     Attributes:
-        runs: Names of the passes that run.
+        number: How many of the passes run.
 
     Raises:
         ConfigError: A name that is no pass of this configuration, or a pass to print after that comes after the stop.
@@ -52,7 +52,7 @@ class PassObserver:
             for name in names:
                 _check(option, name, steps)
         last = len(steps) if stop_after is None else steps.index(stop_after) + 1
-        self.runs = frozenset(steps[1:last])
+        self.number = last - 1
         for name in wanted if print_after != "all" else ():
             if name not in steps[:last]:
                 raise ConfigError(

@@ -1,5 +1,8 @@
 """The passes that a configuration asks for, in order."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from fedmef_fx.config import Config
 from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.passes.compress_saved import CompressSaved
@@ -11,7 +14,7 @@ from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
 
-__all__ = ["memory_passes", "passes_of"]
+__all__ = ["config_after", "memory_passes", "passes_of"]
 
 
 def passes_of(config: Config) -> tuple[Pass, ...]:
@@ -47,3 +50,29 @@ def memory_passes(config: Config) -> tuple[Pass, ...]:
     options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
     first = (CompressSaved(config.ignore),) if compressing else ()
     return (*first, ShrinkSaved(), PruneActivations(*options, config.packed_dtype))
+
+
+def config_after(config: Config, passes: Iterable[Pass]) -> Config:
+    """The configuration that also says what passes of the caller's did to weights and results.
+
+    Checkpoints and later changes of masks go by it.
+
+    Args:
+        config: Of the transformation.
+        passes: The caller's passes that rewrote something.
+    """
+    changes: dict[str, Any] = {}
+    for step in passes:
+        match step:
+            case InsertMasks():
+                names = ("density", "allocation", "mask_init", "seed", "granularity", "channel_multiple")
+                changes |= {name: getattr(step, name) for name in names}
+            case NormalizeKernels():
+                changes |= {"normalization": "nsconv", "nsconv_statistics": step.statistics}
+            case RescaleResiduals():
+                changes["residual"] = "rescale"
+            case PackWeights():
+                changes["weight_storage"] = "packed"
+            case _:
+                pass
+    return config.replace(**changes) if changes else config

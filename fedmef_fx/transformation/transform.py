@@ -13,21 +13,24 @@ from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import emit, program_of, recompile
-from fedmef_fx.graph.pipeline import Pipeline
+from fedmef_fx.graph.pipeline import Pass, Pipeline
 from fedmef_fx.graph.program import Program
 from fedmef_fx.graph.recording import record_graphs
 from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
+from fedmef_fx.passes.catalogue import parse_passes
+from fedmef_fx.passes.insert_masks import InsertMasks
+from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport, PassResult
 from fedmef_fx.sparse_model.channels import silence_channels
 from fedmef_fx.sparse_model.facts import Transformation
 from fedmef_fx.sparse_model.state_dicts import keep_masks_on_load
-from fedmef_fx.transformation.checks import check_model, example_call, materialize, unwrapped
+from fedmef_fx.transformation.checks import check_model, check_passes, example_call, materialize, unwrapped
 from fedmef_fx.transformation.late_capture import extend_region
 from fedmef_fx.transformation.observer import PassObserver
-from fedmef_fx.transformation.recipe import passes_of
+from fedmef_fx.transformation.recipe import config_after, passes_of
 
 __all__ = [
     "pack_weights",
@@ -41,6 +44,7 @@ def transform(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    passes: str | Sequence[Pass | str] = (),
     print_after: Collection[str] | Literal["all"] = (),
     stop_after: str | None = None,
     printer: Callable[[str], object] | None = None,
@@ -56,6 +60,10 @@ def transform(
         example_inputs: Positional arguments of one call, as a tuple. With them the model is specialised to the
             optional arguments they give, and the capture is checked against the original in both modes.
         example_kwargs: Keyword arguments of that call.
+        passes: Passes of your own, which run after those of the configuration, are verified and reported as they are,
+            and run on what is captured later, too. Each is an object with a `name` and `run(program)`, or the text of
+            one of ours: `"rescale-residuals"`, `"compress-saved{ignore=('head',)}"`; one text may hold several, with
+            `;` between them. Checkpoints hold none: what `load` transforms gets the passes of the configuration only.
         print_after: Names of passes after which the graphs are printed as text ("capture" for those before the first
             pass), or "all".
         stop_after: Name of the last pass to run. The result runs and trains, with what was rewritten until then;
@@ -68,7 +76,10 @@ def transform(
 
     Raises:
         ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, a
-            model wrapped for distributed training, or a pass of `print_after` or `stop_after` that does not run.
+            model wrapped for distributed training, something in `passes` that is no pass, or a pass of `print_after`
+            or `stop_after` that does not run.
+        PassError: A pass of `passes` failed; the cause is chained.
+        VerificationError: A pass of `passes` left a program that breaks an invariant.
 
     Example:
         >>> import torch, fedmef_fx
@@ -80,18 +91,23 @@ def transform(
     config = config or Config()
     model, notices = unwrapped(model)
     check_model(model, config)
+    own_passes = parse_passes(passes)
+    check_passes(model, own_passes)
     plan = None
     if config.memory_budget is not None:
-        plain = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
+        plain = functools.partial(
+            transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs, passes=own_passes
+        )
         config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
+    steps = (*passes_of(config), *own_passes)
     observer = PassObserver(
-        [step.name for step in passes_of(config)], print_after=print_after, stop_after=stop_after, printer=printer
+        [step.name for step in steps], print_after=print_after, stop_after=stop_after, printer=printer
     )
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
     call = example_call(duplicate, example_inputs, example_kwargs)
     materialize(duplicate, call)
-    if config.density < 1:
+    if any(isinstance(step, InsertMasks) and step.density < 1 for step in steps):
         keep_weight_norms_finite(duplicate)
     start = time.perf_counter()
     captured = capture_model(duplicate, call)
@@ -104,7 +120,8 @@ def transform(
         pending=captured.pending,
     )
     if not program.is_one_graph:
-        program.regions += leaf_regions(duplicate, program.regions, fallbacks=config.normalization == "nsconv")
+        normalizes = any(isinstance(step, NormalizeKernels) for step in steps)
+        program.regions += leaf_regions(duplicate, program.regions, fallbacks=normalizes)
     capture = PassResult(
         "capture",
         tuple(dict.fromkeys(region.path or type(model).__name__ for region in captured.regions)),
@@ -113,14 +130,15 @@ def transform(
     )
     program.facts.original = record_graphs(program)
     observer.after("capture", program)
-    steps = [step for step in passes_of(config) if step.name in observer.runs]
-    reports = Pipeline(steps, after_pass=observer.beside(Verifier.of(program))).run(program)
+    reports = Pipeline(steps[: observer.number], after_pass=observer.beside(Verifier.of(program))).run(program)
+    ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
+    config = program.facts.config = config_after(config, (step for step, result in ran if result.modified))
     if stop_after is None:
         _apply_layer_sparsity(program, config)
     planned = () if plan is None else (_planned(plan),)
     program.facts.reports, program.facts.plan = PassReport((*planned, capture, *reports)), plan
     # What is captured later would go through all passes.
-    extend = functools.partial(extend_region, config=config) if stop_after is None else None
+    extend = functools.partial(extend_region, config=config, passes=own_passes) if stop_after is None else None
     result = emit(program, extend=extend)
     silence_channels(result)
     for name, module in result.named_modules():
