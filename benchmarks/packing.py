@@ -58,7 +58,6 @@ def kernels(name: str, x: Tensor, threshold: float) -> dict[str, Callable[[], ob
         "unpack": lambda: chosen.unpack(bitmap, values, out=out),
         "gather": lambda: chosen.gather(bitmap, x),
         "clamp_bits": lambda: chosen.clamp_bits(x, out=out),
-        "clamp_pack": lambda: chosen.clamp_pack(x, out=out, threshold=threshold),
         "mask_by_bits": lambda: chosen.mask_by_bits(bits, x, out=out),
         "mask, slope 0.1": lambda: chosen.mask_by_bits(bits, x, out=out, scale_off=0.1),
     }

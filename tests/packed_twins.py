@@ -7,8 +7,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from fedmef_fx import Config, set_masks, transform
 from fedmef_fx.sparse_model.parameters import masked_parameters
-from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive
+from fedmef_fx.sparsity.adjust import adjust_mask
 from tests.packed_models import build
+from tests.references import largest_inactive
 
 # Sums over a row run in another order, which costs a few units in the last place of double precision per step, and more
 # where little is left of large terms. The order depends on the processor, so there are digits to spare; what is wrong

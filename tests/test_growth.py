@@ -12,9 +12,9 @@ from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.sparse_model.facts import HOLDER, PrunableParameter, Transformation
 from fedmef_fx.sparse_model.masks import masks
 from fedmef_fx.sparse_model.parameters import register_mask
-from fedmef_fx.sparsity import largest_inactive
 from fedmef_fx.training import growth
 from fedmef_fx.training.growth import growth_candidates
+from tests.references import largest_inactive
 
 NAMES = ("a.weight", "b.weight")
 

@@ -141,12 +141,6 @@ class Comparison:
             math.hypot(*(row.norm_before for row in rows)),
         )
 
-    @property
-    def is_same(self) -> bool:
-        """Whether nothing differs."""
-        unchanged = all(row.grown == row.pruned == 0 and row.distance == 0 for row in self.rows)
-        return unchanged and not self.only_before and not self.only_after
-
     def as_dict(self) -> dict[str, Any]:
         """The comparison as JSON values."""
         return {

@@ -32,7 +32,7 @@ from fedmef_fx.measure.resident import (
     why_not,
 )
 from fedmef_fx.measure.training_step import TrainingStep
-from fedmef_fx.packing import backend, clamp, clamp_and_pack, set_backend
+from fedmef_fx.packing import PackedTensor, backend, clamp, set_backend
 
 __all__ = ["NotMeasurableError", "resident_growth"]
 
@@ -90,7 +90,7 @@ def _warm_up() -> None:
         x = torch.randn(1000, dtype=dtype)
         out, bits = clamp(x)
         bits.apply(out)
-        clamp_and_pack(x, threshold=0.5)[2].unpack()
+        PackedTensor.pack(x, threshold=0.5).unpack()
 
 
 def _measure(file: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from fedmef_fx.packing.backends import Backend, available_backends, backend, bac
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.blockwise import BlockwiseTensor, blockwise_nbytes
 from fedmef_fx.packing.codecs import Codec, KeptTensor, codec_nbytes, why_dense
-from fedmef_fx.packing.gradient_bits import GradientBits, clamp, clamp_and_pack
+from fedmef_fx.packing.gradient_bits import GradientBits, clamp
 from fedmef_fx.packing.layout import Layout
 from fedmef_fx.packing.packed import PackedTensor
 from fedmef_fx.packing.threshold import ThresholdEstimator
@@ -28,7 +28,6 @@ __all__ = [
     "bitmap_nbytes",
     "blockwise_nbytes",
     "clamp",
-    "clamp_and_pack",
     "codec_nbytes",
     "pack_bits",
     "set_backend",

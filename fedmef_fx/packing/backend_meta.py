@@ -64,12 +64,6 @@ class MetaBackend:
         del out, scale_off
         check_bitmap(bitmap, grad.numel())
 
-    def clamp_pack(
-        self, x: Tensor, *, out: Tensor, threshold: float, low: float = 0.0, high: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.clamp_pack`."""
-        return self.clamp_bits(x, out=out, low=low, high=high), *self.pack(out, threshold)
-
     def _runs_in_numpy(self, x: Tensor) -> bool:
         """Whether the tensor stands for one that numpy would pack, with numpy's temporaries."""
         return x.device.type == "cpu" and self._cpu_backend() == "numpy"

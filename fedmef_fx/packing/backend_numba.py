@@ -270,26 +270,6 @@ class NumbaBackend:
 
         run_spans(grad.numel(), span)
 
-    def clamp_pack(
-        self, x: Tensor, *, out: Tensor, threshold: float, low: float = 0.0, high: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.clamp_pack`."""
-        limit = word(round_down(threshold, x.dtype), x.dtype)
-        if x.dtype.itemsize == 2:
-            return self._numpy.clamp_pack(x, out=out, threshold=threshold, low=low, high=high)
-        bits, bitmap = (torch.empty(bitmap_nbytes(x.numel()), dtype=torch.uint8) for _ in range(2))
-        clamp = _clamper(x, out, bits, low=low, high=high)
-        dense, magnitude, marks = words(out), magnitude_mask(x.dtype), bitmap.numpy()
-
-        def span(start: int, stop: int) -> None:
-            for at in range(start, stop, _STRIP):
-                end = min(at + _STRIP, stop)
-                clamp(at, end)
-                _mark(dense[at:end], magnitude, limit, marks[at // 8 : bitmap_nbytes(end)])
-
-        run_spans(x.numel(), span)
-        return bits, bitmap, self.gather(bitmap, out)
-
 
 def _clamper(x: Tensor, out: Tensor, bitmap: Tensor, *, low: float, high: float) -> Callable[[int, int], None]:
     """`_clamp` on elements `[start, stop)`."""

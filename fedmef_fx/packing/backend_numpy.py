@@ -125,16 +125,6 @@ class NumpyBackend:
             # A product of words, not of floats: exact, and 0 where the float is infinite or NaN.
             np.multiply(source[start:stop], _bits(marks, start, stop), out=target[start:stop])
 
-    def clamp_pack(
-        self, x: Tensor, *, out: Tensor, threshold: float, low: float = 0.0, high: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.clamp_pack`."""
-        packer = _Packer(x, threshold)
-        clamp = _Clamp(x, out, low=low, high=high)
-        for start, stop in _blocks(x.numel()):
-            packer.add(start, clamp(start, stop))
-        return clamp.bitmap, *packer.result()
-
 
 class _Packer:
     """Pack block after block."""

@@ -54,11 +54,3 @@ class TorchBackend:
         # zeros, not grad * 0: infinity times zero would be NaN
         off = grad * scale_off if scale_off else torch.zeros((), dtype=grad.dtype, device=grad.device)
         out.detach().copy_(torch.where(passes, grad, off))
-
-    def clamp_pack(
-        self, x: Tensor, *, out: Tensor, threshold: float, low: float = 0.0, high: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Backend.clamp_pack`."""
-        round_down(threshold, x.dtype)  # refuse a bad threshold before anything is written to `out`
-        bits = self.clamp_bits(x, out=out, low=low, high=high)
-        return bits, *self.pack(out, threshold)

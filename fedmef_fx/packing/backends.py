@@ -91,11 +91,6 @@ class Backend(Protocol):
             scale_off: The slope on the other side, e.g. that of a leaky ReLU.
         """
 
-    def clamp_pack(
-        self, x: Tensor, *, out: Tensor, threshold: float, low: float = 0.0, high: float = math.inf
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`clamp_bits(x)` and `pack(out)` at once: the bitmap of passing gradients, then what `pack` returns."""
-
 
 def available_backends() -> tuple[str, ...]:
     """The names that `backend` accepts on this machine."""

@@ -8,10 +8,9 @@ from torch import Tensor
 from fedmef_fx.packing.backends import backend_for
 from fedmef_fx.packing.bitmap import pack_bits
 from fedmef_fx.packing.layout import Layout, is_same_memory
-from fedmef_fx.packing.packed import PackedTensor
 from fedmef_fx.packing.registry import announce
 
-__all__ = ["GradientBits", "clamp", "clamp_and_pack"]
+__all__ = ["GradientBits", "clamp"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -73,26 +72,6 @@ def clamp(x: Tensor, *, low: float = 0.0, high: float = math.inf, inplace: bool 
     out = _output(x, flat, layout, inplace=inplace)
     bits = backend_for(flat).clamp_bits(flat, out=out, low=low, high=high)
     return out.as_strided(layout.shape, layout.stride), GradientBits(bits, layout)
-
-
-def clamp_and_pack(
-    x: Tensor, *, threshold: float, low: float = 0.0, high: float = math.inf, inplace: bool = False
-) -> tuple[Tensor, GradientBits, PackedTensor]:
-    """`clamp`, and the clamped tensor packed for the layers that consume it.
-
-    Args:
-        x: As in `clamp`.
-        threshold: As in `PackedTensor.pack`, on the clamped values.
-        low: As in `clamp`.
-        high: As in `clamp`.
-        inplace: As in `clamp`.
-    """
-    layout = Layout.of(x)
-    flat = layout.flatten(x)
-    out = _output(x, flat, layout, inplace=inplace)
-    bits, bitmap, values = backend_for(flat).clamp_pack(flat, out=out, threshold=threshold, low=low, high=high)
-    dense = out.as_strided(layout.shape, layout.stride)
-    return dense, GradientBits(bits, layout), PackedTensor(bitmap, values, layout)
 
 
 def _output(x: Tensor, flat: Tensor, layout: Layout, *, inplace: bool) -> Tensor:

@@ -59,13 +59,11 @@ class ThresholdEstimator:
         self._drifted = False
         self.kept = None
 
-    def threshold(self, x: Tensor, *, low: float = -math.inf, high: float = math.inf) -> float:
+    def threshold(self, x: Tensor) -> float:
         """The threshold for this step; strictly larger magnitudes are to be kept.
 
         Args:
             x: The tensor to be packed, any shape and strides.
-            low: Lower bound of a clamp that is still to be applied to `x`; only the sample is clamped here.
-            high: Upper bound of it.
 
         Returns:
             A finite number >= 0. Waits for the device when it estimates, otherwise not.
@@ -73,7 +71,7 @@ class ThresholdEstimator:
         if self.kept_target == 1.0:
             return 0.0
         if self._drifted or self._calls % self.interval == 0:
-            self._threshold = self._estimate(x, low, high)
+            self._threshold = self._estimate(x)
             self._calls = 0
             self._drifted = False
         self._calls += 1
@@ -94,7 +92,7 @@ class ThresholdEstimator:
         too_few = excess < 0 and self._threshold > 0.0
         self._drifted = (excess > 0 or too_few) and abs(excess) > _DRIFT * self.kept_target
 
-    def _estimate(self, x: Tensor, low: float, high: float) -> float:
+    def _estimate(self, x: Tensor) -> float:
         flat = Layout.of(x).flatten(x)
         if flat.numel() == 0:
             return 0.0
@@ -102,7 +100,7 @@ class ThresholdEstimator:
         # float32 holds the 16-bit formats exactly, and selects them faster
         sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
         # A NaN is kept whatever the threshold, like an infinity, so it takes part as one.
-        magnitudes = sample.clamp(low, high).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        magnitudes = sample.abs().nan_to_num(nan=math.inf, posinf=math.inf)
         dropped = magnitudes.numel() - round(self.kept_target * magnitudes.numel())
         if dropped == 0:
             return 0.0

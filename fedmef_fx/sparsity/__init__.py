@@ -1,6 +1,6 @@
 """Sparse training as tensor math: allocation, masks, adjustment, extrusion schedule; nothing here knows graphs."""
 
-from fedmef_fx.sparsity.adjust import adjust_mask, largest_inactive, lowest_magnitude
+from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
 from fedmef_fx.sparsity.allocation import allocate
 from fedmef_fx.sparsity.extrusion_schedule import extrusion_rate, floored_rate, rex
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
@@ -31,7 +31,6 @@ __all__ = [
     "extrusion_rate",
     "floored_rate",
     "is_adjustment_round",
-    "largest_inactive",
     "lowest_in_groups",
     "lowest_magnitude",
     "magnitude_masks",

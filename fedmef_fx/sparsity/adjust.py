@@ -7,7 +7,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["adjust_mask", "largest_inactive", "lowest_magnitude"]
+__all__ = ["adjust_mask", "lowest_magnitude"]
 
 
 def lowest_magnitude(weight: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -33,27 +33,6 @@ def lowest_magnitude(weight: Tensor, mask: Tensor, k: int) -> Tensor:
     _check_mask(weight, mask)
     active = mask.flatten().nonzero().squeeze(1)
     return active[smallest_positions(magnitudes(torch.take(weight.detach(), active)), k)]
-
-
-def largest_inactive(gradient: Tensor, mask: Tensor, k: int) -> SparseGradient:
-    """The k gradient values of largest magnitude at inactive coordinates.
-
-    Args:
-        gradient: Dense gradient of a loss with respect to the effective (masked) weight, any shape.
-        mask: Boolean, of its shape; True = active.
-        k: How many, at most the number of inactive coordinates.
-
-    Returns:
-        Exactly `k` positions with their values, the ones at lower positions where magnitudes tie.
-
-    Raises:
-        ConfigError: A mask of another shape or type, k out of range, or values that are not finite.
-    """
-    _check_mask(gradient, mask)
-    inactive = (~mask).flatten().nonzero().squeeze(1)
-    values = torch.take(gradient.detach(), inactive)
-    chosen = largest_positions(magnitudes(values), k)
-    return SparseGradient(inactive[chosen], values[chosen], mask.numel())
 
 
 def adjust_mask(weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int) -> Tensor:

@@ -13,15 +13,9 @@ from fedmef_fx import Config
 from fedmef_fx.display.plot_style import COLORS
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.inspection import inspect
-from fedmef_fx.inspection.plots import Moment, plot_memory, plot_sparsity
+from fedmef_fx.inspection.plots import plot_sparsity
 from fedmef_fx.inspection.table import LayerRow, Table
 from tests.inspection.models import HOSTILE_NAMES, linear, two_convolutions
-
-MOMENTS: list[Moment] = [
-    ("conv1", "forward", {"weights": 4_000_000, "saved": 0}),
-    ("relu", "forward", {"weights": 4_000_000, "saved": 3_000_000}),
-    ("conv1", "backward", {"weights": 4_000_000, "saved": 3_000_000, "gradients": 4_000_000}),
-]
 
 
 def _assert_picture(path: Path) -> None:
@@ -45,21 +39,12 @@ def test_sparsity_of_a_model(tmp_path: Path, suffix: str) -> None:
         assert COLORS[0] in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_memory_over_a_step(tmp_path: Path, suffix: str) -> None:
-    plot_memory(MOMENTS, tmp_path / f"m{suffix}", before=MOMENTS[:2])
-    _assert_picture(tmp_path / f"m{suffix}")
-
-
 def test_hostile_names_are_drawn_as_text(tmp_path: Path) -> None:
     names = [*HOSTILE_NAMES, "$\\frac{", "a_b^c$"]
     table = Table(tuple(LayerRow(name, (2,), 2, 1, saved=1, saved_before=2) for name in names))
-    moments: list[Moment] = [(name, name, {name: 1}) for name in names]
     for suffix in (".png", ".svg"):
         plot_sparsity(table, tmp_path / f"s{suffix}")
-        plot_memory(moments, tmp_path / f"m{suffix}")
         _assert_picture(tmp_path / f"s{suffix}")
-        _assert_picture(tmp_path / f"m{suffix}")
 
 
 def test_pictures_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +53,6 @@ def test_pictures_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         inspection.plot(tmp_path / "a.xyz")
     with pytest.raises(ConfigError, match=r"missing.* cannot be written"):
         inspection.plot(tmp_path / "missing" / "a.png")
-    with pytest.raises(ConfigError, match="got no moments"):
-        plot_memory([], tmp_path / "a.png")
     with pytest.raises(ConfigError, match="no prunable weights"):
         plot_sparsity(Table(()), tmp_path / "a.png")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:

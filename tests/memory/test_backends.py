@@ -123,21 +123,6 @@ def test_mask_by_bits_selects_and_scales_like_torch(
     assert torch.equal(out.nan_to_num(9, 8, -8), expected.nan_to_num(9, 8, -8))
 
 
-@few
-@given(x=vectors, limits=bounds, threshold=thresholds, inplace=st.booleans())
-def test_clamp_pack_is_clamp_then_pack(
-    kernels: Backend, x: Tensor, limits: tuple[float, float], threshold: float, inplace: bool
-) -> None:
-    low, high = limits
-    clamped = torch.empty_like(x)
-    bits = kernels.clamp_bits(x, out=clamped, low=low, high=high)
-    bitmap, values = kernels.pack(clamped, threshold)
-    source = x.clone()
-    out = source if inplace else torch.full_like(x, 7)
-    fused = kernels.clamp_pack(source, out=out, threshold=threshold, low=low, high=high)
-    assert all(map(same_bits, (*fused, out), (bits, bitmap, values, clamped)))
-
-
 @pytest.mark.parametrize("numel", [0, 1, 32_767, 32_769, 300_001, 1_048_576 + 5])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blocks_and_threads_meet_without_a_seam(kernels: Backend, numel: int, threads: int) -> None:
@@ -146,12 +131,13 @@ def test_blocks_and_threads_meet_without_a_seam(kernels: Backend, numel: int, th
     torch.set_num_threads(threads)
     try:
         out = torch.empty_like(x)
-        bits, bitmap, values = kernels.clamp_pack(x, out=out, threshold=1.0, high=6.0)
+        bits = kernels.clamp_bits(x, out=out, high=6.0)
+        bitmap, values = kernels.pack(out, 1.0)
         dense = torch.empty_like(x)
         kernels.unpack(bitmap, values, out=dense)
         masked = torch.empty_like(x)
         kernels.mask_by_bits(bits, x, out=masked)
-        assert torch.equal(kernels.gather(bitmap, x), values)
+        assert torch.equal(kernels.gather(bitmap, out), values)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, x.clamp(0, 6))
@@ -195,8 +181,8 @@ def test_signalling_nan_and_overflow_do_not_warn(kernels: Backend, dtype: torch.
 
 def test_gradients_are_not_recorded(kernels: Backend) -> None:
     x = torch.randn(20, requires_grad=True)
-    bits, bitmap, values = kernels.clamp_pack(x, out=torch.empty(20), threshold=0.0)
-    assert not any(tensor.requires_grad for tensor in (bits, bitmap, values))
+    tensors = (kernels.clamp_bits(x, out=torch.empty(20)), *kernels.pack(x, 0.0))
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, math.nan])
@@ -204,8 +190,6 @@ def test_bad_thresholds_leave_the_input_alone(kernels: Backend, threshold: float
     x = torch.tensor([-1.0, 2.0])
     with pytest.raises(ConfigError, match="expected a number >= 0"):
         kernels.pack(x, threshold)
-    with pytest.raises(ConfigError):
-        kernels.clamp_pack(x, out=x, threshold=threshold)
     assert x.tolist() == [-1.0, 2.0]
 
 
@@ -279,9 +263,9 @@ def test_the_environment_chooses_and_importing_stays_light(value: str, expected:
 def test_cuda_agrees_with_the_cpu(x: Tensor, threshold: float, limits: tuple[float, float]) -> None:
     low, high = limits
     out, cuda_out = torch.empty_like(x), torch.empty_like(x, device="cuda")
-    expected = backend("numpy").clamp_pack(x, out=out, threshold=threshold, low=low, high=high)
-    kernels = backend_for(cuda_out)
-    got = kernels.clamp_pack(x.cuda(), out=cuda_out, threshold=threshold, low=low, high=high)
+    cpu, kernels = backend("numpy"), backend_for(cuda_out)
+    expected = cpu.clamp_bits(x, out=out, low=low, high=high), *cpu.pack(out, threshold)
+    got = kernels.clamp_bits(x.cuda(), out=cuda_out, low=low, high=high), *kernels.pack(cuda_out, threshold)
     assert torch.equal(cuda_out.cpu().nan_to_num(9), out.nan_to_num(9))
     assert torch.equal(got[0].cpu(), expected[0])
     assert torch.equal(got[1].cpu(), expected[1])

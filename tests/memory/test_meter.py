@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pooling import max_pool
-from fedmef_fx.packing import GradientBits, PackedTensor, clamp_and_pack
+from fedmef_fx.packing import GradientBits, PackedTensor, clamp
 from fedmef_fx.packing.registry import held_buffers
 
 
@@ -17,7 +17,8 @@ class PackedRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out, ctx.bits, ctx.packed = clamp_and_pack(x, threshold=0.5)
+        out, ctx.bits = clamp(x)
+        ctx.packed = PackedTensor.pack(out, threshold=0.5)
         return out
 
     @staticmethod

