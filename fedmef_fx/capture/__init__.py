@@ -4,6 +4,7 @@ from fedmef_fx.capture.leaves import leaf_regions
 from fedmef_fx.capture.per_call import capture_call
 from fedmef_fx.capture.regions import Captured, capture_model
 from fedmef_fx.capture.state import fixed_seed
+from fedmef_fx.capture.surroundings import neutral_surroundings, ordinary_tensors
 from fedmef_fx.capture.symbolic import capture_graphs
 from fedmef_fx.module_tree import duplicate_of
 
@@ -15,4 +16,6 @@ __all__ = [
     "duplicate_of",
     "fixed_seed",
     "leaf_regions",
+    "neutral_surroundings",
+    "ordinary_tensors",
 ]

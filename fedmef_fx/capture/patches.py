@@ -7,6 +7,7 @@ checkpointing is refused at the same place: a graph would drop it.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -45,23 +46,27 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
     """
     originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM_FACTORIES)}
     apply, enter = vars(Function)["apply"], saved_tensors_hooks.__enter__
+    thread = threading.get_ident()
+
+    def is_traced() -> bool:
+        return threading.get_ident() == thread and not is_paused()
 
     def traced(function: Callable[..., object], *, always: bool) -> Callable[..., object]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> object:
-            if not is_paused() and (always or _has_proxy(args, kwargs)):
+            if is_traced() and (always or _has_proxy(args, kwargs)):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
         return call
 
     def traced_apply(cls: type[Function], *args: Any, **kwargs: Any) -> object:
-        if not is_paused() and _has_proxy(args, kwargs):
+        if is_traced() and _has_proxy(args, kwargs):
             return tracer.create_proxy("call_function", _apply_of(cls), args, kwargs)
         return apply.__get__(None, cls)(*args, **kwargs)
 
     def refuse(hooks: saved_tensors_hooks) -> None:
-        if is_paused():
+        if not is_traced():
             return enter(hooks)
         raise CaptureError(
             "forward runs part of itself under activation checkpointing or other hooks on saved tensors, which a graph "

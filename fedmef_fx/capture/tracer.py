@@ -3,9 +3,11 @@
 1. Buffers are proxied, so `self.num_batches_tracked.add_(1)` is a node and does not happen at trace time.
 2. Modules with hooks of the user stay calls, so that their hooks run; modules made inside forward are traced through.
 3. Blocks without gradients (`torch.no_grad()`) become pairs of nodes.
+4. Modules that other threads run meanwhile run as ever: torch.fx replaces `nn.Module.__call__` for all of them.
 """
 
 import math
+import threading
 from collections.abc import Collection
 from typing import Any, Final
 
@@ -51,6 +53,7 @@ class BaseTracer(fx.Tracer):
     def __init__(self, *, own_hooks: Collection[int] = ()) -> None:
         super().__init__(autowrap_modules=(math,))
         self._own_hooks = own_hooks
+        self._thread = threading.get_ident()
         self._names: dict[int, str] = {}
         self._grad_is_enabled = True
         self._scopes: list[fx.Node] = []
@@ -70,14 +73,15 @@ class BaseTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module inside forward."""
-        if self.submodule_paths is not None and m not in self.submodule_paths:
+        is_foreign = self.submodule_paths is not None and m not in self.submodule_paths
+        if is_foreign or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """An attribute of a module: a node for parameters and buffers."""
         name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
+        if name is None or threading.get_ident() != self._thread:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})

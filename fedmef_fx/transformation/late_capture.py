@@ -6,7 +6,7 @@ from typing import Final
 from torch import nn
 
 from fedmef_fx.budget.layer_sparsity import apply_layer_sparsity
-from fedmef_fx.capture import capture_call
+from fedmef_fx.capture import capture_call, neutral_surroundings
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CaptureError, PassError
 from fedmef_fx.graph.dispatch import RegionTable
@@ -43,6 +43,11 @@ def extend_region(
     Raises:
         FedmefError: One of the caller's passes failed, or left a program that breaks an invariant.
     """
+    with neutral_surroundings(module):
+        _extend(module, table, call, config, passes)
+
+
+def _extend(module: nn.Module, table: RegionTable, call: Call, config: Config, passes: Sequence[Pass]) -> None:
     table.attempts -= 1
     try:
         regions = capture_call(module, table.path, call)

@@ -31,6 +31,7 @@ class PassObserver:
 
     Attributes:
         number: How many of the passes run.
+        runs_all: Whether nothing stops them.
 
     Raises:
         ConfigError: A name that is no pass of this configuration, or a pass to print after that comes after the stop.
@@ -52,7 +53,7 @@ class PassObserver:
             for name in names:
                 _check(option, name, steps)
         last = len(steps) if stop_after is None else steps.index(stop_after) + 1
-        self.number = last - 1
+        self.number, self.runs_all = last - 1, stop_after is None
         for name in wanted if print_after != "all" else ():
             if name not in steps[:last]:
                 raise ConfigError(

@@ -1,5 +1,6 @@
 """`transform`: the call that turns a model into its sparse, memory-lean twin."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +10,7 @@ from torch import nn
 
 from fedmef_fx.budget.layer_sparsity import apply_layer_sparsity
 from fedmef_fx.budget.planner import plan_memory
-from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions
+from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions, neutral_surroundings, ordinary_tensors
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import emit, program_of, recompile
@@ -25,7 +26,7 @@ from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport, PassResult
 from fedmef_fx.sparse_model.channels import silence_channels
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.facts import Transformation, transformation_of
 from fedmef_fx.sparse_model.state_dicts import keep_masks_on_load
 from fedmef_fx.transformation.checks import check_model, check_passes, example_call, materialize, unwrapped
 from fedmef_fx.transformation.late_capture import extend_region
@@ -88,24 +89,41 @@ def transform(
         >>> round(fedmef_fx.density(sparse), 2)
         0.5
     """
-    config = config or Config()
-    model, notices = unwrapped(model)
-    check_model(model, config)
-    own_passes = parse_passes(passes)
-    check_passes(model, own_passes)
-    plan = None
-    if config.memory_budget is not None:
-        plain = functools.partial(
-            transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs, passes=own_passes
-        )
-        config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
+    config, own_passes = config or Config(), parse_passes(passes)
+    with neutral_surroundings(model):
+        example_inputs, example_kwargs = ordinary_tensors((example_inputs, example_kwargs))
+        model, notices = unwrapped(model)
+        check_model(model, config)
+        check_passes(model, own_passes)
+        plan = None
+        if config.memory_budget is not None:
+            plain = functools.partial(
+                transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs, passes=own_passes
+            )
+            config, plan = plan_memory(config, plain, example_inputs, example_kwargs)
+        names = [step.name for step in (*passes_of(config), *own_passes)]
+        observer = PassObserver(names, print_after=print_after, stop_after=stop_after, printer=printer)
+        result = _transformed(model, config, (example_inputs, example_kwargs), own_passes, observer)
+        facts = transformation_of(result)
+        planned = () if plan is None else (_planned(plan),)
+        capture, *reports = facts.reports
+        capture = dataclasses.replace(capture, refusals=(*notices, *capture.refusals))
+        facts.reports, facts.plan = PassReport((*planned, capture, *reports)), plan
+    return result
+
+
+def _transformed(
+    model: nn.Module,
+    config: Config,
+    examples: tuple[Sequence[Any] | None, Mapping[str, Any] | None],
+    own_passes: Sequence[Pass],
+    observer: PassObserver,
+) -> nn.Module:
+    """A transformed copy of a model that was checked, with the reports of capture and passes."""
     steps = (*passes_of(config), *own_passes)
-    observer = PassObserver(
-        [step.name for step in steps], print_after=print_after, stop_after=stop_after, printer=printer
-    )
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
-    call = example_call(duplicate, example_inputs, example_kwargs)
+    call = example_call(duplicate, *examples)
     materialize(duplicate, call)
     if any(isinstance(step, InsertMasks) and step.density < 1 for step in steps):
         keep_weight_norms_finite(duplicate)
@@ -125,7 +143,7 @@ def transform(
     capture = PassResult(
         "capture",
         tuple(dict.fromkeys(region.path or type(model).__name__ for region in captured.regions)),
-        (*notices, *captured.failures),
+        tuple(captured.failures),
         time.perf_counter() - start,
     )
     program.facts.original = record_graphs(program)
@@ -133,12 +151,11 @@ def transform(
     reports = Pipeline(steps[: observer.number], after_pass=observer.beside(Verifier.of(program))).run(program)
     ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
     config = program.facts.config = config_after(config, (step for step, result in ran if result.modified))
-    if stop_after is None:
+    if observer.runs_all:
         _apply_layer_sparsity(program, config)
-    planned = () if plan is None else (_planned(plan),)
-    program.facts.reports, program.facts.plan = PassReport((*planned, capture, *reports)), plan
+    program.facts.reports = PassReport((capture, *reports))
     # What is captured later would go through all passes.
-    extend = functools.partial(extend_region, config=config, passes=own_passes) if stop_after is None else None
+    extend = functools.partial(extend_region, config=config, passes=own_passes) if observer.runs_all else None
     result = emit(program, extend=extend)
     silence_channels(result)
     for name, module in result.named_modules():

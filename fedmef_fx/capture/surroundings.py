@@ -1,0 +1,63 @@
+"""Neutral surroundings for a capture: what a caller has switched on must neither end up in a graph nor stop one.
+
+A model may be transformed in a build function under `torch.no_grad()`, in an evaluation under autocast, under another
+default device, with anomaly detection on, or in several threads at once. Torch keeps most of that per thread, but
+torch.fx traces by replacing functions of the whole process, so that captures of several threads take turns.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["neutral_surroundings", "ordinary_tensors"]
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
+    """A block with gradients on and everything else that surrounds it off; one thread at a time.
+
+    Off are inference mode, autocast, anomaly detection and the demand for deterministic algorithms; tensors are made on
+    the CPU unless something else is said. The default dtype is that of the model, or float32: a model that was built
+    under another default goes on making such tensors. Afterwards everything is what it was before.
+
+    Args:
+        model: The model that the block is about.
+    """
+    dtype = torch.get_default_dtype()
+    deterministic, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    with _LOCK, contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.is_anomaly_enabled():
+            stack.enter_context(torch.autograd.set_detect_anomaly(mode=False))
+        stack.enter_context(torch.device("cpu"))
+        try:
+            torch.use_deterministic_algorithms(mode=False)
+            torch.set_default_dtype(_dtype_of(model))
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic, warn_only=only_warns)
+
+
+def ordinary_tensors(value: Any) -> Any:
+    """Arguments of a call with tensors that were made in inference mode replaced by copies that autograd can save."""
+    return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, value)
+
+
+def _dtype_of(model: nn.Module | None) -> torch.dtype:
+    dtypes = (parameter.dtype for parameter in model.parameters()) if isinstance(model, nn.Module) else ()
+    return next((dtype for dtype in dtypes if dtype in (torch.float32, torch.float64)), torch.float32)
