@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedmef_fx import Config, load, save, transform
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.files.checkpoint_file import digest_of
+from fedmef_fx.files.container import STORED_DTYPES, read
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -117,6 +118,9 @@ def test_a_mask_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
         b'{"x":{"dtype":"F32","shape":[18446744073709551615,18446744073709551615],"data_offsets":[0,4]}}',
         b'{"x":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
         b'{"x":{"dtype":"Q99","shape":[1],"data_offsets":[0,4]}}',
+        b'{"x":{"dtype":"BOOL","shape":[4],"data_offsets":[0,4]},"x":{"dtype":"BOOL","shape":[4],"data_offsets":[0,4]}}',
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}}',
+        b'{"__metadata__":{"format":1},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b"[" * 5000,
     ],
 )
@@ -184,3 +188,16 @@ def test_noise_is_no_checkpoint(checkpoint: tuple[Path, bytes, nn.Module], data:
 
     with pytest.raises(CheckpointError):
         load(path, source)
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES.values(), ids=str)
+def test_every_stored_dtype_is_read_as_it_was_written(dtype: torch.dtype) -> None:
+    source = torch.tensor([[0, 1, 0, 1]], dtype=torch.uint8).repeat(1, 8).view(torch.uint8)
+    tensor = source.bool() if dtype == torch.bool else source.view(dtype)
+    data = safetensors.torch.save({"x": tensor, "empty": tensor[:, :0]}, {"a": "b"})
+
+    tensors, metadata = read(data)
+    assert metadata == {"a": "b"}
+    assert tensors["empty"].shape == (1, 0)
+    assert (tensors["x"].dtype, tensors["x"].shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(tensors["x"].view(torch.uint8), tensor.view(torch.uint8))

@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 
 import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
-from fedmef_fx.commands.tables import bytes_text, show_table
+from fedmef_fx.commands.tables import show_table
 from fedmef_fx.commands.train import round_note
 from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.federated import History, RoundRecord
 from fedmef_fx.federated.batches import batches
 from fedmef_fx.federated.demo import DemoSettings, demo_settings, run_demo
@@ -97,7 +98,7 @@ def _dense(history: History, settings: DemoSettings, images: Tensor) -> dict[str
 def _show(console: Console, data: dict[str, Any]) -> None:
     def compared(key: str) -> tuple[str, str, str]:
         ours, dense = data[key], data[f"{key}_dense"]
-        return bytes_text(ours), bytes_text(dense), f"{ours / dense:.3f}"
+        return shown_bytes(ours), shown_bytes(dense), f"{ours / dense:.3f}"
 
     rows = [
         ("accuracy, torch", f"{data['test_accuracy']:.4f}", "", ""),
@@ -106,7 +107,7 @@ def _show(console: Console, data: dict[str, Any]) -> None:
         ("sent to clients", *compared("bytes_down")),
         ("sent by clients", *compared("bytes_up")),
         ("kept for backward", *compared("saved_bytes")),
-        ("ONNX file", bytes_text(data["file_bytes"]), "", ""),
+        ("ONNX file", shown_bytes(data["file_bytes"]), "", ""),
         ("ONNX against torch", "-" if data["parity"] is None else f"{data['parity']:.1e}", "", ""),
         ("seconds", f"{data['seconds']:.1f}", "", ""),
     ]

@@ -12,8 +12,9 @@ import fedmef_fx
 from fedmef_fx.commands.arguments import InputShape, ModelName, Passes, build_model, required_input
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.tables import bytes_text, show_table
+from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.measure.memory import MemoryReport
 from fedmef_fx.measure.memory import memory as measure
 from fedmef_fx.measure.training_step import OptimizerName
@@ -127,14 +128,14 @@ def _show(console: Console, title: str, transformed: MemoryReport, twin: MemoryR
     for label, ours in transformed.rows():
         base = theirs.get(label)
         ratio = None if base is None else _ratio(ours, base)
-        cells = ("-" if base is None else bytes_text(base), "-" if ratio is None else f"{ratio:.3f}")
-        rows.append((label, bytes_text(ours), *(cells if twin is not None else ())))
+        cells = ("-" if base is None else shown_bytes(base), "-" if ratio is None else f"{ratio:.3f}")
+        rows.append((label, shown_bytes(ours), *(cells if twin is not None else ())))
     headings = ("", "transformed", *(("masked-dense", "ratio") if twin is not None else ()))
     show_table(console, headings, rows, title=title, numbers=frozenset({1, 2, 3}))
     console.print(f"peak at: {transformed.peak_site}")
     for note in transformed.notes:
         console.print(f"note: {note}")
     if layers:
-        largest = [(e.path, bytes_text(e.held), bytes_text(e.transients)) for e in transformed.largest_layers(layers)]
+        largest = [(e.path, shown_bytes(e.held), shown_bytes(e.transients)) for e in transformed.largest_layers(layers)]
         console.print()
         show_table(console, ("layer", "held", "on top while it runs"), largest, numbers=frozenset({1, 2}))

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from fedmef_fx.commands.command import Result
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.errors import ConfigError
 
 __all__ = ["Opens", "Page", "page_result"]
@@ -38,5 +39,5 @@ def page_result(path: Path | None, write: Callable[[Path], None], *, opens: bool
         webbrowser.open(path.resolve().as_uri())
     size = path.stat().st_size
     return Result(
-        {"html": str(path), "bytes": size}, lambda console: console.print(Text(f"{path}: {size / 1e6:.2f} MB"))
+        {"html": str(path), "bytes": size}, lambda console: console.print(Text(f"{path}: {shown_bytes(size)}"))
     )

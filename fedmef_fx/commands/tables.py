@@ -1,4 +1,4 @@
-"""Tables on a console, and numbers for people."""
+"""Tables on a console."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fedmef_fx.graph.recording import visible
 
-__all__ = ["bytes_text", "show_table"]
+__all__ = ["show_table"]
 
 
 def show_table(
@@ -37,12 +37,3 @@ def show_table(
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     console.print(table)
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes with three significant digits: 999 B, 1.23 kB, 45.6 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -16,9 +16,10 @@ import fedmef_fx
 from fedmef_fx.commands.arguments import build_model
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.config_options import takes_config
-from fedmef_fx.commands.tables import bytes_text, show_table
+from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition, load_cifar10, load_digits
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
 
@@ -160,5 +161,5 @@ def _show(console: Console, history: History, output: Path) -> None:
     console.print()
     files = [("history", "history.json"), ("model", "model.safetensors"), ("to go on from", "rounds")]
     rows = [(what, str(output / name)) for what, name in files]
-    rows.append(("sent", f"{bytes_text(history.bytes_down)} down, {bytes_text(history.bytes_up)} up"))
+    rows.append(("sent", f"{shown_bytes(history.bytes_down)} down, {shown_bytes(history.bytes_up)} up"))
     show_table(console, ("", ""), rows)

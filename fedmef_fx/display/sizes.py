@@ -44,6 +44,10 @@ def parse_bytes(value: object, *, name: str = "memory_budget") -> int:
     return int(count)
 
 
-def shown_bytes(count: int) -> str:
-    """A number of bytes for people: 1.23 MB."""
-    return f"{count / 1e6:.4g} MB" if count >= 1e5 else f"{count:,d} B"
+def shown_bytes(count: float) -> str:
+    """A number of bytes for people, in powers of 1000: 999 B, 12.3 kB, 2.0 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(count, 0 if unit == "B" else 1) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

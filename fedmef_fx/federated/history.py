@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 from torch import nn
 
 from fedmef_fx.display.notebook import fragment, html_table
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.files.atomic import check_target, replacing
@@ -126,13 +127,13 @@ class History:
         return fragment(*tables)
 
     def _caption(self) -> str:
-        sent = f"{_bytes(self.bytes_down)} down, {_bytes(self.bytes_up)} up"
+        sent = f"{shown_bytes(self.bytes_down)} down, {shown_bytes(self.bytes_up)} up"
         return f"{len(self.rounds)} rounds, {sent}, {self.seconds:.2f} s"
 
     def __str__(self) -> str:
         lines = ["round  adj  clients  train loss  test loss  accuracy  density     down       up  saved peak  seconds"]
         lines += [_line(record) for record in self.rounds]
-        total = f"{_bytes(self.bytes_down):>9s}{_bytes(self.bytes_up):>9s}{'':12s}{self.seconds:9.2f}"
+        total = f"{shown_bytes(self.bytes_down):>9s}{shown_bytes(self.bytes_up):>9s}{'':12s}{self.seconds:9.2f}"
         return "\n".join([*lines, f"{'total':61s}{total}"])
 
 
@@ -145,9 +146,9 @@ def _cells(record: RoundRecord) -> tuple[str, ...]:
         "-" if record.test_loss is None else f"{record.test_loss:.4f}",
         "-" if record.test_accuracy is None else f"{record.test_accuracy:.4f}",
         f"{record.density:.4f}",
-        _bytes(record.bytes_down),
-        _bytes(record.bytes_up),
-        _bytes(record.peak_saved_bytes),
+        shown_bytes(record.bytes_down),
+        shown_bytes(record.bytes_up),
+        shown_bytes(record.peak_saved_bytes),
         f"{record.seconds:.2f}",
     )
 
@@ -158,15 +159,6 @@ def _line(record: RoundRecord) -> str:
     return (
         f"{record.round_index:5d}{'*' if record.adjusted else '':>5s}{len(record.clients):9d}{record.train_loss:12.4f}"
         f"{test_loss:>11s}{accuracy:>10s}{record.density:9.4f}"
-        f"{_bytes(record.bytes_down):>9s}{_bytes(record.bytes_up):>9s}{_bytes(record.peak_saved_bytes):>12s}"
+        f"{shown_bytes(record.bytes_down):>9s}{shown_bytes(record.bytes_up):>9s}{shown_bytes(record.peak_saved_bytes):>12s}"
         f"{record.seconds:9.2f}"
     )
-
-
-def _bytes(number: float) -> str:
-    """A number of bytes for people: 12.3 kB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

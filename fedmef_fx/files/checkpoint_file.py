@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedmef_fx.errors import CheckpointError
+from fedmef_fx.errors import CheckpointError, WireError
+from fedmef_fx.files.container import read
 from fedmef_fx.packing import bitmap_nbytes, unpack_bits
 
 __all__ = [
@@ -80,14 +79,12 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"load: {path} cannot be read: {error}") from error
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except Exception as error:  # of hostile headers: its own exceptions, and whatever torch says to sizes and types
+        tensors, metadata = read(data)
+    except WireError as error:
         raise CheckpointError(
             f"load: {path} ({len(data):,} bytes) is not a checkpoint, or a truncated or damaged one: {error}"
         ) from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"load: {path} is not a checkpoint of fedmef_fx; expected a file that fedmef_fx.save wrote"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError, WireError
 
-__all__ = ["DTYPES", "decode", "encode"]
+__all__ = ["DTYPES", "STORED_DTYPES", "decode", "encode", "read"]
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -33,6 +33,16 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 """The dtypes that can be exchanged, by their safetensors names."""
+
+STORED_DTYPES: Final[dict[str, torch.dtype]] = DTYPES | {
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The dtypes that a model's state may have in a file, by their safetensors names."""
 
 _KEY: Final = "fedmef"
 
@@ -70,7 +80,31 @@ def decode(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     header, start = _header(data)
     metadata = _metadata(header.pop("__metadata__", None))
-    entries = sorted(((*_entry(name, entry), name) for name, entry in header.items()), key=lambda entry: entry[0])
+    return _tensors(data, header, start, DTYPES), metadata
+
+
+def read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file with metadata of its own kind, and with any of `STORED_DTYPES`.
+
+    Returns:
+        The tensors, on the CPU and independent of `data`, and the metadata; empty where there is none.
+
+    Raises:
+        WireError: Anything else than what the library writes; no other error, whatever the bytes.
+    """
+    header, start = _header(data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise WireError(f"container: got metadata {metadata!r:.80}; expected texts by name")
+    return _tensors(data, header, start, STORED_DTYPES), metadata
+
+
+def _tensors(
+    data: bytes, header: Mapping[str, Any], start: int, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    entries = sorted(
+        ((*_entry(name, entry, dtypes), name) for name, entry in header.items()), key=lambda entry: entry[0]
+    )
     tensors, position = {}, start
     for (begin, end), dtype, shape, name in entries:
         if start + begin != position or start + end > len(data):
@@ -81,7 +115,7 @@ def decode(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         position = start + end
     if position != len(data):
         raise WireError(f"container: got {len(data)} bytes; expected {position}, which is where the last tensor ends")
-    return tensors, metadata
+    return tensors
 
 
 def _header(data: bytes) -> tuple[dict[str, Any], int]:
@@ -119,18 +153,20 @@ def _metadata(entry: object) -> dict[str, Any]:
     return _json(text, "metadata")
 
 
-def _entry(name: str, entry: object) -> tuple[tuple[int, int], torch.dtype, tuple[int, ...]]:
+def _entry(
+    name: str, entry: object, dtypes: Mapping[str, torch.dtype]
+) -> tuple[tuple[int, int], torch.dtype, tuple[int, ...]]:
     """Offsets, dtype and shape of one tensor of the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise WireError(f"container: {name!r}: got {entry!r:.80}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WireError(f"container: {name!r}: got dtype {dtype!r:.80}; expected one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise WireError(f"container: {name!r}: got dtype {dtype!r:.80}; expected one of {', '.join(dtypes)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > 16:
         raise WireError(f"container: {name!r}: got shape {shape!r:.80}, offsets {offsets!r:.80}; expected sizes")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
         raise WireError(f"container: {name!r}: got offsets {offsets} for {dtype}{shape}; expected the size of its data")
-    return (offsets[0], offsets[1]), DTYPES[dtype], tuple(shape)
+    return (offsets[0], offsets[1]), dtypes[dtype], tuple(shape)
 
 
 def _is_sizes(value: object) -> bool:

@@ -14,7 +14,7 @@ from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.recording import Observation
 from fedmef_fx.graph.signature import Call
-from fedmef_fx.inspection.saved import NodeMeter
+from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.records.graphs import TensorRecord
 from fedmef_fx.sparse_model.facts import HOLDER, is_transformed
 
@@ -63,14 +63,14 @@ def _train(program: Program, duplicate: nn.Module, given: _Arguments, observatio
     """Measure what one call in train mode keeps; the reason where it fails."""
     args, kwargs = pytree.tree_map_only(Tensor, _copy, given)
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    meter = NodeMeter(duplicate, *inputs)
+    meter = SavedTensors(duplicate, *inputs)
     calls = _Calls(program, duplicate.train(), observation.tensors, meter)
     try:
         with torch.enable_grad(), meter:
             out = calls.make(args, kwargs)
     except ConfigError as error:
         return str(error.__cause__ or error)
-    kept = meter.kept()
+    kept = meter.by_node()
     observation.kept_outside = kept.pop(None, ())
     observation.kept.update({node: storages for node, storages in kept.items() if node is not None})
     observation.measured.update(calls.seen)
@@ -111,7 +111,7 @@ class _Calls:
         program: Program,
         duplicate: nn.Module,
         observed: dict[fx.Node, tuple[TensorRecord, ...]],
-        meter: NodeMeter | None = None,
+        meter: SavedTensors | None = None,
     ) -> None:
         self._program, self._duplicate, self._observed, self._meter = program, duplicate, observed, meter
         self.seen: set[fx.Graph] = set()

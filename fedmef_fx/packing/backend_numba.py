@@ -11,7 +11,7 @@ they need: a single pass would have to allocate for the case that everything is 
 
 import math
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -24,13 +24,12 @@ from torch import Tensor
 from fedmef_fx.packing.backend_numpy import NumpyBackend, check_count
 from fedmef_fx.packing.bitmap import bitmap_nbytes, check_bitmap, count_bits
 from fedmef_fx.packing.layout import is_same_memory
-from fedmef_fx.packing.spans import BLOCK, run_spans
+from fedmef_fx.packing.spans import run_spans
 from fedmef_fx.packing.words import Words, magnitude_mask, nearest, round_down, word, words
 
 __all__ = ["NumbaBackend", "aligned_bytes", "compiled", "lowest_bit"]
 
 # Elements that are clamped and marked while they are in the second-level cache; long enough to hide the calls.
-_STRIP: Final = 2 * BLOCK
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Bytes = NDArray[np.uint8]
