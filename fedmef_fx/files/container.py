@@ -41,6 +41,8 @@ STORED_DTYPES: Final[dict[str, torch.dtype]] = DTYPES | {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 """The dtypes that a model's state may have in a file, by their safetensors names."""
 
