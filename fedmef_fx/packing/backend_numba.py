@@ -29,7 +29,6 @@ from fedmef_fx.packing.words import Words, magnitude_mask, nearest, round_down, 
 
 __all__ = ["NumbaBackend", "aligned_bytes", "compiled", "lowest_bit"]
 
-# Elements that are clamped and marked while they are in the second-level cache; long enough to hide the calls.
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Bytes = NDArray[np.uint8]

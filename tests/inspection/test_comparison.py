@@ -199,8 +199,3 @@ def test_packed_weights_compare_like_dense_ones(tmp_path: Path) -> None:
 def _saved(model: nn.Module, folder: Path) -> Path:
     fedmef_fx.save(model, folder / "model.safetensors")
     return folder / "model.safetensors"
-
-
-def _is_same(comparison: Comparison) -> bool:
-    unchanged = all(row.grown == row.pruned == 0 and row.distance == 0 for row in comparison.rows)
-    return unchanged and not comparison.only_before and not comparison.only_after
