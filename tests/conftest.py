@@ -13,7 +13,7 @@ settings.register_profile("ci", deadline=None, derandomize=True, database=None, 
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # Also for the processes that tests start: numba compiles for seconds in each that has no cache yet. Its kernels give
-# the same bits, which tests/memory/test_backends.py holds.
+# the same bits, which tests/packing/test_backends.py holds.
 os.environ.setdefault("FEDMEF_FX_BACKEND", "numpy")
 
 

@@ -88,7 +88,7 @@ def test_carries_no_paths_and_no_metadata_of_the_exporter(tmp_path: Path) -> Non
 
     for trace in (
         str(Path(torch.__file__).parent),
-        str(Path(__file__).parent.parent),
+        str(Path(__file__).parents[2]),
         "site-packages",
         ".py",
         "fedmef_fx.ops",

@@ -8,7 +8,7 @@ from torch.optim import SGD
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparsity import adjustment_count
 from fedmef_fx.training.extrusion import Extrusion
-from tests.extrusion_models import NAMES, X, gradients, loss_of, make_model, rates_used
+from tests.training.extrusion_models import NAMES, X, gradients, loss_of, make_model, rates_used
 
 
 def test_the_gradient_is_that_of_the_surrogate_loss():

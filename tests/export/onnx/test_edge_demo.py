@@ -12,7 +12,7 @@ import torch
 from fedmef_fx import Config, export_onnx, freeze, transform
 from fedmef_fx.models import digits_cnn
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "docs" / "edge_demo.py"
 # Whatever is not numpy, onnxruntime or the standard library cannot be imported there.
 ALONE = (

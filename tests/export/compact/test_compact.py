@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fedmef_fx
 from fedmef_fx import compact, compact_report
-from tests.export.compact_models import DEAD, Residual, check, kill, lively
+from tests.export.compact.compact_models import DEAD, Residual, check, kill, lively
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

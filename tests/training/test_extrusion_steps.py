@@ -8,7 +8,7 @@ from torch.optim import SGD, Adam
 
 from fedmef_fx.sparsity import extrusion_rate
 from fedmef_fx.training.extrusion import Extrusion
-from tests.extrusion_models import X, gradients, loss_of, make_model, rates_used
+from tests.training.extrusion_models import X, gradients, loss_of, make_model, rates_used
 
 
 def test_the_rate_of_a_step_is_floored_and_the_schedule_is_left_alone():

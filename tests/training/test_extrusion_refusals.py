@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.training.extrusion import Extrusion
-from tests.extrusion_models import make_model
+from tests.training.extrusion_models import make_model
 
 
 def test_only_parameters_that_the_optimizer_trains_are_marked():

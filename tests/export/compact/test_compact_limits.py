@@ -13,7 +13,7 @@ import fedmef_fx
 from fedmef_fx import compact, compact_report
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.models import digits_cnn
-from tests.export.compact_models import Residual, check, kill, lively
+from tests.export.compact.compact_models import Residual, check, kill, lively
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm([8, 4, 4])])
