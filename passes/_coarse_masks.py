@@ -22,19 +22,9 @@ from fedmef_fx.sparsity import (
     row_norms,
 )
 
-__all__ = ["CoarseMasks", "coarse_masks", "what_resulted", "with_channels"]
+__all__ = ["coarse_masks", "what_resulted", "with_channels"]
 
 _LAYERS: Final = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CoarseMasks:
-    """The options of `InsertMasks` that matter here."""
-
-    granularity: str
-    density: float
-    allocation: str
-    channel_multiple: int
 
 
 def with_channels(
@@ -86,17 +76,27 @@ def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict
 
 
 def coarse_masks(
-    weights: Mapping[str, Tensor], facts: Mapping[str, ChannelFact], options: CoarseMasks, *, seed: int | None
+    weights: Mapping[str, Tensor],
+    facts: Mapping[str, ChannelFact],
+    *,
+    granularity: str,
+    density: float,
+    allocation: str,
+    multiple: int,
+    seed: int | None,
 ) -> dict[str, Tensor]:
     """Initial masks.
 
     Args:
         weights: Parameter name -> weight.
         facts: Parameter name -> its channels.
-        options: Of the pass.
+        granularity: As of the pass, like the three that follow.
+        density: Active share.
+        allocation: How it is spread over layers.
+        multiple: What numbers of channels are rounded to.
         seed: Of random masks; None for those of the largest magnitudes.
     """
-    pattern = parse_granularity(options.granularity)
+    pattern = parse_granularity(granularity)
     if isinstance(pattern, Pattern):
         return {
             name: pattern_mask(weight.abs(), pattern, facts[name].layout)
@@ -112,9 +112,9 @@ def coarse_masks(
         {name: tuple(weight.shape) for name, weight in weights.items()},
         groups,
         layouts,
-        options.density,
-        method=options.allocation,
-        multiple=options.channel_multiple,
+        density,
+        method=allocation,
+        multiple=multiple,
     )
     if seed is None:
         norms = {leader: row_norms([(weights[n], layouts[n]) for n in members]) for leader, members in groups.items()}

@@ -4,7 +4,6 @@ A weight is read directly, through views, or as the only variable part of a comp
 that no graph shows is known from the modules of torch.nn that it calls, and from a recording of an example call.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -19,7 +18,6 @@ from fedmef_fx.graph.program import Program, Region
 
 __all__ = [
     "NOT_WEIGHTS",
-    "Reader",
     "embedded",
     "is_main_parameter",
     "keeps_zeros",
@@ -43,26 +41,14 @@ _OPAQUE: Final = (
 _REPARAMETRIZED: Final = ("weight_orig", "weight_v")  # torch.nn.utils.prune and spectral_norm, weight_norm
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """The best region that reads a weight."""
-
-    region: Region
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether it is more than a single layer that Python calls."""
-        return self.region.role == "region"
-
-
-def readers(program: Program) -> dict[int, Reader]:
-    """The weights that graphs read, by identity of the parameter."""
-    found: dict[int, Reader] = {}
+def readers(program: Program) -> dict[int, Region]:
+    """The best region that reads each weight that graphs read, by identity of the parameter."""
+    found: dict[int, Region] = {}
     for region, _, graph in program.graphs():
         for parameter in _weights_of(region, graph):
             known = found.get(id(parameter))
-            if known is None or (region.role == "region" and not known.is_graph):
-                found[id(parameter)] = Reader(region)
+            if known is None or (region.role == "region" and known.role != "region"):
+                found[id(parameter)] = region
     return found
 
 

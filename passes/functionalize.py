@@ -110,7 +110,7 @@ class _Arguments(NamedTuple):
 
 def _by_position(node: fx.Node) -> _Arguments:
     given = bound(node)
-    others = {key: value for key, value in given.values.items() if key not in ("input", "weight", "bias")}
+    others = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
     return _Arguments((given["input"], given["weight"], given.get("bias")), others)
 
 

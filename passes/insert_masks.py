@@ -34,11 +34,10 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.passes._coarse_masks import CoarseMasks, coarse_masks, what_resulted, with_channels
+from fedmef_fx.passes._coarse_masks import coarse_masks, what_resulted, with_channels
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._weights import (
     NOT_WEIGHTS,
-    Reader,
     embedded,
     is_main_parameter,
     keeps_zeros,
@@ -140,8 +139,8 @@ class InsertMasks:
             tier=tier,
             reason=dense or reason,
             masked=not dense,
-            region=reader.region.path if reader is not None and tier == "graph" else None,
-            region_modules=reads.sizes[id(reader.region)] if reader is not None else 0,
+            region=reader.path if reader is not None and tier == "graph" else None,
+            region_modules=reads.sizes[id(reader)] if reader is not None else 0,
         )
 
     def _reason_for_dense(self, program: Program, name: str, parameter: nn.Parameter, lookups: set[int]) -> str:
@@ -172,10 +171,17 @@ class InsertMasks:
         weights = {name: program.model.get_parameter(name).detach() for name in chosen}
         adopted = {name: mask for name, mask in _masks_of_others(program.model) if name in weights}
         if self.granularity != "weight":
-            options = CoarseMasks(self.granularity, self.density, self.allocation, self.channel_multiple)
             layouts = {name: fact.channels for name, fact in chosen.items() if fact.channels is not None}
             seed = None if self.mask_init == "magnitude" else self.seed
-            masks = coarse_masks(weights, layouts, options, seed=seed)
+            masks = coarse_masks(
+                weights,
+                layouts,
+                granularity=self.granularity,
+                density=self.density,
+                allocation=self.allocation,
+                multiple=self.channel_multiple,
+                seed=seed,
+            )
             return {name: mask & adopted[name] if name in adopted else mask for name, mask in masks.items()}
         counts = allocate({n: tuple(w.shape) for n, w in weights.items()}, self.density, method=self.allocation)
         counts |= {name: min(counts[name], int(mask.count_nonzero())) for name, mask in adopted.items()}
@@ -204,7 +210,7 @@ class _Reads:
         sizes: Identity of each region -> its number of modules with parameters.
     """
 
-    weights: dict[int, Reader]
+    weights: dict[int, Region]
     opaque: set[str]
     parameters: set[int]
     finished: set[int]
@@ -229,8 +235,8 @@ def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:
     program.facts.guarded = tuple(guarded)
 
 
-def _tier(program: Program, name: str, reader: Reader | None) -> tuple[Tier, str]:
-    if reader is not None and reader.is_graph:
+def _tier(program: Program, name: str, reader: Region | None) -> tuple[Tier, str]:
+    if reader is not None and reader.role == "region":
         return "graph", ""
     path = layer_of(name.rpartition(".")[0])
     if reader is not None:

@@ -17,7 +17,7 @@ in-place activation whose input has other users, pooling that returns indices.
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import torch
@@ -42,15 +42,6 @@ _ADAPTIVE_POOLS: Final[dict[Any, int]] = {F.adaptive_avg_pool2d: 2, F.adaptive_a
 _RELUS: Final = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
-class _Replacement(tuple[Callable[..., Any], dict[str, Any]]):
-    """The op that takes a node's place, and its options."""
-
-    __slots__ = ()
-
-    def __new__(cls, op: Callable[..., Any], **options: Any) -> "_Replacement":
-        return super().__new__(cls, (op, options))
-
-
 @dataclasses.dataclass(frozen=True)
 class ShrinkSaved:
     """The pass of this module; see the module docstring for its rules."""
@@ -66,7 +57,7 @@ class ShrinkSaved:
                 continue
             matches = {node: self._match(region, node) for node in graph.nodes}
             refusals += [match for match in matches.values() if isinstance(match, Refusal)]
-            chosen = {node: match for node, match in matches.items() if isinstance(match, _Replacement)}
+            chosen = {node: match for node, match in matches.items() if isinstance(match, partial)}
             kept = kept_tensors(region, graph, rewritten={*chosen, *layers(graph)})
             for node, replacement in chosen.items():
                 match = self._match_result(region, node, replacement, kept)
@@ -77,7 +68,7 @@ class ShrinkSaved:
                 self._rewrite(region, node, match)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
-    def _match(self, region: Region, node: fx.Node) -> _Replacement | Refusal | None:
+    def _match(self, region: Region, node: fx.Node) -> partial[Any] | Refusal | None:
         """What may take a node's place, why nothing does, or None for a node that keeps nothing, or must."""
         replacement = replacement_of(region, node)
         if replacement is not None and is_inplace(region, node) and not owns_input(region, node):
@@ -85,10 +76,10 @@ class ShrinkSaved:
         return replacement
 
     def _match_result(
-        self, region: Region, node: fx.Node, replacement: _Replacement, kept: dict[fx.Node, str]
-    ) -> _Replacement | Refusal:
+        self, region: Region, node: fx.Node, replacement: partial[Any], kept: dict[fx.Node, str]
+    ) -> partial[Any] | Refusal:
         """What takes a node's place, now that it is known which tensors stay dense."""
-        op, options = replacement
+        op, options = replacement.func, dict(replacement.keywords)
         if op is not sign_relu:
             return replacement
         if node in kept:
@@ -96,10 +87,10 @@ class ShrinkSaved:
         may_write, is_fresh = _may_write(region, node, kept), _gradient_is_fresh(node)
         options |= {"inplace": True} if may_write else {}
         options |= {"inplace_gradient": True} if is_fresh else {}
-        return _Replacement(op, **options)
+        return partial(op, **options)
 
-    def _rewrite(self, region: Region, node: fx.Node, replacement: _Replacement) -> None:
-        op, options = replacement
+    def _rewrite(self, region: Region, node: fx.Node, replacement: partial[Any]) -> None:
+        op, options = replacement.func, replacement.keywords
         x = node.args[0] if node.args else node.kwargs["input"]
         with node.graph.inserting_before(node):
             if op is BitDropout:
@@ -114,7 +105,7 @@ class ShrinkSaved:
         node.graph.erase_node(node)
 
 
-def replacement_of(region: Region, node: fx.Node) -> _Replacement | None:
+def replacement_of(region: Region, node: fx.Node) -> partial[Any] | None:
     """What may take a node's place; None for a node that keeps nothing, or must."""
     module = region.module(node)
     if module is not None:
@@ -124,16 +115,16 @@ def replacement_of(region: Region, node: fx.Node) -> _Replacement | None:
     return _match_function(node)
 
 
-def _match_module(module: nn.Module) -> _Replacement | None:
+def _match_module(module: nn.Module) -> partial[Any] | None:
     kind = type(module)
     if module._forward_hooks or module._forward_pre_hooks:
         return None
     if kind is nn.Dropout:
-        return _Replacement(BitDropout, p=module.p)
+        return partial(BitDropout, p=module.p)  # type: ignore[arg-type]  # a float, as torch declares nowhere
     if kind in (nn.ReLU, nn.ReLU6):
-        return _Replacement(sign_relu, high=6.0 if kind is nn.ReLU6 else math.inf)
+        return partial(sign_relu, high=6.0 if kind is nn.ReLU6 else math.inf)
     if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:
-        return _Replacement(sign_relu, slope=module.negative_slope)
+        return partial(sign_relu, slope=module.negative_slope)
     if kind in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         return _max_pool(int(kind.__name__[-2]), **{name: vars(module)[name] for name in names})
@@ -145,20 +136,20 @@ def _match_module(module: nn.Module) -> _Replacement | None:
     return None
 
 
-def _match_function(node: fx.Node) -> _Replacement | None:
+def _match_function(node: fx.Node) -> partial[Any] | None:
     target = node.target
     if target in _RELUS:
-        return _Replacement(sign_relu, high=math.inf)
+        return partial(sign_relu, high=math.inf)
     if target is F.relu6:
-        return _Replacement(sign_relu, high=6.0)
+        return partial(sign_relu, high=6.0)
     if target is F.leaky_relu:
         slope = bound(node).get("negative_slope", 0.01)
-        return _Replacement(sign_relu, slope=slope) if isinstance(slope, float) and slope > 0 else None
+        return partial(sign_relu, slope=slope) if isinstance(slope, float) and slope > 0 else None
     if target is F.dropout:
         arguments = bound(node)
         p, training = arguments.get("p", 0.5), arguments.get("training", True)
         static = isinstance(p, float | int) and isinstance(training, bool) and not arguments.get("inplace", False)
-        return _Replacement(bit_dropout, p=p, training=training) if static else None
+        return partial(bit_dropout, p=p, training=training) if static else None
     if target not in _MAX_POOLS and target not in _AVG_POOLS and target not in _ADAPTIVE_POOLS:
         return None
     options: dict[str, Any] = {key: value for key, value in _pool_arguments(node).items() if key != "input"}
@@ -197,11 +188,11 @@ def _max_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> _Replacement | None:
+) -> partial[Any] | None:
     if return_indices:
         return None
     kernel = _per_dimension(kernel_size, dims)
-    return _Replacement(
+    return partial(
         max_pool,
         kernel=kernel,
         stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
@@ -219,9 +210,9 @@ def _avg_pool(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-) -> _Replacement:
+) -> partial[Any]:
     kernel = _per_dimension(kernel_size, dims)
-    return _Replacement(
+    return partial(
         avg_pool,
         kernel=kernel,
         stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
@@ -232,8 +223,8 @@ def _avg_pool(
     )
 
 
-def _adaptive_pool(dims: int, output_size: Any) -> _Replacement:
-    return _Replacement(adaptive_avg_pool, output_size=_per_dimension(output_size, dims))
+def _adaptive_pool(dims: int, output_size: Any) -> partial[Any]:
+    return partial(adaptive_avg_pool, output_size=_per_dimension(output_size, dims))
 
 
 def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:

@@ -59,7 +59,7 @@ def _stored(region: Region, node: fx.Node) -> StoredWeight:
             f"freeze: node {region.full_name(node.name)!r} ({node.target.__name__}) does not read a parameter; "  # type: ignore[union-attr]  # a function
             f"got {given['weight']!r}"
         )
-    form = KernelForm(**{name: given[name] for name in KernelForm._fields if name in given.values})
+    form = KernelForm(**{name: given[name] for name in KernelForm._fields if name in given})
     return StoredWeight(weight, gain, mask, form)
 
 

@@ -1,6 +1,5 @@
 """What passes ask about nodes: is this a convolution, where does its weight come from, what follows it."""
 
-import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ __all__ = [
     "CONVOLUTIONS",
     "TRANSPOSED",
     "VIEWS",
-    "Arguments",
     "bound",
     "is_inplace",
     "is_layer",
@@ -75,27 +73,13 @@ VIEWS: Final[frozenset[Callable[..., Any] | str]] = frozenset(
 _VIEW_MODULES: Final = (nn.Flatten, nn.Identity, nn.Unflatten)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arguments:
-    """The arguments of a node by name, as its target's signature binds them."""
-
-    values: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """An argument, or a default where the call leaves it out."""
-        return self.values.get(name, default)
-
-
 _LAYER_SIGNATURE: Final = ("input", "weight", "bias")
 _CONVOLUTION_SIGNATURE: Final = (*_LAYER_SIGNATURE, "stride", "padding", "dilation", "groups")
 _TRANSPOSED_SIGNATURE: Final = (*_LAYER_SIGNATURE, "stride", "padding", "output_padding", "groups", "dilation")
 
 
-def bound(node: fx.Node) -> Arguments:
-    """Bind the arguments of a functional convolution, linear or any Python function.
+def bound(node: fx.Node) -> dict[str, Any]:
+    """The arguments by name that a node gives to a functional convolution, linear or any Python function.
 
     torch's builtins have no signature that Python can read, so those of the layers stand here.
     """
@@ -108,7 +92,7 @@ def bound(node: fx.Node) -> Arguments:
         names = _LAYER_SIGNATURE
     else:
         names = tuple(inspect.signature(target).parameters) if callable(target) else ()
-    return Arguments({**dict(zip(names, node.args, strict=False)), **node.kwargs})
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def single_user(node: fx.Node) -> fx.Node | None:

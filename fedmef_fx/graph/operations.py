@@ -265,12 +265,12 @@ def _of_function(node: fx.Node) -> Operation | None:
     target: Callable[..., Any] = node.target  # type: ignore[assignment]  # a call_function's target
     if target in CONVOLUTIONS:
         given = bound(node)
-        return Operation("conv", given["input"], given.values)
+        return Operation("conv", given["input"], given)
     if target is F.linear:
         given = bound(node)
-        return Operation("linear", given["input"], given.values)
+        return Operation("linear", given["input"], given)
     if target is F.embedding:
-        return Operation("embedding", node.args[0], dict(bound(node).values))
+        return Operation("embedding", node.args[0], bound(node))
     if target in _DROPOUTS:
         is_off = bound(node).get("training", True) is False
         return Operation("identity" if is_off else "unknown", bound(node)["input"])
@@ -320,7 +320,7 @@ def _of_name(node: fx.Node, name: str) -> Operation:
 
 def _signature_options(node: fx.Node, kind: str) -> dict[str, Any]:
     if kind == "batch_norm":
-        return dict(bound(node).values)
+        return bound(node)
     if kind == "layer_norm":
         shape = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
         return {"dims": len(shape)}  # type: ignore[arg-type]  # a tuple
