@@ -25,6 +25,7 @@ from fedmef_fx.sparse_model.averages import averaged, watch_averages
 from fedmef_fx.sparse_model.facts import coverage, memory_plan, report
 from fedmef_fx.sparse_model.masks import density, masks, set_masks
 from fedmef_fx.sparse_model.state_dicts import dense_state_dict
+from fedmef_fx.training.distributed import watch_wrappers
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates
 from fedmef_fx.training.micro_batches import micro_batches
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 
 sys.meta_path.append(MovedModules())
 watch_averages()  # also for models that are unpickled, before anything else is called
+watch_wrappers()
 keep_old_attributes(memory)
 keep_old_attributes(micro_batches)
 

@@ -142,6 +142,45 @@ class Mine(AveragedModel):
         super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
+class ModelEmaV2(nn.Module):
+    """How timm's class of that name averages: everything in the dictionary, masks included."""
+
+    __module__ = "timm.utils.model_ema"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+
+    def _update(self, model: nn.Module, decay: float) -> None:
+        with torch.no_grad():
+            pairs = zip(self.module.state_dict().values(), model.state_dict().values(), strict=True)
+            for average, value in pairs:
+                average.copy_(decay * average + (1.0 - decay) * value)
+
+    def update(self, model: nn.Module) -> None:
+        self._update(model, 0.75)
+
+    def set(self, model: nn.Module) -> None:
+        self._update(model, 0.0)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_class_that_averages_whole_dictionaries(storage: str) -> None:
+    model = make(storage)
+    average = ModelEmaV2(model)
+    before, old = dense(model), masks(model)
+    set_masks(model, {name: torch.rand(mask.shape) < 0.5 for name, mask in masks(model).items()})
+    move(model, 1)
+    average.update(model)
+    now, new = dense(model), masks(model)
+    both = {name: new[name] & old[name] for name in new}
+    expected = {name: torch.where(both[name], 0.75 * before[name] + 0.25 * now[name], now[name]) for name in now}
+    assert_same(dense(average.module), expected)
+    rotate(model)
+    average.set(model)
+    assert_same(dense(average.module), dense(model))
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_models_inside_of_others_and_classes_of_others(storage: str) -> None:
     whole = Lightning(make(storage))

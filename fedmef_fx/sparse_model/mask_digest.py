@@ -62,6 +62,6 @@ def check_digest(digest: object, buffers: dict[str, Tensor | None]) -> None:
                 f"load_state_dict: the mask of {name} is not the one that belongs to its values: expected the "
                 "dictionary of one model, got one that was changed, or an average of dictionaries with different "
                 "masks. For an average over training use fedmef_fx.averaged(model); for one of several models average "
-                "their fedmef_fx.dense_state_dict(model) and load that, which keeps the masks of the model it is loaded "
-                f"into; to change masks use fedmef_fx.set_masks. Without {DIGEST!r} a dictionary is taken as it stands"
+                "their fedmef_fx.dense_state_dict(model) and load that, which keeps the masks of the model; "
+                f"to change masks use fedmef_fx.set_masks. Without {DIGEST!r} a dictionary is taken as it stands"
             )

@@ -178,8 +178,8 @@ def _refuse_averaged_mask(keys: _Names, state: Mapping[str, Any]) -> None:
         if bool(((mask - mask.round()).abs() > 1e-3).any()):  # a weighted mean of ones is not exactly 1
             raise CheckpointError(
                 f"load_state_dict: {key} holds other numbers than 0 and 1; expected a mask, torch.bool. Masks cannot "
-                "be averaged: use fedmef_fx.averaged(model) over training, and average fedmef_fx.dense_state_dict(model) "
-                "of several models"
+                "be averaged: use fedmef_fx.averaged(model) over training, and average "
+                "fedmef_fx.dense_state_dict(model) of several models"
             )
 
 
