@@ -21,9 +21,11 @@ from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.moved import MovedModules, keep_old_attributes
+from fedmef_fx.sparse_model.averages import averaged, watch_averages
 from fedmef_fx.sparse_model.facts import coverage, memory_plan, report
 from fedmef_fx.sparse_model.masks import density, masks, set_masks
 from fedmef_fx.sparse_model.state_dicts import dense_state_dict
+from fedmef_fx.training.distributed import watch_wrappers
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates
 from fedmef_fx.training.micro_batches import micro_batches
@@ -38,6 +40,7 @@ __all__ = [
     "ExportReport",
     "Extrusion",
     "FedmefError",
+    "averaged",
     "compact",
     "compact_report",
     "coverage",
@@ -64,6 +67,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 sys.meta_path.append(MovedModules())
+watch_averages()  # also for models that are unpickled, before anything else is called
+watch_wrappers()
 keep_old_attributes(memory)
 keep_old_attributes(micro_batches)
 

@@ -25,6 +25,7 @@ from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
 from fedmef_fx.packing import pack_bits
 from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
+from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -153,7 +154,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in masks:
+        if name in masks or name == DIGEST:
             continue
         if not isinstance(value, Tensor):
             raise CheckpointError(

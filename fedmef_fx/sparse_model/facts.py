@@ -112,7 +112,10 @@ class Transformation(nn.Module):
         reports: What the passes did, in order.
         plan: How the memory budget is kept; None without one.
         original: Records of the graphs as they were captured, before any pass.
+        masks_are_hidden: Whether masks are out of sight for a moment, while an average takes the other numbers.
     """
+
+    masks_are_hidden = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()

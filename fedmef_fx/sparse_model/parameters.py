@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fedmef_fx.errors import ConfigError
 from fedmef_fx.module_tree import owner_of
 from fedmef_fx.sparse_model.facts import Transformation, transformation_of
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
@@ -31,6 +32,9 @@ def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) 
     Args:
         model: A transformed model.
         facts: What is known about it; None for what it has itself. A model on its way through passes has nothing yet.
+
+    Raises:
+        ConfigError: The model was not made by `fedmef_fx.transform`, or its weights were cut up by `fully_shard`.
     """
     found = {}
     for name, fact in (facts or transformation_of(model)).prunable.items():
@@ -38,6 +42,12 @@ def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) 
             continue
         owner, leaf = owner_of(model, name)
         parameter = getattr(owner, leaf)
+        if type(parameter).__name__ == "DTensor":  # by name: importing the class takes as long as all the rest
+            raise ConfigError(
+                f"{name}: fully_shard (FSDP2) has cut this weight up, so that its mask fits no part of it; expected a "
+                "whole one. Train transformed models with torch.nn.parallel.DistributedDataParallel(model), or leave "
+                "the modules with masks out of fully_shard"
+            )
         if fact.packed_shape is None:
             found[name] = MaskedParameter(parameter, getattr(owner, mask_name(leaf)), parameter.shape)
         else:

@@ -7,6 +7,9 @@
 - the *dense* form of a transformed model: a dense tensor and a `_mask`;
 - the *original* form: a dense tensor alone, which keeps the masks that the model has now.
 
+A dictionary of a transformed model also has a digest of its masks, `fedmef._extra_state`: one that was averaged with
+another whose masks differ is refused (`mask_digest`).
+
 Each goes into a model of either storage. Forms are checked before anything is copied. `dense_state_dict` is the way
 back to the original form.
 """
@@ -19,6 +22,9 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.mask_digest import DIGEST, check_digest, mask_digest
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
@@ -49,7 +55,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> net = nn.Sequential(nn.Linear(8, 4))
         >>> sparse = fedmef_fx.transform(net, fedmef_fx.Config(density=0.5, weight_storage="packed"))
         >>> {name: tuple(value.shape) for name, value in sparse.state_dict().items()}
-        {'0.weight': (16,), '0.bias': (4,), '0.weight_bitmap': (4,)}
+        {'0.weight': (16,), '0.bias': (4,), '0.weight_bitmap': (4,), 'fedmef._extra_state': (1, 6)}
         >>> {name: tuple(value.shape) for name, value in dense_state_dict(sparse).items()}
         {'0.weight': (4, 8), '0.bias': (4,)}
     """
@@ -59,7 +65,12 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in buffers or name.rpartition(".")[2].startswith(_CONSTANT) or not isinstance(value, Tensor):
+        if (
+            name == DIGEST
+            or id(value) in buffers
+            or name.rpartition(".")[2].startswith(_CONSTANT)
+            or not isinstance(value, Tensor)
+        ):
             continue
         entry = masked.get(id(value))
         if entry is not None and entry.is_packed and id(value) not in made:
@@ -70,16 +81,25 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def keep_masks_on_load(model: nn.Module) -> None:
     """Let `load_state_dict` take all forms of the module docstring, and keep masked weights 0."""
+    model.register_state_dict_post_hook(_add_digest)  # type: ignore[no-untyped-call]  # torch's own
     model.register_load_state_dict_pre_hook(_fit_forms)  # type: ignore[no-untyped-call]  # torch's own
     model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def forget_load_hooks(model: nn.Module) -> None:
     """Undo `keep_masks_on_load`."""
-    for hooks in (model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
+    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_fit_forms, _mask_after_load):
+            if getattr(hook, "hook", hook) in (_add_digest, _fit_forms, _mask_after_load):
                 del hooks[key]
+
+
+def _add_digest(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+    if transformation_of(model).masks_are_hidden:
+        return
+    buffers = [entry.buffer for entry in masked_parameters(model).values()]
+    if buffers and not any(has_no_values(buffer) for buffer in buffers):
+        state_dict[prefix + DIGEST] = mask_digest(buffers)
 
 
 class _Names(NamedTuple):
@@ -102,8 +122,16 @@ def _fit_forms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: ob
         elif not entry.is_packed:
             for key in keys.masks:  # an original's, which the model's own masks complete
                 state_dict.setdefault(key, entry.buffer)
+    digest = state_dict.pop(prefix + DIGEST, None)
+    found = {name: _buffer_in(state_dict, names[id(e.buffer)]) for name, e in masked_parameters(model).items()}
+    check_digest(digest, found)
     for entry, keys, mask, values in forms:  # nothing is wrong with any: from here on the model changes
         _put(entry, keys, state_dict, mask=mask, values=values)
+
+
+def _buffer_in(state: Mapping[str, Any], keys: _Names) -> Tensor | None:
+    found = (state.get(key) for key in keys.bitmaps + keys.masks)
+    return next((value for value in found if isinstance(value, Tensor)), None)
 
 
 def _names(model: nn.Module, prefix: str) -> dict[int, _Names]:
@@ -125,6 +153,7 @@ def _read(entry: MaskedParameter, keys: _Names, state: Mapping[str, Any]) -> tup
     """Mask and active values that a dictionary has for a parameter; None where they need no conversion."""
     bitmap = next((key for key in keys.bitmaps if key in state), None)
     if not entry.is_packed and bitmap is None:
+        _refuse_averaged_mask(keys, state)
         return None
     weight = next((key for key in keys.weights if key in state), None)
     mask = next((key for key in keys.masks if key in state), None)
@@ -138,6 +167,20 @@ def _read(entry: MaskedParameter, keys: _Names, state: Mapping[str, Any]) -> tup
     elif mask is not None:
         stored = _checked(entry, mask, state[mask])
     return stored, _values(entry, weight, state[weight], stored, is_packed=bitmap is not None)
+
+
+def _refuse_averaged_mask(keys: _Names, state: Mapping[str, Any]) -> None:
+    """Raise where torch would take every number that is not 0 for True."""
+    for key in keys.masks:
+        mask = state.get(key)
+        if not isinstance(mask, Tensor) or not mask.is_floating_point():
+            continue
+        if bool(((mask - mask.round()).abs() > 1e-3).any()):  # a weighted mean of ones is not exactly 1
+            raise CheckpointError(
+                f"load_state_dict: {key} holds other numbers than 0 and 1; expected a mask, torch.bool. Masks cannot "
+                "be averaged: use fedmef_fx.averaged(model) over training, and average "
+                "fedmef_fx.dense_state_dict(model) of several models"
+            )
 
 
 def _mask_of_bitmap(entry: MaskedParameter, key: str, bitmap: object) -> Tensor:
