@@ -300,7 +300,7 @@ def nonlinearity(region: Region, node: fx.Node) -> Callable[[Tensor], Tensor] | 
     """
     module = region.module(node)
     if module is not None and activation(type(module)) is not None:
-        return lambda z: module(z.clone())  # type: ignore[no-any-return]  # an activation's
+        return lambda z: module(z.clone())
     row = activation(node.target) if node.op in ("call_function", "call_method") else None
     if row is not None:
         kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
