@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.graph.activations import rows
 from fedmef_fx.graph.nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.sparse_model.facts import ChannelFact
@@ -47,20 +48,6 @@ _PER_CHANNEL_MODULES: Final = (
     nn.PReLU,
     nn.Identity,
     nn.Upsample,
-    nn.modules.activation.ReLU,
-    nn.ReLU6,
-    nn.Hardtanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.SiLU,
-    nn.GELU,
-    nn.ELU,
-    nn.SELU,
-    nn.Mish,
-    nn.LeakyReLU,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Softplus,
     nn.modules.dropout._DropoutNd,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
@@ -69,8 +56,7 @@ _PER_CHANNEL_MODULES: Final = (
 )
 _PER_CHANNEL: Final = frozenset(
     {
-        "relu", "relu_", "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "elu", "selu", "mish",
-        "leaky_relu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "clamp", "clamp_", "contiguous", "clone",
+        "clamp", "clamp_", "contiguous", "clone",
         "dropout", "dropout1d", "dropout2d", "dropout3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
         "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate",
         "batch_norm", "float", "half", "to", "boolean_dispatch", "fn",
@@ -170,7 +156,8 @@ class _Search:
         if module is not None:
             if isinstance(module, _BATCH_NORMS):
                 self.silence(region.full_name(str(node.target)), module, sources[0])
-            return sources[0] if isinstance(module, _PER_CHANNEL_MODULES) else None
+            passes_on = (*_PER_CHANNEL_MODULES, *(row.module for row in rows() if row.per_channel))
+            return sources[0] if isinstance(module, passes_on) else None
         if node.target in _JOINS:
             first = sources[0]
             for other in sources[1:]:
@@ -178,7 +165,8 @@ class _Search:
                     self.union(first.group, other.group)
             return first
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return sources[0] if name in _PER_CHANNEL else None
+        is_known = name in _PER_CHANNEL or any(row.passes_channels(name) for row in rows())
+        return sources[0] if is_known else None
 
     def accompany(self, region: Region, bias: object, flow: _Flow) -> None:
         if isinstance(region.tensor(bias), nn.Parameter):

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.graph.activations import Activation, activation
 from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import bound, is_inplace, owns_input
 from fedmef_fx.graph.program import Region
@@ -47,49 +48,26 @@ class Compression:
     parameters: tuple[str | None, ...] = ()
 
 
-_UNARY: Final = ("input", "inplace")
 _ACTIVATIONS: Final[dict[Any, tuple[str, tuple[str, ...]]]] = {
-    F.gelu: ("gelu", ("input", "approximate")),
-    F.hardsigmoid: ("hardsigmoid", _UNARY),
-    F.hardswish: ("hardswish", _UNARY),
-    F.mish: ("mish", _UNARY),
-    F.silu: ("silu", _UNARY),
-    F.softplus: ("softplus", ("input", "beta", "threshold")),
     operator.pow: ("pow", ("input", "exponent")),
     torch.pow: ("pow", ("input", "exponent")),
     torch.square: ("square", ("input",)),
     "pow": ("pow", ("input", "exponent")),
     "square": ("square", ("input",)),
 }
-_ACTIVATION_MODULES: Final[dict[type[nn.Module], tuple[str, tuple[str, ...]]]] = {
-    nn.GELU: ("gelu", ("approximate",)),
-    nn.Hardsigmoid: ("hardsigmoid", ()),
-    nn.Hardswish: ("hardswish", ()),
-    nn.Mish: ("mish", ()),
-    nn.SiLU: ("silu", ()),
-    nn.Softplus: ("softplus", ("beta", "threshold")),
-}
 _SOFTMAX: Final = ("input", "dim", "dtype")
 _PYTHON_SOFTMAX: Final = ("input", "dim", "_stacklevel", "dtype")
 _RESULTS: Final[dict[Any, tuple[str, tuple[str, ...]]]] = {
     F.log_softmax: ("log_softmax", _PYTHON_SOFTMAX),
-    F.sigmoid: ("sigmoid", ("input",)),
     F.softmax: ("softmax", _PYTHON_SOFTMAX),
-    F.tanh: ("tanh", ("input",)),
     torch.log_softmax: ("log_softmax", _SOFTMAX),
-    torch.sigmoid: ("sigmoid", ("input",)),
     torch.softmax: ("softmax", _SOFTMAX),
-    torch.tanh: ("tanh", ("input",)),
     "log_softmax": ("log_softmax", _SOFTMAX),
-    "sigmoid": ("sigmoid", ("input",)),
     "softmax": ("softmax", _SOFTMAX),
-    "tanh": ("tanh", ("input",)),
 }
 _RESULT_MODULES: Final[dict[type[nn.Module], str]] = {
     nn.LogSoftmax: "log_softmax",
-    nn.Sigmoid: "sigmoid",
     nn.Softmax: "softmax",
-    nn.Tanh: "tanh",
 }
 _NORMS: Final[dict[Any, tuple[str, str]]] = {
     F.group_norm: ("group_norm", "num_groups"),
@@ -144,12 +122,12 @@ def _match_module(node: fx.Node, module: nn.Module) -> Compression | str | None:
     if len(node.all_input_nodes) != 1:
         return None
     x = node.all_input_nodes[0]
-    if kind in _ACTIVATION_MODULES:
-        function, names = _ACTIVATION_MODULES[kind]
-        return _activation(x, function, {name: getattr(module, name) for name in names})
+    row = activation(kind)
+    if row is not None:
+        return _of_row(row, x, {name: getattr(module, name) for name in row.options})
     if kind in _RESULT_MODULES:
         function = _RESULT_MODULES[kind]
-        return _result(x, function, {"dim": module.dim} if "softmax" in function else {})
+        return _result(x, function, {"dim": module.dim})
     if kind in _NORM_MODULES:
         function, size = _NORM_MODULES[kind]
         value = getattr(module, size)
@@ -171,6 +149,9 @@ def tensors_of(module: nn.Module, path: str) -> tuple[str | None, ...]:
 
 def _match_function(node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str | None:
     target = node.target
+    row = activation(target)
+    if row is not None:
+        return _of_row(row, node.all_input_nodes[0], _options(node, row.signature)) if node.all_input_nodes else None
     if target in _ACTIVATIONS:
         function, names = _ACTIVATIONS[target]
         options = _options(node, names)
@@ -194,6 +175,12 @@ def _options(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _is_static(options: dict[str, Any]) -> bool:
     return not any(isinstance(value, fx.Node) for value in options.values())
+
+
+def _of_row(row: Activation, x: fx.Node, options: dict[str, Any]) -> Compression | str | None:
+    if not row.in_8_bits:
+        return None
+    return (_result if row.keeps == "output" else _activation)(x, row.name, options)
 
 
 def _activation(x: fx.Node, function: str, options: dict[str, Any]) -> Compression | str | None:

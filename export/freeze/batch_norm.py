@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fedmef_fx.export.freeze.weights import add_parameter, readers
+from fedmef_fx.graph.activations import activation
 from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.nsconv import from_rows, to_rows
@@ -23,8 +24,6 @@ from fedmef_fx.ops.nsconv import from_rows, to_rows
 __all__ = ["fold_batch_norms"]
 
 _BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_KEEP_SHAPE: Final = (nn.BatchNorm1d, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Tanh)
-_KEEP_SHAPE_FUNCTIONS: Final = (F.batch_norm, F.gelu, F.hardswish, F.leaky_relu, F.relu, F.relu6, F.silu, F.linear)
 
 
 class _Norm(NamedTuple):
@@ -111,8 +110,11 @@ def _is_matrix(region: Region, node: object) -> bool:
         if node.target in (torch.flatten, "flatten"):
             dims = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | node.kwargs
             return bool(dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1)
-        if type(module) not in _KEEP_SHAPE and node.target not in _KEEP_SHAPE_FUNCTIONS:
-            return False
+        if type(module) is not nn.BatchNorm1d and node.target not in (F.batch_norm, F.linear):
+            row = activation(node.target if module is None else type(module))
+            # Methods and other aliases are not looked through.
+            if row is None or not row.proves_shape or (module is None and node.target is not row.function):
+                return False
         node = _input(node)
     return False
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from fedmef_fx.graph.activations import rows
 from fedmef_fx.graph.nodes import bound
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
@@ -22,18 +23,10 @@ from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 __all__ = ["is_compressed", "restore_compressed"]
 
 _NAMED: Final[dict[str, Callable[..., Any]]] = {
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
     "log_softmax": F.log_softmax,
-    "mish": F.mish,
     "pow": torch.pow,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
     "softmax": F.softmax,
-    "softplus": F.softplus,
     "square": torch.square,
-    "tanh": torch.tanh,
 }
 _SIZES: Final = {"group_norm": "groups", "layer_norm": "shape", "rms_norm": "shape"}
 
@@ -53,8 +46,9 @@ def restore_compressed(graph: fx.Graph) -> None:
 
 
 def _named(node: fx.Node) -> fx.Node:
+    plain = {**_NAMED, **{row.name: row.function for row in rows()}}
     options = {name: value for name, value in node.kwargs.items() if name != "function"}
-    return node.graph.call_function(_NAMED[str(node.kwargs["function"])], (node.args[0],), options)
+    return node.graph.call_function(plain[str(node.kwargs["function"])], (node.args[0],), options)
 
 
 def _norm(node: fx.Node) -> fx.Node:

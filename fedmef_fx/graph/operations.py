@@ -13,61 +13,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.graph.activations import activation, rows
 from fedmef_fx.graph.nodes import CONVOLUTIONS, bound
 from fedmef_fx.graph.program import Region
 
 __all__ = [
-    "ACTIVATION_MODULES",
-    "ACTIVATION_NAMES",
     "DROPOUT_MODULES",
     "PRODUCTS",
     "Operation",
     "nonlinearity",
     "operation_of",
 ]
-
-ACTIVATION_MODULES: Final = (
-    nn.CELU,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SELU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Tanh,
-)
-
-_FUNCTIONS: Final[dict[Callable[..., Any] | str, Callable[..., Tensor]]] = {
-    F.celu: F.celu,
-    F.elu: F.elu,
-    F.gelu: F.gelu,
-    F.hardsigmoid: F.hardsigmoid,
-    F.hardswish: F.hardswish,
-    F.hardtanh: F.hardtanh,
-    F.leaky_relu: F.leaky_relu,
-    F.mish: F.mish,
-    F.relu: F.relu,
-    F.relu6: F.relu6,
-    F.selu: F.selu,
-    F.silu: F.silu,
-    F.softplus: F.softplus,
-    torch.relu: torch.relu,
-    torch.sigmoid: torch.sigmoid,
-    torch.tanh: torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-
-ACTIVATION_NAMES: Final = frozenset(f if isinstance(f, str) else f.__name__ for f in _FUNCTIONS)
-"""What these functions are called, not in place: `relu`, `gelu`, ..."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,10 +41,8 @@ class Operation:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_ELEMENTWISE: Final = (
-    ACTIVATION_NAMES
-    | {f"{name}_" for name in ACTIVATION_NAMES}
-    | {
+_ELEMENTWISE: Final = frozenset(
+    {
         "abs",
         "abs_",
         "clamp",
@@ -123,7 +77,6 @@ _ELEMENTWISE: Final = (
     }
 )
 _ELEMENTWISE_MODULES: Final = (
-    *ACTIVATION_MODULES,
     nn.Hardshrink,
     nn.Identity,
     nn.LogSigmoid,
@@ -226,7 +179,7 @@ def operation_of(region: Region, node: fx.Node) -> Operation:
 
 
 def _of_module(module: Any, x: Any) -> Operation:
-    if isinstance(module, _ELEMENTWISE_MODULES):
+    if isinstance(module, (*_ELEMENTWISE_MODULES, *(row.module for row in rows()))):
         return Operation("elementwise", x)
     if isinstance(module, DROPOUT_MODULES):
         return Operation("identity", x)
@@ -301,7 +254,7 @@ def _of_name(node: fx.Node, name: str) -> Operation:
         return _binary(node, _BINARY[node.target])
     if name in _METADATA:
         return Operation("metadata", x)
-    if name in _ELEMENTWISE:
+    if name in _ELEMENTWISE or name.removesuffix("_") in {row.name for row in rows()}:
         tensors = [argument for argument in node.all_input_nodes if argument is not x]
         return Operation("elementwise" if not tensors else "unknown", x)
     pooling = _pooling(name.replace("_", ""))
@@ -346,11 +299,12 @@ def nonlinearity(region: Region, node: fx.Node) -> Callable[[Tensor], Tensor] | 
     The result never works in place, whatever the node does.
     """
     module = region.module(node)
-    if type(module) in ACTIVATION_MODULES:
-        return lambda z: module(z.clone())  # type: ignore[misc]  # one of ACTIVATION_MODULES
-    if node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
+    if module is not None and activation(type(module)) is not None:
+        return lambda z: module(z.clone())
+    row = activation(node.target) if node.op in ("call_function", "call_method") else None
+    if row is not None:
         kwargs = {key: value for key, value in node.kwargs.items() if key not in ("inplace", "input")}
-        return lambda z: _FUNCTIONS[node.target](z.clone(), *node.args[1:], **kwargs)
+        return lambda z: row.function(z.clone(), *node.args[1:], **kwargs)
     return None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fedmef_fx.graph.activations import activation
 from fedmef_fx.graph.gradients import differentiable
 from fedmef_fx.graph.nodes import ADDITIONS, is_inplace, is_view, without_views
 from fedmef_fx.graph.program import Region
@@ -40,6 +41,8 @@ _NOTHING: Final = Kept(inputs=False, output=False)
 _INPUTS: Final = Kept(inputs=True, output=False)
 _OUTPUT: Final = Kept(inputs=False, output=True)
 _BOTH: Final = Kept(inputs=True, output=True)
+
+_ACTIVATION_KEEPS: Final = {"inputs": _INPUTS, "output": _OUTPUT, "both": _BOTH}
 
 _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
     F.dropout,  # keeps its noise, which is no activation
@@ -109,24 +112,17 @@ _KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
 _KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
     {
         F.log_softmax,
-        F.relu,
         F.softmax,
         torch.exp,
         torch.log_softmax,
-        torch.relu,
         torch.rsqrt,
-        torch.sigmoid,
         torch.softmax,
         torch.sqrt,
-        torch.tanh,
         "exp",
         "log_softmax",
-        "relu",
         "rsqrt",
-        "sigmoid",
         "softmax",
         "sqrt",
-        "tanh",
     }
 )
 _KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
@@ -138,18 +134,9 @@ _KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
         F.conv_transpose1d,
         F.conv_transpose2d,
         F.conv_transpose3d,
-        F.gelu,
         F.group_norm,
-        F.hardsigmoid,
-        F.hardswish,
-        F.hardtanh,
         F.layer_norm,
-        F.leaky_relu,
         F.linear,
-        F.mish,
-        F.relu6,
-        F.silu,
-        F.softplus,
         torch.abs,
         torch.log,
         torch.pow,
@@ -181,23 +168,14 @@ _MODULES_KEEP_NOTHING: Final = (
     nn.Upsample,
     nn.ZeroPad2d,
 )
-_MODULES_KEEP_OUTPUT: Final = (nn.LogSoftmax, nn.ReLU, nn.Sigmoid, nn.Softmax, nn.Tanh)
+_MODULES_KEEP_OUTPUT: Final = (nn.LogSoftmax, nn.Softmax)
 _MODULES_KEEP_INPUTS: Final = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
-    nn.GELU,
     nn.GroupNorm,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
     nn.InstanceNorm2d,
     nn.LayerNorm,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.Softplus,
 )
 
 
@@ -213,6 +191,9 @@ def kept_by(region: Region, node: fx.Node) -> Kept:
         return _NOTHING
     if node.target in _SCALINGS and _is_scaling(node):
         return _NOTHING
+    row = activation(node.target)
+    if row is not None:
+        return _ACTIVATION_KEEPS[row.keeps]
     if node.target in _KEEP_OUTPUT:
         return _OUTPUT
     if node.target in _KEEP_INPUTS or node.target in _PRODUCTS:
@@ -232,8 +213,12 @@ def _kept_by_module(module: nn.Module | None) -> Kept:
     kind = type(module)
     if kind in _MODULES_KEEP_NOTHING or isinstance(module, nn.Flatten | nn.Unflatten):
         return _NOTHING
-    if getattr(module, "inplace", False) and kind not in _MODULES_KEEP_OUTPUT:
+    row = activation(kind)
+    kept = None if row is None else _ACTIVATION_KEEPS[row.keeps]
+    if getattr(module, "inplace", False) and kept is not _OUTPUT and kind not in _MODULES_KEEP_OUTPUT:
         return _BOTH
+    if kept is not None:
+        return kept
     if kind in _MODULES_KEEP_OUTPUT:
         return _OUTPUT
     return _INPUTS if kind in _MODULES_KEEP_INPUTS else _BOTH
