@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits
 
@@ -22,11 +22,9 @@ class _BitDropout(Function):
         return kept.mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        result = ctx.bits.apply(grad).mul_(ctx.scale)
-        ctx.bits = None
-        return result, None
+        return taken(ctx, "bits").apply(grad).mul_(ctx.scale), None
 
 
 @overridable

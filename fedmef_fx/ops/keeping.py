@@ -137,7 +137,7 @@ def value_of(kept: KeptTensor | None, exact: Tensor | None) -> Tensor:
     """A tensor in backward: decoded, or as it was saved.
 
     Raises:
-        FedmefError: Both are gone, as in a second backward.
+        FedmefError: There is neither.
     """
     if exact is not None:
         return exact

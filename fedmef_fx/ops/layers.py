@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.effective_weight import StoredWeight, recipe_of
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
@@ -182,15 +182,14 @@ class _PrunedLayer(Function):
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
         product = _product(ctx, stored, grad.dtype)
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.reads_input:
-            dense = ctx.packed.unpack().reshape(ctx.x_shape) if x is None else x
-            ctx.packed = None
+            dense = taken(ctx, "packed").unpack().reshape(ctx.x_shape) if x is None else x
             dense = dense.to(grad.dtype)
             del x
             gradient, grad_bias = product.gradients(grad, dense, has_bias=ctx.needs_input_grad[3])

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops.backward import differentiable_once
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["masked_weight"]
@@ -25,7 +25,7 @@ class _OfferedMaskedWeight(Function):
         return torch.where(mask, weight, 0.0)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         growth.offer(ctx.mask, grad)
         return torch.where(ctx.mask, grad, 0.0), None

@@ -25,9 +25,9 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops.backward import differentiable_once
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
 from fedmef_fx.packing import backend
@@ -245,7 +245,7 @@ class _NSConvWeight(Function):
         return nsconv_kernel(weight, gain, mask, form, ctx.columns)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weight, gain = ctx.saved_tensors
         grad_weight, grad_gain = nsconv_kernel_backward(weight, gain, ctx.mask, ctx.form, grad, ctx.columns)

@@ -5,9 +5,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing.registry import announce
 
@@ -56,10 +56,10 @@ class _MaxPool(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dims = len(ctx.window.kernel)
-        offset, ctx.offset = ctx.offset, None
+        offset = taken(ctx, "offset")
         result = grad.new_zeros(ctx.shape)
         parts = zip(_parts(offset), _parts(grad), torch.split(result, _parts_at(offset)), strict=True)
         for part, given, target in parts:
@@ -112,7 +112,7 @@ class _AvgPool(Function):
         return _avg_pool(x, options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         backward = (
             torch.ops.aten.avg_pool3d_backward if len(ctx.options[0]) == 3 else torch.ops.aten.avg_pool2d_backward
@@ -133,7 +133,7 @@ class _AdaptiveAvgPool(Function):
         return _adaptive_avg_pool(x, output_size)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         aten = torch.ops.aten
         backward = aten._adaptive_avg_pool3d_backward if ctx.dims == 3 else aten._adaptive_avg_pool2d_backward

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.recompute import needs_backward, recompute
@@ -44,9 +44,9 @@ class _Product(Function):
         return torch.matmul(a, b) if bias is None else torch.addmm(bias, a, b)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (kept_a, kept_b), ctx.kept = ctx.kept, (None, None)
+        kept_a, kept_b = taken(ctx, "kept")
         exact_a, exact_b = ctx.saved_tensors
         gradients: list[Tensor | None] = [None, None, None]
         with torch.autocast(grad.device.type, enabled=False):

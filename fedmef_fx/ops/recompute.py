@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.packing import KeptTensor
 
@@ -44,10 +44,10 @@ class _Recompute(Function):
         return operation(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[4:]
-        kept, ctx.kept = ctx.kept, (None,) * len(needed)
+        kept = taken(ctx, "kept")
         values = [
             # A tensor that was None is neither kept nor saved, and needs no gradient.
             value_of(k, exact).detach().requires_grad_(need) if need or k is not None or exact is not None else None

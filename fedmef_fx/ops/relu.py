@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits, clamp
 from fedmef_fx.packing.layout import is_same_memory
@@ -35,10 +35,9 @@ class _SignReLU(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        result = ctx.bits.apply(grad, scale_off=ctx.slope, inplace=ctx.inplace_gradient)
-        ctx.bits = None
+        result = taken(ctx, "bits").apply(grad, scale_off=ctx.slope, inplace=ctx.inplace_gradient)
         return result, None, None, None, None
 
 

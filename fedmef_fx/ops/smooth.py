@@ -9,9 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.keeping import kept_in_8_bits, value_of
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.recompute import needs_backward
@@ -52,10 +52,9 @@ class _Activation(Function):
         return _ACTIVATIONS[function][0](x, **options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x = value_of(ctx.kept, *ctx.saved_tensors)
-        ctx.kept = None
+        x = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
         result = _ACTIVATIONS[ctx.function][1](grad, x.to(grad.dtype), **ctx.options)
         return result.to(ctx.dtype), None, None, None
 
@@ -70,10 +69,9 @@ class _Result(Function):
         return out, kept
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
-        out = value_of(ctx.kept, *ctx.saved_tensors)
-        ctx.kept = None
+        out = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
         return _RESULTS[ctx.function][1](grad, out, **ctx.options).to(ctx.dtype), None, None
 
 

@@ -150,6 +150,8 @@ def test_bytes_and_their_release():
         del kept, hidden
     assert saved.by_kind() == {"dense": 0, "packed values": 0, "bitmap": 0, "8-bit": 6400 + 25 * 8}
     out.backward(retain_graph=True)
+    assert saved.nbytes == 6400 + 25 * 8
+    out.backward()
     assert saved.nbytes == 0
     with pytest.raises(FedmefError, match="freed already"):
         out.backward()
