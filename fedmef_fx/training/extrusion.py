@@ -26,6 +26,7 @@ from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.training.adjustment import lowest_units, unit_sizes
+from fedmef_fx.training.wrapped_optimizer import innermost_optimizer
 
 __all__ = ["Extrusion"]
 
@@ -67,7 +68,8 @@ class Extrusion:
 
     Args:
         model: A transformed model with masks.
-        optimizer: The optimizer that trains it; only its parameters are marked.
+        optimizer: The optimizer that trains it, or a wrapper that holds it as `.optimizer`; only its parameters are
+            marked.
         budget_steps: T, optimizer steps until the adjustment: local epochs x batches, >= 1.
         counts: Parameter name -> number of weights to mark; parameters left out get none. Default: k_l(t) with the
             `adjustment_rate` of the model's configuration.
@@ -84,7 +86,7 @@ class Extrusion:
         learning_rate: mu of the first parameter group at the last step; None before the first step.
 
     Raises:
-        ConfigError: A model that was not transformed or has no masks, an optimizer that holds none of its masked
+        ConfigError: A model that was not transformed or has no masks, no optimizer, one that holds none of its masked
             parameters, or an argument out of range.
 
     Example:
@@ -126,9 +128,9 @@ class Extrusion:
         self.step = 0
         self.learning_rate: float | None = None
         self._model = model
-        self._optimizer = optimizer
+        self._optimizer = innermost_optimizer(optimizer)
         self._scaler = scaler
-        self._entries = _trained_parameters(model, optimizer)
+        self._entries = _trained_parameters(model, self._optimizer)
         self._round_index = round_index
         self._rate = config.adjustment_rate
         self._stop = config.adjustment_stop if stop is None else stop
