@@ -30,12 +30,10 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
     Args:
         model: The model that the block is about.
     """
-    dtype = torch.get_default_dtype()
-    deterministic, only_warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
     with _LOCK, contextlib.ExitStack() as stack:
+        # Read by the thread whose turn it is: before that, they may be what another capture has set.
+        dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
