@@ -29,6 +29,7 @@ from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.thresholds import THRESHOLDS, set_thresholds, thresholds_from_json, thresholds_to_json
 from fedmef_fx.transformation.transform import transform
 
 __all__ = ["load", "save"]
@@ -78,6 +79,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "config": config.to_json(),
         "architecture": json.dumps(_architecture(state, _dense_shapes(model, ties))),
         "tied": json.dumps(ties),
+        "thresholds": thresholds_to_json(model),
     }
     metadata["digest"] = digest_of(tensors, metadata)
     try:
@@ -114,6 +116,7 @@ def load(
     """
     tensors, metadata = read_file(Path(path))
     config = _config(metadata)
+    known_thresholds = thresholds_from_json(metadata.get("thresholds", "[]"))
     architecture, ties = parsed(metadata, "architecture"), parsed(metadata, "tied")
     if not is_transformed(model):
         original, _ = _state(model)
@@ -135,6 +138,7 @@ def load(
     with torch.no_grad():
         for name in state.keys() - masks.keys():
             state[name].copy_(values[name])
+    set_thresholds(model, known_thresholds)
     trust_loaded_state(model.parameters())
     return model
 
@@ -154,7 +158,7 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if name in masks or name == DIGEST:
+        if name in masks or name in (DIGEST, THRESHOLDS):
             continue
         if not isinstance(value, Tensor):
             raise CheckpointError(

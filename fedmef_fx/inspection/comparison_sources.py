@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.checkpoint_file import StoredTensor, read_tensors
 from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.thresholds import THRESHOLDS
 
 __all__ = ["Source", "tensors_of"]
 
@@ -48,6 +50,7 @@ def _floating(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
     masked = masked_parameters(model) if is_transformed(model) else {}
     left_out = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in masked.items()}
+    left_out |= {DIGEST, THRESHOLDS}
     found: dict[str, StoredTensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -78,6 +78,15 @@ class ThresholdEstimator:
         return self._threshold
 
     @property
+    def state(self) -> tuple[float, int, bool, float | None]:
+        """All that the next call depends on: threshold, calls it served, whether it drifted, the share last kept."""
+        return self._threshold, self._calls, self._drifted, self.kept
+
+    @state.setter
+    def state(self, state: tuple[float, int, bool, float | None]) -> None:
+        self._threshold, self._calls, self._drifted, self.kept = state
+
+    @property
     def expected_kept(self) -> float:
         """The share that the next call will keep, 0-1: the one last observed, before the first call the target."""
         return self.kept_target if self.kept is None else self.kept

@@ -8,7 +8,8 @@
 - the *original* form: a dense tensor alone, which keeps the masks that the model has now.
 
 A dictionary of a transformed model also has a digest of its masks, `fedmef._extra_state`: one that was averaged with
-another whose masks differ is refused (`mask_digest`).
+another whose masks differ is refused (`mask_digest`). Where activations are pruned, it has their thresholds, too
+(`thresholds`), so that a resumed training goes on exactly.
 
 Each goes into a model of either storage. Forms are checked before anything is copied. `dense_state_dict` is the way
 back to the original form.
@@ -29,6 +30,7 @@ from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name
 from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.thresholds import THRESHOLDS, set_thresholds, thresholds
 
 __all__ = ["dense_state_dict", "forget_load_hooks", "keep_masks_on_load"]
 
@@ -66,7 +68,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if (
-            name == DIGEST
+            name in (DIGEST, THRESHOLDS)
             or id(value) in buffers
             or name.rpartition(".")[2].startswith(_CONSTANT)
             or not isinstance(value, Tensor)
@@ -81,7 +83,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def keep_masks_on_load(model: nn.Module) -> None:
     """Let `load_state_dict` take all forms of the module docstring, and keep masked weights 0."""
-    model.register_state_dict_post_hook(_add_digest)  # type: ignore[no-untyped-call]  # torch's own
+    model.register_state_dict_post_hook(_add_state)  # type: ignore[no-untyped-call]  # torch's own
     model.register_load_state_dict_pre_hook(_fit_forms)  # type: ignore[no-untyped-call]  # torch's own
     model.register_load_state_dict_post_hook(_mask_after_load)  # type: ignore[no-untyped-call]  # torch's own
 
@@ -90,16 +92,19 @@ def forget_load_hooks(model: nn.Module) -> None:
     """Undo `keep_masks_on_load`."""
     for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_add_digest, _fit_forms, _mask_after_load):
+            if getattr(hook, "hook", hook) in (_add_state, _fit_forms, _mask_after_load):
                 del hooks[key]
 
 
-def _add_digest(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+def _add_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
     if transformation_of(model).masks_are_hidden:
         return
     buffers = [entry.buffer for entry in masked_parameters(model).values()]
     if buffers and not any(has_no_values(buffer) for buffer in buffers):
         state_dict[prefix + DIGEST] = mask_digest(buffers)
+    known = thresholds(model)
+    if len(known):
+        state_dict[prefix + THRESHOLDS] = known
 
 
 class _Names(NamedTuple):
@@ -125,6 +130,7 @@ def _fit_forms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: ob
     digest = state_dict.pop(prefix + DIGEST, None)
     found = {name: _buffer_in(state_dict, names[id(e.buffer)]) for name, e in masked_parameters(model).items()}
     check_digest(digest, found)
+    set_thresholds(model, state_dict.pop(prefix + THRESHOLDS, None))
     for entry, keys, mask, values in forms:  # nothing is wrong with any: from here on the model changes
         _put(entry, keys, state_dict, mask=mask, values=values)
 

@@ -1,0 +1,92 @@
+"""A training that was saved goes on bit for bit, pruned activations included."""
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fedmef_fx
+from fedmef_fx import Config, transform
+from fedmef_fx.errors import CheckpointError
+from fedmef_fx.sparse_model.thresholds import set_thresholds, thresholds, thresholds_from_json, thresholds_to_json
+
+Storage = Literal["dense", "packed"]
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def _config(storage: Storage) -> Config:
+    return Config(density=0.3, activation_sparsity=0.9, weight_storage=storage)
+
+
+def _steps(model: nn.Module, count: int, *, shift: float = 0.0) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(32, 3, 8, 8, generator=generator) + shift, torch.randint(0, 4, (32,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    model.train()
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("way", ["save", "state_dict"])
+def test_it_goes_on_bit_for_bit(tmp_path: Path, way: str, storage: Storage) -> None:
+    model = transform(_network(), _config(storage))
+    _steps(model, 3)
+    if way == "save":
+        fedmef_fx.save(model, tmp_path / "m.safetensors")
+        resumed = fedmef_fx.load(tmp_path / "m.safetensors", _network())
+    else:
+        resumed = transform(_network(), _config(storage))
+        resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(thresholds(resumed), thresholds(model))
+    for each in (model, resumed):
+        _steps(each, 6, shift=0.3)
+    assert all(map(torch.equal, _weights(model), _weights(resumed)))
+
+
+def test_a_dictionary_without_thresholds_loads() -> None:
+    model = transform(_network(), _config("dense"))
+    _steps(model, 1)
+    before = thresholds(model)
+    assert before.shape[0] > 0
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("thresholds")}
+    model.load_state_dict(state)
+    assert torch.equal(thresholds(model), before)
+    assert not any("thresholds" in name for name in fedmef_fx.dense_state_dict(model))
+
+
+def test_a_model_that_packs_other_tensors_takes_nothing() -> None:
+    model = transform(_network(), _config("dense"))
+    before = thresholds(model)
+    set_thresholds(model, torch.ones(1, 4))
+    assert torch.equal(thresholds(model), before)
+
+
+def test_text_gives_the_same_numbers() -> None:
+    model = transform(_network(), _config("dense"))
+    assert (thresholds_from_json(thresholds_to_json(model)) < 0).any()  # nothing packed yet
+    _steps(model, 2)
+    assert torch.equal(thresholds_from_json(thresholds_to_json(model)), thresholds(model))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", "[3]", '[["a", 0, 0, 0]]', "[[0, 0, 0]]", "[[-1, 0, 0, 0]]", "[[0, 0, 0, 2]]"]
+)
+def test_damaged_text(text: str) -> None:
+    with pytest.raises(CheckpointError, match="thresholds of activations"):
+        thresholds_from_json(text)
