@@ -5,24 +5,19 @@ start with the fan-out scaling of He et al. (ICCV 2015), BatchNorm at the identi
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Final
 
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.models.transformers import gpt2_bytes, vit_tiny
 
 __all__ = [
-    "REFERENCE_MODELS",
     "MobileNetV2",
     "ResNet",
     "digits_cnn",
-    "gpt2_bytes",
     "mobilenet_v2",
     "resnet18",
     "resnet50",
-    "vit_tiny",
 ]
 
 
@@ -325,13 +320,3 @@ def _initialize(model: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
-
-
-REFERENCE_MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
-    "digits_cnn": digits_cnn,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "mobilenet_v2": mobilenet_v2,
-    "vit_tiny": vit_tiny,
-    "gpt2_bytes": gpt2_bytes,
-}
