@@ -1,6 +1,6 @@
 """The pictures of the docs, taken from real pages in a real browser: `make docs-images`.
 
-The models are transformed and, where training is shown, trained anew.
+The models are transformed and, where training is shown, trained again.
 """
 
 import io
