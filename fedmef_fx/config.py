@@ -20,7 +20,7 @@ _TYPE_PREFIX: Final = "type:"
 
 
 def _ignore_entry(entry: object) -> str:
-    """A module type becomes the string that also stands for it in JSON; a name or glob stays as it is."""
+    """A module type becomes the string that also stands for it in JSON; a name or glob stays unchanged."""
     if isinstance(entry, type):
         return f"{_TYPE_PREFIX}{entry.__module__}.{entry.__qualname__}"
     if isinstance(entry, str) and entry:
@@ -63,7 +63,7 @@ class Config:
         threshold_interval: Training steps between two estimates of the same threshold.
         granularity: What masks switch on and off: single weights (`"weight"`), whole output channels (`"channel"`),
             which `fedmef_fx.compact` then removes, or N of every M consecutive inputs (`"N:M"`, such as `"2:4"`), which
-            fixes the density to N / M: `density` then has no say, but for 1, which prunes nothing.
+            fixes the density to N / M: `density` then has no effect, except 1, which prunes nothing.
         channel_multiple: Channel masks keep channels in multiples of this, and at least that many.
         packed_dtype: Type of the values that activation pruning keeps: the `"same"` as the activation's, or
             `"bfloat16"` or `"float16"`, where they are rounded, and clamped to what the format holds.

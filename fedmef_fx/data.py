@@ -172,7 +172,7 @@ def _read_records(path: Path) -> tuple[Tensor, Tensor]:
 def dirichlet_partition(labels: Tensor, *, clients: int, alpha: float, seed: int, min_samples: int = 1) -> list[Tensor]:
     """Split samples between clients with label skew: each class is shared in Dirichlet(alpha) proportions.
 
-    Clients that end up below `min_samples` then get samples of whoever has the most.
+    Clients that end up below `min_samples` then get samples of the client that has the most.
 
     Args:
         labels: Integer class of each sample, `[n]`.

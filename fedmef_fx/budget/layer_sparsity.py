@@ -44,7 +44,7 @@ def apply_layer_sparsity(regions: Iterable[Region], layer_sparsity: Sequence[tup
 
 
 def set_sparsity(site: PackActivation, activation_sparsity: float) -> None:
-    """Let a site drop another share from now on; its threshold is estimated anew."""
+    """Let a site drop another share from now on; its threshold is estimated again."""
     old = site.estimator
     site.activation_sparsity = activation_sparsity
     site.estimator = ThresholdEstimator(kept_target=1.0 - activation_sparsity, sample=old.sample, interval=old.interval)

@@ -1,7 +1,7 @@
 """Let calls become nodes that torch.fx does not see by itself: tensor factories and custom autograd functions.
 
 torch's argument parser refuses proxies in factories before any override could see them, and `autograd.Function.apply`
-would run its forward on proxies and lose its backward; hence the patching, for the time of a trace. Activation
+would run its forward on proxies and lose its backward; therefore they are patched during a trace. Activation
 checkpointing is refused at the same place: a graph would drop it.
 """
 
@@ -42,7 +42,7 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
 
     Args:
         tracer: Makes the nodes.
-        is_paused: Whether calls go through as they are at this moment.
+        is_paused: Whether calls go through unchanged at this moment.
     """
     originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM_FACTORIES)}
     apply, enter = vars(Function)["apply"], saved_tensors_hooks.__enter__

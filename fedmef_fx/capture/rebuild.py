@@ -61,7 +61,7 @@ class Rebuild:
 
     @classmethod
     def of(cls, value: object) -> "Rebuild | None":
-        """How to make a value again; None for what torch.fx takes as it is.
+        """How to make a value again; None for what torch.fx takes unchanged.
 
         Raises:
             CaptureError: An object with tensors that cannot be taken apart.
@@ -132,7 +132,7 @@ def _take_apart(value: object, counter: Iterator[int], above: set[int]) -> Any:
 
 
 def _fresh(value: object, parts: tuple[str, tuple[tuple[Any, Any], ...]] | None) -> Any:
-    # Containers are made anew each time, because the caller may change them.
+    # Containers are made again each time, because the caller may change them.
     if parts is not None and parts[0] in ("sequence", "items") and type(value) is not torch.Size:
         return _Made(type(value), parts[0], tuple((name, _fresh(part, _parts(part))) for name, part in parts[1]))
     return value if isinstance(value, _ATOMS) else _Constant(value)

@@ -50,7 +50,7 @@ def unchanged(module: nn.Module, *, executes: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Undo whatever happens to the attributes and buffers of a module and to random states."""
+    """Undo all changes to the attributes and buffers of a module and to random states."""
     snapshot = _Snapshot(module, values=True)
     try:
         yield

@@ -25,7 +25,7 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
 
     Off are inference mode, autocast, anomaly detection and the demand for deterministic algorithms; tensors are made on
     the CPU unless something else is said. The default dtype is that of the model, or float32: a model that was built
-    under another default goes on making such tensors. Afterwards everything is what it was before.
+    under another default goes on making such tensors. Afterwards everything is restored.
 
     Args:
         model: The model that the block is about.

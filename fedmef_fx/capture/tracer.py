@@ -36,7 +36,7 @@ COMPOSITES: Final = (
 
 
 def is_proxy(value: object) -> bool:
-    """Whether a value stands for one that the graph computes, whatever class it shows to `isinstance`."""
+    """Whether a value stands for one that the graph computes, regardless of the class it shows to `isinstance`."""
     return issubclass(type(value), fx.Proxy)
 
 

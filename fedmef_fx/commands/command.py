@@ -1,6 +1,6 @@
 """What all commands share: output for people or machines, errors as exit codes, progress bars on a terminal only.
 
-A command is a function that returns a `Result`. While it runs, whatever libraries print goes to stderr, so that stdout
+A command is a function that returns a `Result`. While it runs, all that libraries print goes to stderr, so that stdout
 holds the result and nothing else. Exit codes: 0 success, 1 an error that was reported, 2 wrong usage, 130 interrupted.
 """
 
@@ -55,7 +55,7 @@ def command(function: Callable[P, Result]) -> Callable[P, None]:
         except KeyboardInterrupt:
             _fail("interrupted", code=130)
         except BrokenPipeError:
-            raise  # whoever read has gone: typer ends quietly
+            raise  # the reader has gone: typer ends quietly
         except (FedmefError, OSError) as error:
             _fail(f"error: {error}", code=1)
         if not result.is_success:

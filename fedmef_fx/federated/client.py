@@ -1,4 +1,4 @@
-"""`Client`: bytes in, local training, bytes out. What runs on a device, whatever brings the bytes."""
+"""`Client`: bytes in, local training, bytes out. What runs on a device, independent of the transport."""
 
 from typing import Any
 

@@ -114,7 +114,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     if directory is not None and keep_rounds and not history.rounds:
         save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
-    # receiver has, so whatever was received last, by any client, fills it in.
+    # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None
     client = Client(copy.deepcopy(network), training, loss_fn=loss_fn, received=received)
     for round_index in range(len(history.rounds), rounds):

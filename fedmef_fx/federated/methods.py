@@ -88,7 +88,7 @@ FL-PQSU) or at random, and FedAvg on the dense model (McMahan et al., 2017)."""
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by its name, or as it is.
+    """A method by its name; a method itself is returned unchanged.
 
     Raises:
         ConfigError: An unknown name.

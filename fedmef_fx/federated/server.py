@@ -33,7 +33,7 @@ class Server:
         rounds: Rounds of the whole run; adjustments stop there unless the configuration says otherwise.
 
     Attributes:
-        state: The model as it is sent; its version is the number of finished rounds.
+        state: The model that is sent; its version is the number of finished rounds.
         changed: Name of each mask's parameter and each dense tensor -> the version in which it last changed.
         known: Client -> the version of the last broadcast that it is known to have.
     """

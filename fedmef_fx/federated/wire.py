@@ -3,7 +3,7 @@
 Server -> client, a *broadcast* (`encode_broadcast`, `decode_broadcast`):
     value/<name>     the active values of a masked parameter, in its dtype: always
     mask/<name>      its mask, one bit per weight: where it changed since the version that the client has
-    dense/<name>     any other parameter or buffer: likewise
+    dense/<name>     any other parameter or buffer: the same
 Client -> server, an *update* (`encode_update`, `decode_update`):
     value/<name>     the trained active values: always
     dense/<name>     any other parameter or buffer: where training changed it

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: an old file stays as it is until the new one is complete on disk."""
+"""Write a file whole or not at all: an old file stays unchanged until the new one is complete on disk."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def replacing(target: Path, *, error: Callable[[str], FedmefError]) -> Iterator[
 
     Args:
         target: The file to be, as `check_target` returned it.
-        error: Makes the exception of a message, in place of an OSError such as a full disk.
+        error: Makes the exception from a message, instead of an OSError such as a full disk.
 
     Yields:
         A path in the same directory to write to. It is gone when the block fails, and `target` is as it was.

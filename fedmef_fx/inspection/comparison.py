@@ -96,7 +96,7 @@ class ParameterChange:
         return self.distance / self.norm_before
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as JSON values; what is no finite number becomes None."""
+        """The row as JSON values; numbers that are not finite become None."""
         values = {**dataclasses.asdict(self), "shape": list(self.shape), "weights": self.weights}
         values |= {"grown": self.grown, "pruned": self.pruned, "overlap": self.overlap}
         values["relative_distance"] = self.relative_distance

@@ -37,7 +37,7 @@ def observe(
         program: The program; neither it nor its model changes.
         args: Positional arguments of one call of the model.
         kwargs: Keyword arguments of that call.
-        may_change: The program's model is nobody else's: run on it, instead of a copy.
+        may_change: Nothing else uses the program's model: run on it instead of a copy.
 
     Returns:
         What was seen; nothing of graphs to which these inputs do not lead.

@@ -76,7 +76,7 @@ class Table:
 
     Attributes:
         rows: One per prunable parameter, in the model's order.
-        rest_saved: Bytes kept for backward by what is no layer: activation functions, normalisation, pooling.
+        rest_saved: Bytes kept for backward by everything but layers: activation functions, normalisation, pooling.
         rest_saved_before: The same in the original model, and what its layers keep that have no row here.
     """
 

@@ -17,7 +17,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
-# torch.utils._python_dispatch is untyped, hence the three exceptions below.
+# torch.utils._python_dispatch is untyped; therefore the three exceptions below.
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Track the storages of all tensors that operations take or give, from their first appearance to their release.
 

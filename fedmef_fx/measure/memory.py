@@ -35,7 +35,7 @@ def memory(
 ) -> MemoryReport:
     """Measure one training step: forward, loss, backward and, if there is an optimizer, its step.
 
-    It runs in train mode on a copy, which exists beside the model meanwhile. The second step is measured, when the
+    It runs in train mode on a copy, which exists next to the model meanwhile. The second step is measured, when the
     optimizer has its state and thresholds are estimated. The model, its gradients and torch's random state stay as
     they are.
 

@@ -36,7 +36,7 @@ class MemoryReport:
         timeline: Every change of what is alive, in order.
         is_predicted: Whether the step ran on shapes only.
         allocator_peak: Peak of torch's CPU allocator, temporaries inside operations included; None if not asked for.
-        rss: Resident memory of a fresh process; None if not asked for, or not to be had as `notes` say.
+        rss: Resident memory of a fresh process; None if not requested, or unavailable as `notes` say.
         cuda: Peaks of CUDA's allocator; None if the model is not there.
         notes: What the figures leave out, and why figures are missing.
     """

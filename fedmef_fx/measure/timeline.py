@@ -145,7 +145,7 @@ class StepTimeline(TorchDispatchMode):
     # Layers
 
     def enter(self, path: str, inputs: Any = ()) -> None:
-        """A layer begins. What its inputs were computed by belongs to whoever called it."""
+        """A layer begins. What computed its inputs belongs to its caller."""
         self._claim(inputs, self._stack[-1])
         self._stack.append(path)
         self._level = self.total

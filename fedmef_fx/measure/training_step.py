@@ -1,4 +1,4 @@
-"""One training step of a copy of a model, real or with shapes only, for whoever measures it."""
+"""One training step of a copy of a model, real or with shapes only, for measuring."""
 
 import contextlib
 import copy

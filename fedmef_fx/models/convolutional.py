@@ -64,7 +64,7 @@ def _projection(in_channels: int, out_channels: int, *, stride: int) -> nn.Seque
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside the shortcut (ResNet-18 and -34)."""
+    """Two 3x3 convolutions next to the shortcut (ResNet-18 and -34)."""
 
     expansion: Final = 1  # output channels divided by width
 
@@ -86,7 +86,7 @@ class _BasicBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside the shortcut (ResNet-50 and deeper); the 3x3 one carries the stride."""
+    """1x1, 3x3, 1x1 convolutions next to the shortcut (ResNet-50 and deeper); the 3x3 one carries the stride."""
 
     expansion: Final = 4  # output channels divided by width
 

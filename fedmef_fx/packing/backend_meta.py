@@ -1,7 +1,7 @@
 """Shapes without values: what the kernels would allocate for tensors that have no memory (meta and fake tensors).
 
 With it a training step can be run under `torch._subclasses.FakeTensorMode` to learn its bytes without spending them.
-How many elements a threshold keeps depends on values, so that whoever knows a share gives it
+How many elements a threshold keeps depends on values, so that a caller that knows the share gives it
 (`PackedTensor.predicted`); `pack` alone assumes the worst, that everything is kept.
 """
 

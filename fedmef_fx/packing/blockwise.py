@@ -11,7 +11,7 @@ Error of nearest rounding: |x - decoded| <= scale / 2, up to rounding in the blo
 equal values. Where scale falls below the smallest normal number the block decodes to lo, which is off by less than 255
 such numbers. Stochastic rounding: unbiased, and off by at most scale.
 
-NaN and infinities survive as they are. A block that holds one has 3 codes less for its finite values: scale is
+NaN and infinities survive unchanged. A block that holds one has 3 codes less for its finite values: scale is
 (hi - lo) / 252 over the finite ones.
 """
 

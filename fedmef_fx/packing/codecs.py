@@ -1,4 +1,4 @@
-"""What each way of keeping a tensor costs, in bytes, and which ways would lose against keeping it as it is.
+"""What each way of keeping a tensor costs, in bytes, and which ways cost more than keeping it unchanged.
 
 | codec     | keeps                                   | bytes of n elements              |
 |-----------|-----------------------------------------|----------------------------------|
@@ -22,7 +22,7 @@ Codec = Literal["exact", "packed", "blockwise", "bits"]
 
 
 class KeptTensor(Protocol):
-    """A tensor as it is kept for backward."""
+    """A tensor in the form that is kept for backward."""
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the kept one."""
@@ -56,6 +56,6 @@ def codec_nbytes(
 
 
 def why_dense(nbytes: int, numel: int, dtype: torch.dtype) -> str:
-    """Why a tensor is better kept as it is than in some bytes; empty where it is not."""
+    """Why a tensor is better kept unchanged than in some bytes; empty otherwise."""
     exact = codec_nbytes("exact", numel, dtype)
     return f"keeps dense: {nbytes} bytes against {exact}" if nbytes >= exact else ""

@@ -1,11 +1,11 @@
 """Which packed buffers are alive: what a meter has to know, because autograd's own hooks cannot see them.
 
 A buffer that a custom autograd function keeps on its context is invisible to
-`torch.autograd.graph.saved_tensors_hooks`. So whoever makes one announces it here. Only weak references to storages
+`torch.autograd.graph.saved_tensors_hooks`. So its maker announces it here. Only weak references to storages
 are kept: an entry goes when its memory goes.
 
 Kernels announce their temporaries too: what numpy allocates while a kernel runs is invisible to everything that
-watches torch. Only whoever listens (`listening`) hears of them.
+watches torch. Only listeners (`listening`) hear of them.
 """
 
 import contextlib

@@ -53,7 +53,7 @@ class ThresholdEstimator:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the next call estimates anew. What follows then depends on nothing that came before."""
+        """Forget everything; the next call estimates again. What follows then depends on nothing that came before."""
         self._threshold = 0.0
         self._calls = 0
         self._drifted = False
@@ -92,7 +92,7 @@ class ThresholdEstimator:
         return self.kept_target if self.kept is None else self.kept
 
     def observe(self, kept_count: int, numel: int) -> None:
-        """Report how many of `numel` elements the last threshold kept; a drift makes the next call estimate anew."""
+        """Report how many of `numel` elements the last threshold kept; a drift makes the next call estimate again."""
         if numel == 0:
             return
         self.kept = kept_count / numel

@@ -54,7 +54,7 @@ def check_float(dtype: torch.dtype) -> None:
     """
     if dtype not in _INTEGERS:
         allowed = ", ".join(str(supported).removeprefix("torch.") for supported in _INTEGERS)
-        raise ConfigError(f"memory: got a tensor of {dtype}; expected one of {allowed}; keep other tensors as they are")
+        raise ConfigError(f"memory: got a tensor of {dtype}; expected one of {allowed}; keep other tensors unchanged")
 
 
 def words(flat: Tensor) -> Words:

@@ -1,1 +1,1 @@
-"""Extrusion, growth, adjustment, clipping and micro-batches, for anybody's training loop."""
+"""Extrusion, growth, adjustment, clipping and micro-batches, for any training loop."""

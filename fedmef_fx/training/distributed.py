@@ -11,7 +11,7 @@ change masks together, and to the same ones:
 `watch_wrappers` lets a DistributedDataParallel around a transformed model check, before each training step, that all
 ranks have the same masks and that packed weights have the sizes that it was made for; one small `all_reduce` a step.
 FullyShardedDataParallel (FSDP1), which cuts up weights and leaves their masks whole, is refused when it wraps; after
-`fully_shard` (FSDP2) whatever asks for the masks of the cut weights is refused (`masked_parameters`).
+`fully_shard` (FSDP2) any request for the masks of the cut weights is refused (`masked_parameters`).
 """
 
 import functools

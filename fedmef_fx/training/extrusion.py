@@ -6,7 +6,7 @@ weights of lowest magnitude of each layer, is fixed at the start; then
     L_s  = L + lambda * ||theta_low||_2^2        (Eq. 2): adds 2 * lambda * theta to the gradient of a marked weight
     mu_s = max(eta_s, beta_s)                    (Eq. 3-5): the rate of step s; see `sparsity.extrusion_schedule`
 
-Both act through hooks that are gone when the context ends; the loop, its loss and its scheduler stay as they are.
+Both act through hooks that are gone when the context ends; the loop, its loss and its scheduler stay unchanged.
 """
 
 import functools
@@ -32,7 +32,7 @@ __all__ = ["Extrusion"]
 
 
 class _Places:
-    """Where the marked weights of a parameter stand in it as it is stored.
+    """Where the marked weights of a parameter are in its stored form.
 
     Attributes:
         entry: The parameter.
@@ -64,7 +64,7 @@ class Extrusion:
     groups when the step returns. A step that a gradient scaler skips does not count. From step `budget_steps` on there
     is no budget left and the scheduled rate is used. A strength of 0 turns gradient term and rate floor off; weights
     are then only marked. On exit, also after an exception, all hooks are removed. An instance can be entered again,
-    which marks anew and starts at step 0.
+    which marks again and starts at step 0.
 
     Args:
         model: A transformed model with masks.
@@ -177,7 +177,7 @@ class Extrusion:
         self._restore_rates()
 
     def norm(self) -> float:
-        """||theta_low||_2 of the marked weights of all layers together, as they are now; 0 before the first entry."""
+        """||theta_low||_2 of the marked weights of all layers together, at present; 0 before the first entry."""
         squares = [
             torch.take(places.entry.parameter.detach(), places.now()).float().square().sum()
             for places in self._places.values()

@@ -106,7 +106,7 @@ def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | 
         return [k.get(name, 0) for name in entries]
     rate = transformation_of(model).config.adjustment_rate
     sizes = unit_sizes(model)
-    # The count of round 0 is the schedule's largest, wherever it stops.
+    # The count of round 0 is the schedule's largest, independent of where it stops.
     return [
         adjustment_count(count, rest, round_index=0, stop=1, rate=rate)
         for count, rest in (sizes[name] for name in entries)

@@ -38,7 +38,7 @@ def micro_batches(
 
     Args:
         batch: Tensors in tuples, lists and dictionaries, all with the samples in their first dimension. What is no
-            tensor goes into every part as it is.
+            tensor goes into every part unchanged.
         size: Samples per part; the last one may have fewer.
         model: If given, a model in which batch statistics are left is refused.
         reduction: Of the loss: for a "mean", scale is the part's share of the samples, for a "sum" it is 1.

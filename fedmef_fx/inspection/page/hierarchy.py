@@ -42,13 +42,13 @@ class Group:
     """A module, or a part of its run, with what it holds in order of execution.
 
     Attributes:
-        key: Unique in a view, and the same before and after a transformation wherever it can be.
+        key: Unique in a view, and the same before and after a transformation if possible.
         path: Name of the module.
         label: What is written on it: the part of the path that its parent does not show.
         members: What it holds.
         runs: What runs it: its "graph", or "python" where the model's own forward calls its parts; "fallback" for what
             holds the layers that stand in for parts of graphs.
-        note: Said beside the label.
+        note: Shown next to the label.
         graph: Index of the graph whose nodes the boxes in it are; None where its parent's says so, or nothing does.
     """
 

@@ -108,7 +108,7 @@ def _names_in(member: Box | Group) -> Iterator[str]:
 
 
 def _pairs(members: Sequence[Box | Group], flow: Flow) -> list[tuple[int, int]]:
-    """Edges between members, each once; whatever leaves or enters the group ends at its edges."""
+    """Edges between members, each once; those that leave or enter the group end at its edges."""
     place = {name: index for index, member in enumerate(members) for name in _names_in(member)}
     pairs: dict[tuple[int, int], None] = {}
     for name, index in place.items():

@@ -1,6 +1,6 @@
 // What is said about the chosen part, or about the whole model while nothing is chosen.
 
-/** A refusal's reason without the place, which stands beside it. */
+/** A refusal's reason without the place, which is shown next to it. */
 const reasonOf = (where, reason) =>
   shorten(reason.startsWith(`${where}: `) ? reason.slice(where.length + 2) : reason, 400);
 

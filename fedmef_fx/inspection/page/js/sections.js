@@ -1,4 +1,4 @@
-// The views beside the graph: layers, passes and coverage, memory, training.
+// The views next to the graph: layers, passes and coverage, memory, training.
 
 function layersSection(app) {
   const { parameters } = app.content;

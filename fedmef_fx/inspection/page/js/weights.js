@@ -1,6 +1,6 @@
 // What is said about a weight: facts, the picture of its mask, the histogram of its values.
 
-/** Weights are known as they are now, so beside the original graph they say so. */
+/** Only the present weights are known; next to the original graph they say so. */
 function weightSections(app, rows) {
   const note = app.when === "before" && rows.some((row) => row.tier !== null);
   return [note ? el("p", { class: "muted" }, "Its weights after the passes:") : null, ...rows.map(weightSection)];
