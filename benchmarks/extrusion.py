@@ -35,8 +35,8 @@ from fedmef_fx.federated.averaging import weighted_average
 from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.state import ModelState, load_state, read_state
 from fedmef_fx.models import digits_cnn
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
 
@@ -86,14 +86,16 @@ def adjustment_counts(model: nn.Module) -> dict[str, int]:
 
 def lowest(model: nn.Module, counts: dict[str, int]) -> dict[str, Tensor]:
     """Positions of the k_l lowest active weights of each layer."""
-    entries = masked_parameters(model)
-    return {name: lowest_magnitude(e.parameter, e.mask, counts[name]) for name, e in entries.items()}
+    parameters = masked_parameters(model)
+    return {name: lowest_magnitude(e.parameter, e.mask, counts[name]) for name, e in parameters.items()}
 
 
 def norm_at(model: nn.Module, positions: dict[str, Tensor]) -> float:
     """||theta||_2 at some positions of all layers."""
-    entries = masked_parameters(model)
-    return float(torch.cat([torch.take(entries[name].parameter.detach(), p) for name, p in positions.items()]).norm())
+    parameters = masked_parameters(model)
+    return float(
+        torch.cat([torch.take(parameters[name].parameter.detach(), p) for name, p in positions.items()]).norm()
+    )
 
 
 def adjust_once(
@@ -101,8 +103,8 @@ def adjust_once(
 ) -> dict[str, float]:
     """One round of extrusion from given weights, averaging, and pruning; what it did to the loss."""
     server = copy.deepcopy(start)
-    facts = transformation_of(server)
-    facts.config = facts.config.replace(extrusion_strength=strength)
+    transformation = transformation_of(server)
+    transformation.config = transformation.config.replace(extrusion_strength=strength)
     counts = adjustment_counts(server)
     marked = lowest(server, counts)
     marked_before = norm_at(server, marked)

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
 
-__all__ = ["Call", "Examples", "evaluating", "read_examples", "run"]
+__all__ = ["ExampleCall", "Examples", "evaluating", "read_examples", "run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Call:
+class ExampleCall:
     """Arguments of one call of a model."""
 
     args: tuple[Any, ...]
@@ -38,7 +38,7 @@ class Examples:
         sizes: Names of further sizes that vary, by argument and dimension.
     """
 
-    call: Call
+    call: ExampleCall
     signature: inspect.Signature
     batch_size: int | None
     sizes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
@@ -47,7 +47,7 @@ class Examples:
         """Whether dimension 0 of an example is the batch: it has the size of the first tensor's."""
         return tensor.dim() > 0 and tensor.shape[0] == self.batch_size
 
-    def random(self, batch_size: int | None, *, generator: torch.Generator, longer: int = 0) -> Call:
+    def random(self, batch_size: int | None, *, generator: torch.Generator, longer: int = 0) -> ExampleCall:
         """Random arguments like the examples: same mean and deviation, integers within the same range.
 
         Args:
@@ -68,7 +68,7 @@ class Examples:
                 shape[dim] += longer
             return _random_like(example, tuple(shape), generator)
 
-        return Call(*pytree.tree_map_only(Tensor, one, (self.call.args, self.call.kwargs)))
+        return ExampleCall(*pytree.tree_map_only(Tensor, one, (self.call.args, self.call.kwargs)))
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """What `torch.export` is told about sizes: dimension 0 of batched inputs varies, the rest does not."""
@@ -138,7 +138,7 @@ def read_examples(
             f"positional and {sorted(given)} keyword arguments: {error}"
         ) from error
     order = {name: index for index, name in enumerate(signature.parameters)}
-    call = Call(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
+    call = ExampleCall(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
     tensors = call.tensors()
     if not tensors:
         raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
@@ -183,7 +183,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run(model: nn.Module, call: Call) -> list[Tensor]:
+def run(model: nn.Module, call: ExampleCall) -> list[Tensor]:
     """The tensors that a model returns in eval mode, in order; it may write into its inputs, not into the call's."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     with evaluating(model), torch.no_grad():

@@ -22,9 +22,9 @@ from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.moved import MovedModules, keep_old_attributes
 from fedmef_fx.sparse_model.averages import averaged, watch_averages
-from fedmef_fx.sparse_model.facts import coverage, memory_plan, report
 from fedmef_fx.sparse_model.masks import density, masks, set_masks
 from fedmef_fx.sparse_model.state_dicts import dense_state_dict
+from fedmef_fx.sparse_model.transformation import coverage, memory_plan, report
 from fedmef_fx.training.distributed import watch_wrappers
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates

@@ -24,12 +24,12 @@ from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
 from fedmef_fx.packing import pack_bits
-from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
 from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.thresholds import THRESHOLDS, set_thresholds, thresholds_from_json, thresholds_to_json
+from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
 __all__ = ["load", "save"]
@@ -68,11 +68,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         tensors[f"state/{name}"] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    for name, entry in masked_parameters(model).items():
+    for name, parameter in masked_parameters(model).items():
         first = ties.get(name, name)
         del tensors[f"state/{first}"]
-        tensors[f"active/{first}"] = entry.values().cpu()
-        tensors[f"mask/{first}"] = deflate(entry.buffer.cpu() if entry.is_packed else pack_bits(entry.buffer.cpu()))
+        tensors[f"active/{first}"] = parameter.values().cpu()
+        tensors[f"mask/{first}"] = deflate(
+            parameter.buffer.cpu() if parameter.is_packed else pack_bits(parameter.buffer.cpu())
+        )
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -120,7 +122,7 @@ def load(
     architecture, ties = parsed(metadata, "architecture"), parsed(metadata, "tied")
     if not is_transformed(model):
         original, _ = _state(model)
-        known = {name: entry for name, entry in architecture.items() if name in original}
+        known = {name: parameter for name, parameter in architecture.items() if name in original}
         _check_architecture(_architecture(original, {}), known)
         model = transform(model, config, example_inputs=example_inputs, example_kwargs=example_kwargs)
     state, own_ties = _state(model)
@@ -131,10 +133,10 @@ def load(
     masks = _masks(tensors, model, own_ties)
     values = {name: _value(tensors, name, tensor, masks.get(name)) for name, tensor in state.items()}
 
-    entries = masked_parameters(model)
-    set_masks(model, {name: masks[own_ties.get(name, name)] for name in entries})
-    for name, entry in entries.items():
-        entry.write(values[own_ties.get(name, name)])
+    parameters = masked_parameters(model)
+    set_masks(model, {name: masks[own_ties.get(name, name)] for name in parameters})
+    for name, parameter in parameters.items():
+        parameter.write(values[own_ties.get(name, name)])
     with torch.no_grad():
         for name in state.keys() - masks.keys():
             state[name].copy_(values[name])
@@ -152,8 +154,8 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Masks, bitmaps and non-persistent buffers are not part of it.
     """
-    entries = masked_parameters(model) if is_transformed(model) else {}
-    masks = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in entries.items()}
+    parameters = masked_parameters(model) if is_transformed(model) else {}
+    masks = {bitmap_name(name) if parameter.is_packed else mask_name(name) for name, parameter in parameters.items()}
     state: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -179,7 +181,7 @@ def _architecture(state: Mapping[str, Tensor], dense: Mapping[str, torch.Size]) 
 
 def _dense_shapes(model: nn.Module, ties: Mapping[str, str]) -> dict[str, torch.Size]:
     """The dense shapes of masked weights, by first name."""
-    return {ties.get(name, name): entry.shape for name, entry in masked_parameters(model).items()}
+    return {ties.get(name, name): parameter.shape for name, parameter in masked_parameters(model).items()}
 
 
 def _check_architecture(own: Mapping[str, str], stored: Mapping[str, str]) -> None:

@@ -83,7 +83,7 @@ MOVED: Final[dict[str, str]] = {
     "memory_report": "measure.memory",
     "micro_batches": "training.micro_batches",
     "model": (
-        "sparse_model.facts sparse_model.masks sparse_model.parameters sparse_model.channels "
+        "sparse_model.transformation sparse_model.masks sparse_model.parameters sparse_model.channels "
         "sparse_model.masked_parameter config"
     ),
     "notebook": "display.notebook",
@@ -106,6 +106,21 @@ MOVED: Final[dict[str, str]] = {
     "verify": "graph.verify",
 }
 """Old name in the package -> where its names are now, separated by spaces."""
+
+RENAMED: Final[dict[str, str]] = {
+    "Call": "ExampleCall",
+    "ChannelFact": "WeightChannels",
+    "HOLDER": "CHILD_NAME",
+    "Layout": "MemoryLayout",
+    "Move": "StateUpdate",
+    "Operation": "NodeKind",
+    "StoredTensor": "ManifestTensor",
+    "move_state": "update_state",
+    "offer": "add_candidates",
+    "silence_channels": "zero_dead_channels",
+    "value_of": "concrete_value",
+}
+"""Names in moved modules -> what they are called now; pickles of models hold some of them."""
 
 
 class MovedModules(MetaPathFinder):
@@ -163,8 +178,9 @@ class _Moved(types.ModuleType):
             raise AttributeError(name)
         for new_name in self.__dict__["_new_names"]:
             module = importlib.import_module(new_name)
-            if hasattr(module, name):
-                return getattr(module, name)
+            for each in (name, RENAMED.get(name, name)):
+                if hasattr(module, each):
+                    return getattr(module, each)
         raise AttributeError(
             f"{self.__name__} has moved to {', '.join(self.__dict__['_new_names'])}; none has {name!r}"
         )
@@ -176,3 +192,6 @@ def keep_old_attributes(function: Callable[..., Any]) -> None:
         module = importlib.import_module(new_name)
         for name in module.__all__:
             setattr(function, name, getattr(module, name))
+        for old, new in RENAMED.items():
+            if new in module.__all__:
+                setattr(function, old, getattr(module, new))

@@ -5,8 +5,8 @@
    input and takes no mask of its own.
 3. Anything else (concatenation, reshapes, attention) makes channels that are tied to nobody's. Layers behind different
    unknown operations are not coupled; `compact` then removes what it can prove.
-4. The bias of a layer, and the shift and running mean of a BatchNorm on its channels, are silent companions: entries of
-   switched-off channels are 0, so that a channel without weights is exactly 0.
+4. The bias of a layer, and the shift and running mean of a BatchNorm on its channels, are dependent channels: entries
+   of switched-off channels are 0, so that a channel without weights is exactly 0.
 5. A layer whose channels reach the model's output before another layer mixes them stays dense: its channels are classes
    or features that somebody reads.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fedmef_fx.graph.activations import rows
 from fedmef_fx.graph.nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.sparse_model.facts import ChannelFact
+from fedmef_fx.sparse_model.transformation import WeightChannels
 from fedmef_fx.sparsity.granularity import Layout
 
 __all__ = ["ChannelGroups", "find_channel_groups", "layout_of"]
@@ -78,11 +78,11 @@ class ChannelGroups:
     """What was found.
 
     Attributes:
-        facts: Parameter name -> its layout, the first member of its group, and the group's silent companions.
+        channels: Parameter name -> its layout, the first member of its group, and the group's dependent channels.
         dense: Parameter name -> why it takes no mask.
     """
 
-    facts: dict[str, ChannelFact] = dataclasses.field(default_factory=dict)
+    channels: dict[str, WeightChannels] = dataclasses.field(default_factory=dict)
     dense: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -95,7 +95,7 @@ class _Search:
         self.parents: list[int] = []
         self.group_of: dict[int, int] = {}  # identity of a weight -> its group
         self.layouts: dict[str, Layout] = {}
-        self.silent: dict[int, list[str]] = {}
+        self.dependents: dict[int, list[str]] = {}
         self.depthwise: dict[int, int] = {}
         self.outputs: set[int] = set()
 
@@ -155,7 +155,7 @@ class _Search:
         module = region.module(node)
         if module is not None:
             if isinstance(module, _BATCH_NORMS):
-                self.silence(region.full_name(str(node.target)), module, sources[0])
+                self.add_dependents(region.full_name(str(node.target)), module, sources[0])
             passes_on = (*_PER_CHANNEL_MODULES, *(row.module for row in rows() if row.per_channel))
             return sources[0] if isinstance(module, passes_on) else None
         if node.target in _JOINS:
@@ -170,13 +170,13 @@ class _Search:
 
     def accompany(self, region: Region, bias: object, flow: _Flow) -> None:
         if isinstance(region.tensor(bias), nn.Parameter):
-            self.silent.setdefault(flow.group, []).append(region.full_name(str(bias.target)))  # type: ignore[attr-defined]
+            self.dependents.setdefault(flow.group, []).append(region.full_name(str(bias.target)))  # type: ignore[attr-defined]
 
-    def silence(self, path: str, norm: nn.Module, flow: _Flow) -> None:
+    def add_dependents(self, path: str, norm: nn.Module, flow: _Flow) -> None:
         for leaf in ("bias", "running_mean"):
             tensor = getattr(norm, leaf, None)
             if isinstance(tensor, torch.Tensor) and len(tensor) == flow.channels:
-                self.silent.setdefault(flow.group, []).append(f"{path}.{leaf}" if path else leaf)
+                self.dependents.setdefault(flow.group, []).append(f"{path}.{leaf}" if path else leaf)
 
 
 def find_channel_groups(program: Program, names: Iterable[str]) -> ChannelGroups:
@@ -204,10 +204,12 @@ def find_channel_groups(program: Program, names: Iterable[str]) -> ChannelGroups
         else:
             members[-1 - len(members)] = [name]
     for group, together in members.items():
-        silent = _existing(program.model, (n for g, ns in search.silent.items() if search.root(g) == group for n in ns))
+        dependents = _existing(
+            program.model, (n for g, ns in search.dependents.items() if search.root(g) == group for n in ns)
+        )
         for name in together:
             layout = search.layouts.get(name) or _layout_of_module(program.model, name)
-            found.facts[name] = ChannelFact(layout, together[0], silent if name == together[0] else ())
+            found.channels[name] = WeightChannels(layout, together[0], dependents if name == together[0] else ())
     _guess_classifier(found, search, names)
     return found
 
@@ -216,11 +218,11 @@ def _guess_classifier(found: ChannelGroups, search: _Search, names: list[str]) -
     """Where no graph shows the model's output, the last weight may make it: a class must not be dropped."""
     known = any(search.outputs)
     last = names[-1] if names else None
-    if not known and last is not None and last in found.facts:
-        fact = found.facts[last]
-        together = [name for name, other in found.facts.items() if other.leader == fact.leader]
+    if not known and last is not None and last in found.channels:
+        channels = found.channels[last]
+        together = [name for name, other in found.channels.items() if other.leader == channels.leader]
         for name in together:
-            del found.facts[name]
+            del found.channels[name]
             found.dense[name] = "its channels may be outputs of the model: no graph shows where they go"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.program import Program
 from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
-from fedmef_fx.sparse_model.facts import ChannelFact, PrunableParameter
+from fedmef_fx.sparse_model.transformation import PrunableParameter, WeightChannels
 from fedmef_fx.sparsity import (
     Layout,
     Pattern,
@@ -28,30 +28,30 @@ _LAYERS: Final = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase
 
 
 def with_channels(
-    program: Program, facts: dict[str, PrunableParameter], granularity: str
+    program: Program, prunables: dict[str, PrunableParameter], granularity: str
 ) -> dict[str, PrunableParameter]:
     """Add what a granularity has to know about each parameter, or why the parameter stays dense."""
     if granularity == "weight":
-        return facts
+        return prunables
     pattern = parse_granularity(granularity)
-    names = [name for name, fact in facts.items() if fact.masked]
+    names = [name for name, prunable in prunables.items() if prunable.masked]
     if isinstance(pattern, Pattern):
         found, dense = _layouts(program, names, pattern)
     else:
         groups = find_channel_groups(program, names)
-        found, dense = groups.facts, groups.dense
-    result = dict(facts)
+        found, dense = groups.channels, groups.dense
+    result = dict(prunables)
     for name, reason in dense.items():
-        result[name] = dataclasses.replace(facts[name], masked=False, reason=reason)
-    for name, fact in found.items():
-        reason = facts[name].reason
-        if facts[name].tier != "graph" and granularity == "channel":
+        result[name] = dataclasses.replace(prunables[name], masked=False, reason=reason)
+    for name, channels in found.items():
+        reason = prunables[name].reason
+        if prunables[name].tier != "graph" and granularity == "channel":
             reason = f"{reason}; its channels are coupled to no other layer's, so that compact may not remove them"
-        result[name] = dataclasses.replace(facts[name], channels=fact, reason=reason.removeprefix("; "))
+        result[name] = dataclasses.replace(prunables[name], channels=channels, reason=reason.removeprefix("; "))
     return result
 
 
-def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict[str, ChannelFact], dict[str, str]]:
+def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict[str, WeightChannels], dict[str, str]]:
     """The weights that can take an N:M pattern, and why the others cannot."""
     in_graphs: dict[int, Layout] = {}
     for region, _, graph in program.graphs():
@@ -71,13 +71,13 @@ def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict
         elif not layout.can_take(pattern, parameter.shape):
             dense[name] = f"its inputs, of shape {list(parameter.shape)}, are no multiple of {pattern.of}"
         else:
-            found[name] = ChannelFact(layout, name)
+            found[name] = WeightChannels(layout, name)
     return found, dense
 
 
 def coarse_masks(
     weights: Mapping[str, Tensor],
-    facts: Mapping[str, ChannelFact],
+    channels_of: Mapping[str, WeightChannels],
     *,
     granularity: str,
     density: float,
@@ -89,7 +89,7 @@ def coarse_masks(
 
     Args:
         weights: Parameter name -> weight.
-        facts: Parameter name -> its channels.
+        channels_of: Parameter name -> its channels.
         granularity: As of the pass, like the three that follow.
         density: Active share.
         allocation: How it is spread over layers.
@@ -99,15 +99,15 @@ def coarse_masks(
     pattern = parse_granularity(granularity)
     if isinstance(pattern, Pattern):
         return {
-            name: pattern_mask(weight.abs(), pattern, facts[name].layout)
+            name: pattern_mask(weight.abs(), pattern, channels_of[name].layout)
             if seed is None
-            else random_pattern_mask(name, weight.shape, pattern, facts[name].layout, seed=seed)
+            else random_pattern_mask(name, weight.shape, pattern, channels_of[name].layout, seed=seed)
             for name, weight in weights.items()
         }
     groups: dict[str, list[str]] = {}
-    for name, fact in facts.items():
-        groups.setdefault(fact.leader, []).append(name)
-    layouts = {name: fact.layout for name, fact in facts.items()}
+    for name, channels in channels_of.items():
+        groups.setdefault(channels.leader, []).append(name)
+    layouts = {name: channels.layout for name, channels in channels_of.items()}
     kept = allocate_channels(
         {name: tuple(weight.shape) for name, weight in weights.items()},
         groups,
@@ -123,11 +123,14 @@ def coarse_masks(
         alive = random_masks(
             {leader: (layouts[leader].channels(weights[leader].shape),) for leader in groups}, kept, seed=seed
         )
-    return {name: layouts[name].spread(alive[fact.leader], weights[name].shape) for name, fact in facts.items()}
+    return {
+        name: layouts[name].spread(alive[channels.leader], weights[name].shape)
+        for name, channels in channels_of.items()
+    }
 
 
 def what_resulted(
-    masks: Mapping[str, Tensor], facts: Mapping[str, PrunableParameter], granularity: str, *, density: float
+    masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableParameter], granularity: str, *, density: float
 ) -> tuple[str, ...]:
     """How far masks that are not of single weights are from the density that was asked for."""
     total = sum(mask.numel() for mask in masks.values())
@@ -139,10 +142,10 @@ def what_resulted(
         return (f"{lines[0]}, which {granularity} leaves no choice",)
     groups: dict[str, list[str]] = {}
     for name in masks:
-        channels = facts[name].channels
+        channels = prunables[name].channels
         groups.setdefault(name if channels is None else channels.leader, []).append(name)
     for leader, members in groups.items():
-        channels = facts[leader].channels
+        channels = prunables[leader].channels
         rows = (Layout() if channels is None else channels.layout).rows(masks[leader]).any(1)
         lines.append(f"{' + '.join(members)}: {int(rows.sum())} of {len(rows)} channels")
     return tuple(lines)

@@ -132,18 +132,18 @@ def _match_module(node: fx.Node, module: nn.Module) -> Compression | str | None:
         function, size = _NORM_MODULES[kind]
         value = getattr(module, size)
         options = {"function": function, _SIZE_OPTION[size]: value, "eps": module.eps}
-        return _norm(x, options, parameters=tensors_of(module, path))
+        return _norm(x, options, parameters=norm_tensors(module, path))
     if kind in _INSTANCE_NORMS:
         if module.running_mean is not None:
             return "it tracks statistics of the batch"
         options = {"function": "instance_norm", "eps": module.eps}
-        return _norm(x, options, parameters=tensors_of(module, path))
+        return _norm(x, options, parameters=norm_tensors(module, path))
     if kind in _BATCH_NORMS:
         return Compression(compressed_batch_norm_module, (x,), lambda kept: (x, kept[0]), module=path)
     return None
 
 
-def tensors_of(module: nn.Module, path: str) -> tuple[str | None, ...]:
+def norm_tensors(module: nn.Module, path: str) -> tuple[str | None, ...]:
     return tuple(None if getattr(module, name, None) is None else f"{path}.{name}" for name in ("weight", "bias"))
 
 

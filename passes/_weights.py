@@ -21,9 +21,9 @@ __all__ = [
     "embedded",
     "is_main_parameter",
     "keeps_zeros",
-    "layer_of",
+    "layer_path",
     "opaque_weights",
-    "readers",
+    "reading_regions",
 ]
 
 NOT_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -41,7 +41,7 @@ _OPAQUE: Final = (
 _REPARAMETRIZED: Final = ("weight_orig", "weight_v")  # torch.nn.utils.prune and spectral_norm, weight_norm
 
 
-def readers(program: Program) -> dict[int, Region]:
+def reading_regions(program: Program) -> dict[int, Region]:
     """The best region that reads each weight that graphs read, by identity of the parameter."""
     found: dict[int, Region] = {}
     for region, _, graph in program.graphs():
@@ -172,7 +172,7 @@ def _computed(stack: nn.Module) -> Tensor:
         stack.train(training)
 
 
-def layer_of(path: str) -> str:
+def layer_path(path: str) -> str:
     """The module that a parametrization belongs to, by its path; other paths as they are."""
     return path.partition(".parametrizations.")[0]
 

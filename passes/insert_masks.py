@@ -41,13 +41,13 @@ from fedmef_fx.passes._weights import (
     embedded,
     is_main_parameter,
     keeps_zeros,
-    layer_of,
+    layer_path,
     opaque_weights,
-    readers,
+    reading_regions,
 )
 from fedmef_fx.records.passes import PassResult, Refusal
-from fedmef_fx.sparse_model.facts import PrunableParameter, Tier
 from fedmef_fx.sparse_model.parameters import register_mask
+from fedmef_fx.sparse_model.transformation import PrunableParameter, Tier
 from fedmef_fx.sparsity import allocate, magnitude_masks, random_masks
 
 __all__ = ["InsertMasks"]
@@ -85,16 +85,20 @@ class InsertMasks:
         Raises:
             ConfigError: Nothing can be pruned.
         """
-        already = [name for name, fact in program.facts.prunable.items() if fact.masked]
+        already = [name for name, prunable in program.transformation.prunable.items() if prunable.masked]
         if already:
             reason = "it has a mask already, which fedmef_fx.set_masks changes"
             return PassResult(self.name, refusals=tuple(Refusal(name, reason) for name in already))
         reads = _Reads.of(program)
         found = [self._match(program, reads, name, p) for name, p in program.model.named_parameters()]
-        facts = {fact.name: fact for fact in found if isinstance(fact, PrunableParameter)}
-        facts = with_channels(program, facts, self.granularity)
-        chosen = {name: fact for name, fact in facts.items() if not fact.reason or fact.tier in ("module", "hook")}
-        chosen = {name: fact for name, fact in chosen.items() if fact.masked}
+        prunables = {prunable.name: prunable for prunable in found if isinstance(prunable, PrunableParameter)}
+        prunables = with_channels(program, prunables, self.granularity)
+        chosen = {
+            name: prunable
+            for name, prunable in prunables.items()
+            if not prunable.reason or prunable.tier in ("module", "hook")
+        }
+        chosen = {name: prunable for name, prunable in chosen.items() if prunable.masked}
         notices: tuple[str, ...] = ()
         if self.density < 1:
             if not chosen:
@@ -108,10 +112,14 @@ class InsertMasks:
             notices = what_resulted(masks, chosen, self.granularity, density=self.density)
             self._rewrite(program, chosen, masks)
         masked = set(chosen) if self.density < 1 else set()
-        program.facts.prunable = {
-            name: dataclasses.replace(fact, masked=name in masked) for name, fact in facts.items()
+        program.transformation.prunable = {
+            name: dataclasses.replace(prunable, masked=name in masked) for name, prunable in prunables.items()
         }
-        refusals = [Refusal(name, fact.reason) for name, fact in facts.items() if fact.reason and name not in chosen]
+        refusals = [
+            Refusal(name, prunable.reason)
+            for name, prunable in prunables.items()
+            if prunable.reason and name not in chosen
+        ]
         refusals += [refusal for refusal in found if isinstance(refusal, Refusal)]
         return PassResult(self.name, tuple(sorted(masked)), tuple(refusals), notices=notices)
 
@@ -144,7 +152,7 @@ class InsertMasks:
         )
 
     def _reason_for_dense(self, program: Program, name: str, parameter: nn.Parameter, lookups: set[int]) -> str:
-        path = layer_of(name.rpartition(".")[0])
+        path = layer_path(name.rpartition(".")[0])
         layer = program.model.get_submodule(path)
         if id(parameter) in lookups:
             return "tied to an embedding, which stays dense"
@@ -171,7 +179,7 @@ class InsertMasks:
         weights = {name: program.model.get_parameter(name).detach() for name in chosen}
         adopted = {name: mask for name, mask in _masks_of_others(program.model) if name in weights}
         if self.granularity != "weight":
-            layouts = {name: fact.channels for name, fact in chosen.items() if fact.channels is not None}
+            layouts = {name: prunable.channels for name, prunable in chosen.items() if prunable.channels is not None}
             seed = None if self.mask_init == "magnitude" else self.seed
             masks = coarse_masks(
                 weights,
@@ -223,22 +231,24 @@ class _Reads:
         parameters = {id(tensor) for tensor, _ in nodes}
         finished = {id(tensor) for tensor, node in nodes if any(user.target in _FINAL for user in node.users)}
         sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
-        return cls(readers(program), opaque_weights(program), parameters, finished, embedded(program), sizes)
+        return cls(reading_regions(program), opaque_weights(program), parameters, finished, embedded(program), sizes)
 
 
 def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:
     """Note which parameters need their gradients masked: all that code outside of graphs may read."""
     everything = not program.is_one_graph
-    guarded = [name for name, fact in chosen.items() if everything or fact.tier == "hook"]
+    guarded = [name for name, prunable in chosen.items() if everything or prunable.tier == "hook"]
     parameters = dict(program.model.named_parameters())
-    guarded += [n for fact in chosen.values() if fact.channels for n in fact.channels.silent if n in parameters]
-    program.facts.guarded = tuple(guarded)
+    guarded += [
+        n for prunable in chosen.values() if prunable.channels for n in prunable.channels.dependents if n in parameters
+    ]
+    program.transformation.guarded = tuple(guarded)
 
 
 def _tier(program: Program, name: str, reader: Region | None) -> tuple[Tier, str]:
     if reader is not None and reader.role == "region":
         return "graph", ""
-    path = layer_of(name.rpartition(".")[0])
+    path = layer_path(name.rpartition(".")[0])
     if reader is not None:
         return "module", _why_not_in_a_graph(program, path)
     kind = type(program.model.get_submodule(path)).__name__

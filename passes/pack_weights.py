@@ -77,47 +77,47 @@ class PackWeights:
                 continue
             self._rewrite(program, name, entry, uses)
             rewrites.append(name)
-        program.facts.guarded = tuple(name for name in program.facts.guarded if name not in rewrites)
+        program.transformation.guarded = tuple(name for name in program.transformation.guarded if name not in rewrites)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
-    def _match(self, program: Program, name: str, entry: MaskedParameter, why_python: str) -> list[_Use] | Refusal:
+    def _match(self, program: Program, name: str, parameter: MaskedParameter, why_python: str) -> list[_Use] | Refusal:
         """Everything that reads a weight, or why it stays dense."""
-        if program.facts.prunable[name].tier == "hook":
+        if program.transformation.prunable[name].tier == "hook":
             return Refusal(name, "it is used inside an opaque module")
         if why_python:
             return Refusal(name, why_python)
-        if entry.parameter.dtype not in SUPPORTED_DTYPES:
-            return Refusal(name, f"it is of {entry.parameter.dtype}")
+        if parameter.parameter.dtype not in SUPPORTED_DTYPES:
+            return Refusal(name, f"it is of {parameter.parameter.dtype}")
         uses: list[_Use] = []
         for region, _, graph in program.graphs():
             for node in graph.nodes:
                 module = region.module(node)
-                if module is not None and any(p is entry.parameter for p in module.parameters()):
+                if module is not None and any(p is parameter.parameter for p in module.parameters()):
                     return Refusal(name, f"{type(module).__name__} reads it where no graph shows how")
-            for use in _uses(region, graph, entry):
+            for use in _uses(region, graph, parameter):
                 if isinstance(use, str):
                     return Refusal(name, use)
                 uses.append(use)
         return uses or Refusal(name, "no layer of a graph reads it")
 
-    def _rewrite(self, program: Program, name: str, entry: MaskedParameter, uses: list[_Use]) -> None:
+    def _rewrite(self, program: Program, name: str, parameter: MaskedParameter, uses: list[_Use]) -> None:
         owner, _, leaf = name.rpartition(".")
-        program.model.get_submodule(owner).register_buffer(bitmap_name(leaf), pack_bits(entry.buffer))
+        program.model.get_submodule(owner).register_buffer(bitmap_name(leaf), pack_bits(parameter.buffer))
         for region, node, geometry in uses:
             layer = node if geometry is None else prune_layer(node, None, geometry, by=self.name)
             mask = layer.args[_MASK]
             assert isinstance(mask, fx.Node)  # noqa: S101 -- _uses has seen it
             target = str(mask.target).removesuffix(mask_name("")) + bitmap_name("")
             _read_instead(layer, target, by=self.name, origin=region.full_name(str(mask.target)))
-            layer.kwargs = {**layer.kwargs, "packed_shape": tuple(entry.shape)}
-        _replace(program.model, entry.parameter, entry.values())
+            layer.kwargs = {**layer.kwargs, "packed_shape": tuple(parameter.shape)}
+        _replace(program.model, parameter.parameter, parameter.values())
         delattr(program.model.get_submodule(owner), mask_name(leaf))
-        _note(program, name, tuple(entry.shape))
+        _note(program, name, tuple(parameter.shape))
 
 
 def masked_parameters_of(program: Program) -> dict[str, MaskedParameter]:
-    """`masked_parameters` of a program, whose model need not have its facts yet."""
-    return masked_parameters(program.model, facts=program.facts)
+    """`masked_parameters` of a program, whose model need not have its transformation yet."""
+    return masked_parameters(program.model, transformation=program.transformation)
 
 
 def _why_python_may_read(program: Program) -> str:
@@ -131,34 +131,34 @@ def _why_python_may_read(program: Program) -> str:
     return "Python code calls the layers, and may read it: no graph covers the whole model"
 
 
-def _uses(region: Region, graph: fx.Graph, entry: MaskedParameter) -> Iterator[_Use | str]:
+def _uses(region: Region, graph: fx.Graph, parameter: MaskedParameter) -> Iterator[_Use | str]:
     """The layers of a graph that read a weight, and a reason for each reader that is none."""
     for node in graph.find_nodes(op="get_attr"):
-        if region.tensor(node) is not entry.parameter:
+        if region.tensor(node) is not parameter.parameter:
             continue
         for user in node.users:
-            if user.target in _PRUNED and _is_masked(region, user.args[_WEIGHT : _MASK + 1 : 3], node, entry):
+            if user.target in _PRUNED and _is_masked(region, user.args[_WEIGHT : _MASK + 1 : 3], node, parameter):
                 yield _Use(region, user, None)
             elif user.target is masked_weight or user.target is nsconv_weight:
                 mask = user.args[1] if user.target is masked_weight else user.args[2]
-                if not _is_masked(region, (user.args[0], mask), node, entry):
+                if not _is_masked(region, (user.args[0], mask), node, parameter):
                     yield f"{user.name} reads it without its mask"
-                yield from _layers_on(region, user, entry)
+                yield from _layers_on(region, user, parameter)
             elif user.target != "new_ones":  # asks for its type only
                 yield f"{user.name} reads it, which is no convolution or linear layer"
 
 
-def _is_masked(region: Region, given: tuple[Any, ...], weight: fx.Node, entry: MaskedParameter) -> bool:
-    return given[0] is weight and region.tensor(given[1]) is entry.buffer
+def _is_masked(region: Region, given: tuple[Any, ...], weight: fx.Node, parameter: MaskedParameter) -> bool:
+    return given[0] is weight and region.tensor(given[1]) is parameter.buffer
 
 
-def _layers_on(region: Region, weight: fx.Node, entry: MaskedParameter) -> Iterator[_Use | str]:
+def _layers_on(region: Region, weight: fx.Node, parameter: MaskedParameter) -> Iterator[_Use | str]:
     """The layers that read a masked or normalised weight."""
     for user in weight.users:
         if not is_layer(user) or user.args[1] is not weight or user.args[0] is weight:
             yield f"{user.name} reads it, which is no convolution or linear layer"
             continue
-        geometry = {} if user.target is F.linear else geometry_of(user, entry.parameter)
+        geometry = {} if user.target is F.linear else geometry_of(user, parameter.parameter)
         yield geometry if isinstance(geometry, str) else _Use(region, user, geometry)
 
 
@@ -183,8 +183,8 @@ def _replace(model: nn.Module, parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _note(program: Program, name: str, packed_shape: tuple[int, ...] | None) -> None:
-    fact = program.facts.prunable[name]
-    program.facts.prunable[name] = dataclasses.replace(fact, packed_shape=packed_shape)
+    prunable = program.transformation.prunable[name]
+    program.transformation.prunable[name] = dataclasses.replace(prunable, packed_shape=packed_shape)
 
 
 @torch.no_grad()

@@ -30,16 +30,16 @@ def make(storage: str, *, name: str = "conv") -> nn.Module:
 
 
 def dense(model: nn.Module) -> dict[str, Tensor]:
-    return {name: entry.dense() for name, entry in masked_parameters(model).items()}
+    return {name: parameter.dense() for name, parameter in masked_parameters(model).items()}
 
 
 def move(model: nn.Module, seed: int) -> None:
     """What a step of an optimizer does to the active weights and to biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for entry in masked_parameters(model).values():
-            values = torch.randn(entry.shape, generator=generator, dtype=torch.float64)
-            entry.write(values[entry.mask])
+        for parameter in masked_parameters(model).values():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.write(values[parameter.mask])
 
 
 def rotate(model: nn.Module) -> None:
@@ -118,13 +118,13 @@ def test_the_state_goes_into_another_average_and_through_pickle_and_copies(stora
     average.update_parameters(model)
     other = averaged(make(storage), 0.75)
     other.load_state_dict(average.state_dict())
-    twins = [other, copy.deepcopy(average), pickle.loads(pickle.dumps(average))]  # noqa: S301 -- made here
+    dense_and_packed = [other, copy.deepcopy(average), pickle.loads(pickle.dumps(average))]  # noqa: S301 -- made here
     rotate(model)
-    for twin in (average, *twins):
-        assert isinstance(twin, AveragedModel)
-        twin.update_parameters(model)
-        assert int(twin.n_averaged) == 3
-        assert_same(dense(twin.module), dense(average.module))
+    for counterpart in (average, *dense_and_packed):
+        assert isinstance(counterpart, AveragedModel)
+        counterpart.update_parameters(model)
+        assert int(counterpart.n_averaged) == 3
+        assert_same(dense(counterpart.module), dense(average.module))
 
 
 class Lightning(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedmef_fx import Config, load, masks, save, set_masks, transform
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.models import digits_cnn
-from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
+from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from tests.models import ZOO, build
 
 

@@ -60,8 +60,8 @@ def _adjusts(rank: int) -> None:
             own = growth_candidates(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [(x + rank, y)], k=6)
             shared = synchronized_candidates(own)
             counts = {
-                name: adjustment_count(entry.active, entry.numel - entry.active, round_index=0, stop=1, rate=0.1)
-                for name, entry in masked_parameters(model).items()
+                name: adjustment_count(masked.active, masked.numel - masked.active, round_index=0, stop=1, rate=0.1)
+                for name, masked in masked_parameters(model).items()
             }
             set_masks(model, adjusted_masks(model, shared, counts))
             check_same_masks(model)

@@ -34,7 +34,7 @@ def loss_of(result):
 
 
 def assert_masked_weights_are_zero(model):
-    entries = masked_parameters(model)
-    assert entries
-    for name, (parameter, mask) in entries.items():
+    parameters = masked_parameters(model)
+    assert parameters
+    for name, (parameter, mask) in parameters.items():
         assert bool((parameter.detach()[~mask] == 0).all()), name

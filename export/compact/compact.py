@@ -25,14 +25,14 @@ from fedmef_fx.export.compact.removal import Decision, decide, remove
 from fedmef_fx.export.compact.report import CompactLayer, CompactReport
 from fedmef_fx.export.compact.tie_rules import tie_channels
 from fedmef_fx.export.compact.ties import Ties
-from fedmef_fx.export.examples import Call, Examples, read_examples, run
+from fedmef_fx.export.examples import ExampleCall, Examples, read_examples, run
 from fedmef_fx.export.freeze.freeze import freeze
 from fedmef_fx.export.freeze.weights import erase_unread
 from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import Call as TracedCall
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
-from fedmef_fx.sparse_model.facts import Transformation, is_transformed
+from fedmef_fx.sparse_model.transformation import Transformation, is_transformed
 
 __all__ = ["compact", "compact_report"]
 
@@ -171,7 +171,7 @@ def _observe(region: Region, graph: fx.Graph, examples: Examples) -> dict[fx.Nod
         return _shapes_of(region, graph, examples.call)
 
 
-def _shapes_of(region: Region, graph: fx.Graph, call: Call) -> dict[fx.Node, Any]:
+def _shapes_of(region: Region, graph: fx.Graph, call: ExampleCall) -> dict[fx.Node, Any]:
     observer = _Observer(copy.deepcopy(region.owner), graph)
     placeholders = graph.find_nodes(op="placeholder")
     given = dict(zip((str(node.target) for node in placeholders), call.args, strict=False)) | call.kwargs

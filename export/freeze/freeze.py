@@ -28,8 +28,8 @@ from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["freeze"]
 
@@ -88,7 +88,7 @@ def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.G
     """Fold the eval graph of a region in place, and leave the rest of its owner behind."""
     graph = region.graph_for(training=False)
     inference = Region(region.path, region.owner, {"both": graph})
-    FunctionalizeWeights().run(Program(program.model, [inference], program.facts))
+    FunctionalizeWeights().run(Program(program.model, [inference], program.transformation))
     restore_plain_ops(inference, graph)
     fold_weights(inference, graph)
     fold_batch_norms(inference, graph)

@@ -20,9 +20,9 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
-from fedmef_fx.sparse_model.facts import HOLDER
 from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
+from fedmef_fx.sparse_model.transformation import CHILD_NAME
 
 __all__ = ["restore_model"]
 
@@ -47,12 +47,12 @@ def restore_model(program: Program) -> nn.Module:
                 )
     for region in layers:
         _store_kernels(region)
-    for name, fact in program.facts.prunable.items():
-        if fact.masked:
+    for name, prunable in program.transformation.prunable.items():
+        if prunable.masked:
             path, _, leaf = name.rpartition(".")
             delattr(model.get_submodule(path), mask_name(leaf))
-        for silent in fact.channels.silent if fact.masked and fact.channels else ():
-            path, _, leaf = silent.rpartition(".")
+        for dependent in prunable.channels.dependents if prunable.masked and prunable.channels else ():
+            path, _, leaf = dependent.rpartition(".")
             model.get_submodule(path)._buffers.pop(mask_name(leaf), None)
     restore_classes(model)
     forget_load_hooks(model)
@@ -93,7 +93,7 @@ def _store_kernels(region: Region) -> None:
 
 def _strip(module: nn.Module) -> None:
     """Take away what a transformation added to a module."""
-    for child in (HOLDER, SITES):
+    for child in (CHILD_NAME, SITES):
         if child in module._modules:
             delattr(module, child)
     for name in [name for name in module._buffers if name.startswith(_CONSTANT)]:

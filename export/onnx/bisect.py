@@ -12,7 +12,7 @@ from onnx import ModelProto, ValueInfoProto
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.export.examples import Call, run
+from fedmef_fx.export.examples import ExampleCall, run
 from fedmef_fx.export.onnx.build import Built
 from fedmef_fx.export.onnx.convert import Converted
 from fedmef_fx.export.onnx.parity import FLOAT32_TOLERANCE, OutputMismatchError
@@ -49,7 +49,7 @@ def explain(mismatch: OutputMismatchError, model: nn.Module, converted: Converte
     return "No node differs between the traced program and its translation: freezing or tracing changed the model"
 
 
-def first_difference(graph: ModelProto, values: dict[str, Tensor], call: Call) -> str | None:
+def first_difference(graph: ModelProto, values: dict[str, Tensor], call: ExampleCall) -> str | None:
     """The first node of a graph whose output differs from the program's value of the same name; None if none does."""
     shown = copy.deepcopy(graph)
     known = {value.name for value in shown.graph.output}
@@ -65,7 +65,7 @@ def first_difference(graph: ModelProto, values: dict[str, Tensor], call: Call) -
     return None
 
 
-def _program_values(program: torch.export.ExportedProgram, call: Call) -> dict[str, Tensor]:
+def _program_values(program: torch.export.ExportedProgram, call: ExampleCall) -> dict[str, Tensor]:
     """Every tensor that a program computes, by the name of its node."""
     recorded: dict[str, Tensor] = {}
 

@@ -9,14 +9,14 @@ from typing import Final
 from onnx import ModelProto
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.export.examples import Call
+from fedmef_fx.export.examples import ExampleCall
 from fedmef_fx.export.onnx.checks import check_folded, check_graph
 from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.codecs.tensor import EncodedTensor
 from fedmef_fx.export.onnx.convert import Converted
 from fedmef_fx.export.onnx.encode import StoredWeights, apply_encoding, encode, round_weights, zero_is_positive
 from fedmef_fx.export.onnx.entropy import EntropyBounds, entropy_bounds
-from fedmef_fx.export.onnx.manifest import Manifest, StoredTensor
+from fedmef_fx.export.onnx.manifest import Manifest, ManifestTensor
 from fedmef_fx.export.onnx.names import drop_defaults, shorten_names
 from fedmef_fx.export.onnx.origins import readers_of
 from fedmef_fx.export.onnx.parity import FLOAT32_TOLERANCE
@@ -24,7 +24,7 @@ from fedmef_fx.export.onnx.shrink import share_equal, shrink_quantizers
 from fedmef_fx.export.onnx.strip import strip
 from fedmef_fx.export.onnx.write import LARGEST_FILE_BYTES, stored_bytes
 
-__all__ = ["Built", "Plan", "build"]
+__all__ = ["BuildPlan", "Built", "build"]
 
 # Rounding to 16 bits changes outputs by less than this; None: int8 changes them by what the calibration gives.
 _TOLERANCES: Final[dict[StoredWeights, float]] = {
@@ -36,7 +36,7 @@ _TOLERANCES: Final[dict[StoredWeights, float]] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class BuildPlan:
     """What to build.
 
     Attributes:
@@ -87,7 +87,7 @@ class Built:
         return max(int(entry.version) for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, clock: Clock) -> Built:
+def build(converted: Converted, plan: BuildPlan, calibration: Sequence[ExampleCall] | None, clock: Clock) -> Built:
     """Build the graph of a file.
 
     Raises:
@@ -126,7 +126,7 @@ def build(converted: Converted, plan: Plan, calibration: Sequence[Call] | None, 
     return built
 
 
-def _encoded(built: Built, plan: Plan, nodes: Mapping[str, str]) -> Built:
+def _encoded(built: Built, plan: BuildPlan, nodes: Mapping[str, str]) -> Built:
     """Encode the weights of a graph; the given one stays as it is."""
     proto = copy.deepcopy(built.proto)
     encoding = encode(proto, plan.weights)
@@ -166,7 +166,7 @@ def _slimmed(proto: ModelProto) -> ModelProto:
     return slimmed
 
 
-def _reference(proto: ModelProto, plan: Plan, encoded: Mapping[str, EncodedTensor]) -> bytes | None:
+def _reference(proto: ModelProto, plan: BuildPlan, encoded: Mapping[str, EncodedTensor]) -> bytes | None:
     """The graph with decoded weights in place of encoded ones, serialized."""
     decoded_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in encoded.values())
     if not encoded or stored_bytes(proto) + decoded_bytes > LARGEST_FILE_BYTES:
@@ -179,13 +179,13 @@ def _reference(proto: ModelProto, plan: Plan, encoded: Mapping[str, EncodedTenso
 
 
 def _manifest(
-    plan: Plan, encoded: Mapping[str, EncodedTensor], renamed: Mapping[str, str], nodes: Mapping[str, str]
+    plan: BuildPlan, encoded: Mapping[str, EncodedTensor], renamed: Mapping[str, str], nodes: Mapping[str, str]
 ) -> Manifest:
     tensors = []
     for name, tensor in encoded.items():
         origin = name.removesuffix("_quantized")
         tensors.append(
-            StoredTensor(
+            ManifestTensor(
                 name=origin,
                 value=renamed.get(name, name),
                 shape=tensor.shape,

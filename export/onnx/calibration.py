@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.export.examples import Call, Examples
+from fedmef_fx.export.examples import ExampleCall, Examples
 
 __all__ = ["calibration_calls", "check_batch_sizes"]
 
@@ -15,7 +15,7 @@ _REMEDY: Final = "e.g. calibration_data=[x for x, label in loader][:50]"
 
 def calibration_calls(
     model: nn.Module, quantize: str | None, data: Iterable[Any] | None, examples: Examples
-) -> list[Call] | None:
+) -> list[ExampleCall] | None:
     """Read calibration data.
 
     Args:
@@ -50,7 +50,7 @@ def calibration_calls(
     return [_call(index, row, examples) for index, row in enumerate(rows)]
 
 
-def check_batch_sizes(calls: Sequence[Call], examples: Examples, *, is_dynamic: bool) -> None:
+def check_batch_sizes(calls: Sequence[ExampleCall], examples: Examples, *, is_dynamic: bool) -> None:
     """Find out whether calls have the batch size of a file that fixes it.
 
     Raises:
@@ -76,14 +76,14 @@ def _fits(arguments: Sequence[Any], examples: Examples) -> bool:
     )
 
 
-def _call(index: int, row: Any, examples: Examples) -> Call:
+def _call(index: int, row: Any, examples: Examples) -> ExampleCall:
     where = f"export_onnx: calibration_data[{index}]"
     arguments = (row,) if isinstance(row, Tensor) else tuple(row) if isinstance(row, tuple | list) else None
     if arguments is None:
         raise ConfigError(
             f"{where} is a {type(row).__name__}; expected a tensor, or a tuple of the arguments of a call"
         )
-    call = Call(arguments, examples.call.kwargs)
+    call = ExampleCall(arguments, examples.call.kwargs)
     got, expected = call.tensors(), examples.call.tensors()
     if len(arguments) != len(examples.call.args) or len(got) != len(expected):
         raise ConfigError(

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.examples import Examples, run
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.masks import masks
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 if TYPE_CHECKING:
     import onnx

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import Call, Examples, evaluating
+from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
 
 __all__ = ["Converted", "convert"]
 
@@ -84,7 +84,7 @@ def _size_names(examples: Examples) -> set[str]:
     return {name for dims in examples.sizes.values() for name in dims.values()}
 
 
-def _convert(model: nn.Module, examples: Examples, call: Call, *, dynamic: bool, optimize: bool) -> Converted:
+def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic: bool, optimize: bool) -> Converted:
     # Two inputs that are one tensor would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     shapes = examples.dynamic_shapes() if dynamic else None

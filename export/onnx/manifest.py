@@ -20,7 +20,7 @@ from fedmef_fx.errors import ExportError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MANIFEST_KEY", "Manifest", "StoredTensor", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST_KEY", "Manifest", "ManifestTensor", "read_manifest", "write_manifest"]
 
 MANIFEST_KEY: Final = "fedmef_fx.tensors"
 _VERSION: Final = 1
@@ -28,7 +28,7 @@ _LONGEST: Final = 50_000_000  # characters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class StoredTensor:
+class ManifestTensor:
     """A tensor that the file stores encoded.
 
     Attributes:
@@ -62,7 +62,7 @@ class StoredTensor:
         return self.active / self.numel if self.numel else 0.0
 
 
-_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(StoredTensor))
+_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(ManifestTensor))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Manifest:
 
     weights: str
     quantize: str | None
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[ManifestTensor, ...]
 
 
 def write_manifest(proto: "onnx.ModelProto", manifest: Manifest) -> None:
@@ -133,8 +133,8 @@ def _read(document: Any) -> Manifest:
     return Manifest(weights, quantize, tensors)
 
 
-def _tensor(fields: dict[str, Any]) -> StoredTensor:
-    stored = StoredTensor(**{name: fields[name] for name in _COLUMNS})
+def _tensor(fields: dict[str, Any]) -> ManifestTensor:
+    stored = ManifestTensor(**{name: fields[name] for name in _COLUMNS})
     if not isinstance(stored.shape, list):
         raise TypeError(f"shape {stored.shape!r}")
     numbers = (*stored.shape, stored.active, stored.bytes)

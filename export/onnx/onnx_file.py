@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.compact.compact import compact as remove_dead_channels
-from fedmef_fx.export.examples import Call, read_examples
+from fedmef_fx.export.examples import ExampleCall, read_examples
 from fedmef_fx.export.freeze.freeze import freeze
 from fedmef_fx.export.onnx.calibration import calibration_calls, check_batch_sizes
 from fedmef_fx.export.onnx.checks import check_finite, check_masked, check_runs
@@ -21,8 +21,8 @@ from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.precision import in_float32, low_precision, widened
 from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.files.atomic import check_target
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["export_onnx"]
 
@@ -103,7 +103,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
         examples = read_examples(plain, *given, dynamic_sizes)
-        calibration = None if calls is None else [Call(*widened(call.args, call.kwargs)) for call in calls]
+        calibration = None if calls is None else [ExampleCall(*widened(call.args, call.kwargs)) for call in calls]
     with clock.stage("convert"):
         from fedmef_fx.export.onnx.convert import convert  # noqa: PLC0415 -- imports onnx
 
@@ -111,10 +111,10 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         if calibration is not None:
             check_batch_sizes(calibration, converted.examples, is_dynamic=converted.is_dynamic)
 
-    from fedmef_fx.export.onnx.build import Plan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
+    from fedmef_fx.export.onnx.build import BuildPlan, build  # noqa: PLC0415 -- imports onnx and onnxruntime
     from fedmef_fx.export.onnx.write import total_bytes, written  # noqa: PLC0415
 
-    plan = Plan(
+    plan = BuildPlan(
         weights,
         quantize,
         uses_slim=optimize == "onnxslim",
@@ -179,6 +179,8 @@ def _in_float32(
 def _dense_bytes(model: nn.Module) -> int:
     """Bytes of the parameters in their dense form, however they are stored."""
     stored = sum(parameter.nbytes for parameter in model.parameters())
-    packed = [entry for entry in masked_parameters(model).values() if entry.is_packed] if is_transformed(model) else []
-    missing = sum((entry.numel - entry.parameter.numel()) * entry.parameter.element_size() for entry in packed)
+    packed = (
+        [masked for masked in masked_parameters(model).values() if masked.is_packed] if is_transformed(model) else []
+    )
+    missing = sum((masked.numel - masked.parameter.numel()) * masked.parameter.element_size() for masked in packed)
     return stored + missing

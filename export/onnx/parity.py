@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import Call, Examples, run
+from fedmef_fx.export.examples import ExampleCall, Examples, run
 from fedmef_fx.export.onnx.report import Parity
 from fedmef_fx.export.onnx.sessions import Array, Session, array_of
 
@@ -32,7 +32,7 @@ class OutputMismatchError(ExportError):
         call: The arguments with which it does.
     """
 
-    call: Call | None = None
+    call: ExampleCall | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -103,7 +103,7 @@ def check_parity(
     *,
     dynamic: bool,
     tolerance: float | None = FLOAT32_TOLERANCE,
-    more: Sequence[Call] = (),
+    more: Sequence[ExampleCall] = (),
 ) -> tuple[Parity, list[str]]:
     """Compare a file with a model on the examples and on random inputs like them.
 

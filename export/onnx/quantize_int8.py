@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import Call
+from fedmef_fx.export.examples import ExampleCall
 from fedmef_fx.export.onnx.sessions import array_of
 from fedmef_fx.export.onnx.strip import strip
 
 __all__ = ["quantize_int8"]
 
 
-def quantize_int8(proto: ModelProto, calibration: Sequence[Call]) -> tuple[ModelProto, list[str]]:
+def quantize_int8(proto: ModelProto, calibration: Sequence[ExampleCall]) -> tuple[ModelProto, list[str]]:
     """Quantize a graph.
 
     Args:

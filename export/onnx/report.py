@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmef_fx.display.notebook import fragment, html_table
-from fedmef_fx.export.onnx.manifest import StoredTensor
+from fedmef_fx.export.onnx.manifest import ManifestTensor
 
 __all__ = ["ExportReport", "Parity", "Runtime"]
 
@@ -90,7 +90,7 @@ class ExportReport:
     entropy_bytes: float = 0.0
     exponent_entropy_bytes: float = 0.0
     plain_nodes: int = 0
-    tensors: tuple[StoredTensor, ...] = ()
+    tensors: tuple[ManifestTensor, ...] = ()
     runtime: Runtime | None = None
 
     @property
@@ -152,7 +152,7 @@ def _over(share: float) -> str:
     return f"{abs(share):.1%} {'over' if share >= 0 else 'under'}"
 
 
-def _tensor_cells(tensor: StoredTensor) -> tuple[str, ...]:
+def _tensor_cells(tensor: ManifestTensor) -> tuple[str, ...]:
     shape = "x".join(map(str, tensor.shape))
     return tensor.name, shape, tensor.codec, f"{tensor.density:.3f}", f"{tensor.bytes:,}"
 

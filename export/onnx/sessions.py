@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import Call
+from fedmef_fx.export.examples import ExampleCall
 
 __all__ = ["Array", "Session", "array_of", "latency_ratio", "open_session"]
 
@@ -46,7 +46,7 @@ class Session:
         """Names of the outputs, in order."""
         return [value.name for value in self.runtime.get_outputs()]
 
-    def run(self, call: Call) -> list[Array]:
+    def run(self, call: ExampleCall) -> list[Array]:
         """The outputs for a call of the model.
 
         Raises:
@@ -105,7 +105,7 @@ def array_of(tensor: torch.Tensor) -> Array:
     return array
 
 
-def latency_ratio(session: Session, other: Session, call: Call) -> float:
+def latency_ratio(session: Session, other: Session, call: ExampleCall) -> float:
     """How many times longer one session runs than another: minima of runs taken in turns."""
     fastest = [np.inf, np.inf]
     for _ in range(_TIMED_ROUNDS):

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import Call
+from fedmef_fx.export.examples import ExampleCall
 from fedmef_fx.export.onnx.bisect import explain
 from fedmef_fx.export.onnx.build import Built
 from fedmef_fx.export.onnx.convert import Converted
@@ -19,7 +19,7 @@ __all__ = ["verify_file"]
 
 
 def verify_file(
-    file: Path, model: nn.Module, converted: Converted, built: Built, more: Sequence[Call]
+    file: Path, model: nn.Module, converted: Converted, built: Built, more: Sequence[ExampleCall]
 ) -> tuple[Parity, Runtime | None, list[str]]:
     """Compare a file with the model in torch, and with its plain weights in onnxruntime.
 
@@ -65,7 +65,7 @@ def verify_file(
     return parity, runtime, notices + more_notices
 
 
-def _check_bits(session: Session, plain: Session, call: Call) -> None:
+def _check_bits(session: Session, plain: Session, call: ExampleCall) -> None:
     for name, left, right in zip(session.outputs, session.run(call), plain.run(call), strict=True):
         if left.dtype != right.dtype or left.tobytes() != right.tobytes():
             raise ExportError(

@@ -33,7 +33,7 @@ def moves(layers: Sequence[LayerLevels]) -> list[int]:
     """
     queue: list[tuple[float, int, int]] = []
 
-    def offer(index: int, level: int) -> None:
+    def add_candidate(index: int, level: int) -> None:
         layer = layers[index]
         if level + 1 < len(layer.gammas):
             saved = layer.nbytes[level] - layer.nbytes[level + 1]
@@ -42,12 +42,12 @@ def moves(layers: Sequence[LayerLevels]) -> list[int]:
             heapq.heappush(queue, (price, index, level + 1))
 
     for index in range(len(layers)):
-        offer(index, 0)
+        add_candidate(index, 0)
     order = []
     while queue:
         _, index, level = heapq.heappop(queue)
         order.append(index)
-        offer(index, level)
+        add_candidate(index, level)
     return order
 
 

@@ -110,26 +110,26 @@ class _Search:
         """Find the best setting that holds the budget; errors are measured only if nothing exact holds it."""
         exact: list[PlannedModel] = []
         for settings in self._settings(_EXACT, {}):
-            rung = self._model(settings)
-            exact.append(rung)
-            unpruned = self._unpruned(rung, self._sizes(rung))
+            trial = self._model(settings)
+            exact.append(trial)
+            unpruned = self._unpruned(trial, self._sizes(trial))
             if unpruned is not None:
                 return self._result(unpruned)
-        base = min(exact, key=lambda rung: self._least_of(rung, rung.nothing, self._sizes(rung))[1])
+        base = min(exact, key=lambda trial: self._least_of(trial, trial.nothing, self._sizes(trial))[1])
         best: _Candidate | None = None
         lossy: list[PlannedModel] = []
         for settings in self._settings(_LOSSY, base.settings):
-            rung = base if settings == base.settings else self._model(settings, base)
-            lossy.append(rung)
-            found = self._candidate(rung, base, self._sizes(rung))
+            trial = base if settings == base.settings else self._model(settings, base)
+            lossy.append(trial)
+            found = self._candidate(trial, base, self._sizes(trial))
             best = self._better(best, found)
             if found is not None and not any(found.gammas):
                 break  # a further format could only add to the error
         if best is None:  # a further format may also take more: for a moment it needs both forms
-            rung = min(lossy, key=lambda rung: self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))[1])
-            best = self._candidate(rung, base, self._sizes(rung, smallest=1))
+            trial = min(lossy, key=lambda trial: self._least_of(trial, trial.limits, self._sizes(trial, smallest=1))[1])
+            best = self._candidate(trial, base, self._sizes(trial, smallest=1))
             if best is None:
-                self._refuse(rung)
+                self._refuse(trial)
         assert best is not None  # noqa: S101 -- _refuse raises
         return self._result(best)
 
@@ -150,9 +150,9 @@ class _Search:
                 settings[name] = value
                 yield dict(settings)
 
-    def _sizes(self, rung: PlannedModel, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
+    def _sizes(self, trial: PlannedModel, *, smallest: int = SMALLEST_PREFERRED) -> list[int | None]:
         """Sizes of parts, from the whole batch downwards."""
-        left = batch_statistics_in(rung.model.train())
+        left = batch_statistics_in(trial.model.train())
         if left or self.batch is None:
             reason = f"{left[0]} computes statistics of the batch" if left else self.why_whole
             self._say(f"the batch stays whole: {reason}")
@@ -177,74 +177,74 @@ class _Search:
     # Candidates
 
     def _unpruned(
-        self, rung: PlannedModel, sizes: Sequence[int | None], base: PlannedModel | None = None
+        self, trial: PlannedModel, sizes: Sequence[int | None], base: PlannedModel | None = None
     ) -> "_Candidate | None":
         """A candidate that drops nothing but zeros, with the largest parts that hold the budget; None if none does."""
-        size = self._largest(rung, sizes)
-        if self.predict(rung, rung.nothing, size).peak > self.budget:
+        size = self._largest(trial, sizes)
+        if self.predict(trial, trial.nothing, size).peak > self.budget:
             return None
-        return self._made(rung, base or rung, size, rung.nothing, f"gamma 0 holds it with {_parts(size)}")
+        return self._made(trial, base or trial, size, trial.nothing, f"gamma 0 holds it with {_parts(size)}")
 
-    def _candidate(self, rung: PlannedModel, base: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
-        unpruned = self._unpruned(rung, sizes, base)
+    def _candidate(self, trial: PlannedModel, base: PlannedModel, sizes: Sequence[int | None]) -> _Candidate | None:
+        unpruned = self._unpruned(trial, sizes, base)
         if unpruned is not None:
             return unpruned
-        size, least = self._least_of(rung, rung.limits, sizes)
+        size, least = self._least_of(trial, trial.limits, sizes)
         if least > self.budget:
             self._say(
-                f"{_label(rung)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
+                f"{_label(trial)}: no less than {shown_bytes(least)}, with {_parts(size)} and all dropped that may be"
             )
             return None
-        levels = rung.levels(self.share(size))
-        priced = fewest_moves(levels, lambda g: self.predict(rung, g, size).peak, self.budget)
-        found = self._made(rung, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
+        levels = trial.levels(self.share(size))
+        priced = fewest_moves(levels, lambda g: self.predict(trial, g, size).peak, self.budget)
+        found = self._made(trial, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
         # Prices know bytes, not which of them are alive at the peak: where it is narrow, an even hand can do better.
-        even = self._evenly(rung, levels, size)
+        even = self._evenly(trial, levels, size)
         if even == priced:
             return found
-        return self._better(found, self._made(rung, base, size, even, f"{_parts(size)}, and one gamma everywhere"))
+        return self._better(found, self._made(trial, base, size, even, f"{_parts(size)}, and one gamma everywhere"))
 
-    def _evenly(self, rung: PlannedModel, levels: Sequence[LayerLevels], size: int | None) -> list[float]:
+    def _evenly(self, trial: PlannedModel, levels: Sequence[LayerLevels], size: int | None) -> list[float]:
         """The smallest gamma for all layers, up to their limits, that holds the budget; the limits themselves do."""
         tried = sorted({gamma for layer in levels for gamma in layer.gammas})
-        all_gammas = [[min(gamma, limit) for limit in rung.limits] for gamma in tried]
-        return next(gammas for gammas in all_gammas if self.predict(rung, gammas, size).peak <= self.budget)
+        all_gammas = [[min(gamma, limit) for limit in trial.limits] for gamma in tried]
+        return next(gammas for gammas in all_gammas if self.predict(trial, gammas, size).peak <= self.budget)
 
-    def _largest(self, rung: PlannedModel, sizes: Sequence[int | None]) -> int | None:
+    def _largest(self, trial: PlannedModel, sizes: Sequence[int | None]) -> int | None:
         """The largest size that holds the budget with nothing pruned; one that does not if none does."""
 
         def holds(size: int | None) -> bool:
-            return self.predict(rung, rung.nothing, size).peak <= self.budget
+            return self.predict(trial, trial.nothing, size).peak <= self.budget
 
         if len(sizes) == 1 or holds(sizes[0]) or not holds(sizes[-1]):
             return sizes[0] if len(sizes) == 1 or holds(sizes[0]) else sizes[-1]
         return sizes[bisect.bisect_left(range(1, len(sizes) - 1), 1, key=lambda i: int(holds(sizes[i]))) + 1]
 
     def _least_of(
-        self, rung: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]
+        self, trial: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]
     ) -> tuple[int | None, int]:
         """The size that takes least, and its peak.
 
         It is the smallest, or the whole batch, for which no gradient has to be added up.
         """
-        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(rung, gammas, size).peak)
-        return size, self.predict(rung, gammas, size).peak
+        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(trial, gammas, size).peak)
+        return size, self.predict(trial, gammas, size).peak
 
     def _made(
-        self, rung: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
+        self, trial: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
     ) -> _Candidate:
         """A candidate, with its error against the gradients of the exact model."""
-        peak, error = self.predict(rung, gammas, size).peak, 0.0
-        self._say(f"{_label(rung)}: {reason}: {shown_bytes(peak)}")
-        if any(gammas) or rung is not base:
+        peak, error = self.predict(trial, gammas, size).peak, 0.0
+        self._say(f"{_label(trial)}: {reason}: {shown_bytes(peak)}")
+        if any(gammas) or trial is not base:
             total = sum(float(g.double().square().sum()) for g in base.exact.values())
-            distance = square_distance(rung.gradients(gammas), base.exact, set(base.exact))
+            distance = square_distance(trial.gradients(gammas), base.exact, set(base.exact))
             error = math.sqrt(distance / total) if total else 0.0
         chosen = tuple(
-            LayerChoice(layer, gamma, rung.nbytes(i, gamma, self.share(size)))
-            for i, ((layer, _, _), gamma) in enumerate(zip(rung.sites, gammas, strict=True))
+            LayerChoice(layer, gamma, trial.nbytes(i, gamma, self.share(size)))
+            for i, ((layer, _, _), gamma) in enumerate(zip(trial.sites, gammas, strict=True))
         )
-        return _Candidate(rung.settings, size, gammas, chosen, peak, error)
+        return _Candidate(trial.settings, size, gammas, chosen, peak, error)
 
     def _better(self, first: _Candidate | None, second: _Candidate | None) -> _Candidate | None:
         if first is None or second is None:
@@ -255,13 +255,13 @@ class _Search:
 
     # Measurements
 
-    def predict(self, rung: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
+    def predict(self, trial: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
         """What a step takes with some gammas, without running it."""
-        key = (rung, tuple(gammas), micro_batch)
+        key = (trial, tuple(gammas), micro_batch)
         if key not in self._predictions:
-            rung.set(gammas)
+            trial.set(gammas)
             self._predictions[key] = memory(
-                rung.model,
+                trial.model,
                 self.args,
                 example_kwargs=self.kwargs,
                 optimizer=self.config.budget_optimizer,
@@ -276,11 +276,11 @@ class _Search:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def _refuse(self, rung: PlannedModel) -> None:
-        size, _ = self._least_of(rung, rung.limits, self._sizes(rung, smallest=1))
-        floor = self.predict(rung, rung.limits, size)
+    def _refuse(self, trial: PlannedModel) -> None:
+        size, _ = self._least_of(trial, trial.limits, self._sizes(trial, smallest=1))
+        floor = self.predict(trial, trial.limits, size)
         parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
-        needs = [f"{name}={value!r}" for name, value in rung.settings.items()] + [_parts(size)]
+        needs = [f"{name}={value!r}" for name, value in trial.settings.items()] + [_parts(size)]
         raise ConfigError(
             f"Config.memory_budget: {shown_bytes(self.budget)} cannot be reached; the floor is "
             f"{shown_bytes(floor.peak)} with {', '.join(needs)} and gamma {self.config.activation_sparsity:g} (then "
@@ -311,8 +311,8 @@ def _parts(size: int | None) -> str:
     return "the whole batch" if size is None else f"micro-batches of {size}"
 
 
-def _label(rung: PlannedModel) -> str:
-    return ", ".join(f"{name}={value}" for name, value in rung.settings.items()) or "as configured"
+def _label(trial: PlannedModel) -> str:
+    return ", ".join(f"{name}={value}" for name, value in trial.settings.items()) or "as configured"
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, str]:

@@ -18,7 +18,7 @@ from fedmef_fx.errors import CaptureError
 from fedmef_fx.graph.compiled import CompiledGraph, original_forward
 from fedmef_fx.graph.signature import Call
 
-__all__ = ["Observation", "Originals", "difference", "observe", "prove", "tensors_in"]
+__all__ = ["Originals", "Outcome", "difference", "outcome_of", "prove", "tensors_within"]
 
 # Graphs run the same kernels in the same order; what remains comes from sums over gradients in another order.
 _RELATIVE: Final = 1e-4
@@ -27,7 +27,7 @@ _DEPTH: Final = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Observation:
+class Outcome:
     """What one forward and backward pass does.
 
     Attributes:
@@ -45,11 +45,11 @@ class Originals:
     """What original forwards do with their calls, each observed once however many graphs are compared with it."""
 
     def __init__(self) -> None:
-        self._observed: dict[tuple[object, ...], list[Observation | Exception]] = {}
+        self._observed: dict[tuple[object, ...], list[Outcome | Exception]] = {}
         self._kept: list[object] = []  # keeps alive what the keys identify
 
-    def of(self, module: nn.Module, call: Call, *, gradients: bool) -> list["Observation | Exception"]:
-        """Observations of the module in its mode, on the call and on another one like it."""
+    def of(self, module: nn.Module, call: Call, *, gradients: bool) -> list["Outcome | Exception"]:
+        """Outcomes of the module in its mode, on the call and on another one like it."""
         key = (id(module), id(call), module.training)
         if (*key, gradients) not in self._observed and (*key, True) in self._observed:
             return self._observed[*key, True]
@@ -67,7 +67,7 @@ def prove(module: nn.Module, call: Call, graph: fx.Graph, originals: Originals, 
         module: The module; it is as it was when this returns or raises.
         call: A call that the graph serves.
         graph: The graph, unchanged by passes.
-        originals: Observations of original forwards.
+        originals: Outcomes of original forwards.
         by_name: Whether its placeholders are the arguments of forward; otherwise the tensors of the call.
 
     Raises:
@@ -97,20 +97,20 @@ def prove(module: nn.Module, call: Call, graph: fx.Graph, originals: Originals, 
 
 def _observed(
     module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool
-) -> list[Observation | Exception]:
+) -> list[Outcome | Exception]:
     # One after the other without a reset in between, so that state which a forward keeps for itself shows.
-    found: list[Observation | Exception] = []
+    found: list[Outcome | Exception] = []
     with restored(module), fixed_seed():
         for index, changed in enumerate((call, call.replace_tensors(_other_values))):
             torch.manual_seed(index)
             try:
-                found.append(observe(module, changed, run, gradients=gradients))
+                found.append(outcome_of(module, changed, run, gradients=gradients))
             except Exception as error:
                 found.append(error)
     return found
 
 
-def observe(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool) -> Observation:
+def outcome_of(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool) -> Outcome:
     """Run a call forward, and backward if gradients are wanted.
 
     Args:
@@ -138,7 +138,7 @@ def observe(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradie
             with contextlib.suppress(RuntimeError):
                 found = _gradients(output, watched)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    return Observation(output, found, buffers)
+    return Outcome(output, found, buffers)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _gradients(output: Any, watched: dict[str, Tensor]) -> dict[str, Tensor | None]:
     terms = []
-    for tensor in tensors_in(output):
+    for tensor in tensors_within(output):
         if tensor.requires_grad and tensor.numel():
             values = torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor.flatten()
             # Fixed weights: a plain sum is blind to errors that cancel, as after a softmax.
@@ -158,22 +158,22 @@ def _gradients(output: Any, watched: dict[str, Tensor]) -> dict[str, Tensor | No
     return dict(zip(watched, found, strict=True))
 
 
-def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def tensors_within(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     """The tensors in an output, also in objects that pytree does not know."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, dict):
         for part in value.values():
-            yield from tensors_in(part, depth - 1)
+            yield from tensors_within(part, depth - 1)
     elif depth and isinstance(value, tuple | list):
         for part in value:
-            yield from tensors_in(part, depth - 1)
+            yield from tensors_within(part, depth - 1)
     elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         for part in vars(value).values():
-            yield from tensors_in(part, depth - 1)
+            yield from tensors_within(part, depth - 1)
 
 
-def difference(expected: Observation, got: Observation) -> str | None:
+def difference(expected: Outcome, got: Outcome) -> str | None:
     """What differs between two observations, None where they agree."""
     problem = _output_difference(expected.output, got.output)
     if problem is not None:
@@ -198,7 +198,7 @@ def difference(expected: Observation, got: Observation) -> str | None:
 def _output_difference(expected: Any, got: Any) -> str | None:
     if type(expected) is not type(got):
         return f"it returns {type(got).__name__} instead of {type(expected).__name__}"
-    wanted, found = list(tensors_in(expected)), list(tensors_in(got))
+    wanted, found = list(tensors_within(expected)), list(tensors_within(got))
     if len(wanted) != len(found):
         return f"it returns {len(found)} tensors instead of {len(wanted)}"
     for index, (left, right) in enumerate(zip(wanted, found, strict=True)):

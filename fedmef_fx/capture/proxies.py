@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fedmef_fx.errors import CaptureError
 
-__all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "shown_to_isinstance", "value_of"]
+__all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "concrete_value", "shown_to_isinstance"]
 
 
 class SpecializingTracer(Protocol):
@@ -175,7 +175,7 @@ class _Method:
         return tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
 
 
-def value_of(argument: Any, *, on_proxy: Callable[[ValueProxy], None] = lambda _: None) -> Any:
+def concrete_value(argument: Any, *, on_proxy: Callable[[ValueProxy], None] = lambda _: None) -> Any:
     """An argument with the proxies in it replaced by their values.
 
     Args:
@@ -187,13 +187,15 @@ def value_of(argument: Any, *, on_proxy: Callable[[ValueProxy], None] = lambda _
         return argument.known
     kind = type(argument)
     if kind in (list, set):
-        return kind(value_of(part, on_proxy=on_proxy) for part in argument)
+        return kind(concrete_value(part, on_proxy=on_proxy) for part in argument)
     if isinstance(argument, tuple):
-        parts = [value_of(part, on_proxy=on_proxy) for part in argument]
+        parts = [concrete_value(part, on_proxy=on_proxy) for part in argument]
         return kind(*parts) if hasattr(argument, "_fields") else kind(parts)
     if isinstance(argument, dict):
-        parts_by_key = {key: value_of(part, on_proxy=on_proxy) for key, part in argument.items()}
+        parts_by_key = {key: concrete_value(part, on_proxy=on_proxy) for key, part in argument.items()}
         return parts_by_key if kind is dict else kind(parts_by_key)
     if kind is slice:
-        return slice(*(value_of(part, on_proxy=on_proxy) for part in (argument.start, argument.stop, argument.step)))
+        return slice(
+            *(concrete_value(part, on_proxy=on_proxy) for part in (argument.start, argument.stop, argument.step))
+        )
     return argument

@@ -158,8 +158,8 @@ def _share_constants(module: nn.Module, *graphs: fx.Graph) -> None:
             value = vars(module).get(target, kept.get(target))
             if value is None:
                 continue
-            twin = next((k for k, v in kept.items() if v.dtype == value.dtype and torch.equal(v, value)), None)
-            name = twin or f"fedmef_constant_{taken + len(kept)}"
+            same = next((k for k, v in kept.items() if v.dtype == value.dtype and torch.equal(v, value)), None)
+            name = same or f"fedmef_constant_{taken + len(kept)}"
             kept.setdefault(name, value)
             node.target = name
     for key in [k for k in vars(module) if k.startswith("_tensor_constant")]:

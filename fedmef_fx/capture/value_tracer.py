@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.patches import traced_calls
-from fedmef_fx.capture.proxies import NumberProxy, TensorProxy, ValueProxy, shown_to_isinstance, value_of
+from fedmef_fx.capture.proxies import NumberProxy, TensorProxy, ValueProxy, concrete_value, shown_to_isinstance
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.errors import CaptureError
@@ -167,7 +167,7 @@ class ValueTracer(BaseTracer):
     ) -> Any:
         """Run an operation on the values of its arguments and record it."""
         seen: list[ValueProxy] = []
-        values = value_of((args, kwargs), on_proxy=seen.append)
+        values = concrete_value((args, kwargs), on_proxy=seen.append)
         _refuse_unless_numbers(kind, target, values)
         depends = any(proxy.depends_on_data for proxy in seen) or _is_sized_by_data(target, values)
         result = self._execute(kind, target, *values)

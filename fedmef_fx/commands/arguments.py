@@ -18,7 +18,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.models import REFERENCE_MODELS
 
 __all__ = [
-    "Checkpoint",
+    "CheckpointOption",
     "InputShape",
     "ModelName",
     "Passes",
@@ -41,7 +41,7 @@ InputShape = Annotated[
     str | None,
     typer.Option("--input", metavar="SHAPE", help="Shape of the input with its batch, e.g. 1x3x32x32."),
 ]
-Checkpoint = Annotated[
+CheckpointOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", help="Weights, masks and configuration of a model that `fedmef-fx train` or `save` wrote."

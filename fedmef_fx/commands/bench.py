@@ -17,8 +17,8 @@ from fedmef_fx.commands.arguments import InputShape, build_model, required_input
 from fedmef_fx.commands.bench_onnx import bench_onnx, show_onnx
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.config_options import takes_config
+from fedmef_fx.commands.reference import masked_dense_reference
 from fedmef_fx.commands.tables import show_table
-from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config
 
 __all__ = ["bench"]
@@ -84,7 +84,7 @@ def bench(  # noqa: PLR0913 -- one parameter per option
         x = required_input(model, input_shape, batch=batch or 64)
         steps = {
             "step": _training_step(fedmef_fx.transform(network, config), x),
-            "step_masked_dense": _training_step(masked_dense_twin(network, config), x),
+            "step_masked_dense": _training_step(masked_dense_reference(network, config), x),
         }
         times = _timed(steps, repeats)
         data |= {name: _spread(seconds) for name, seconds in times.items()}

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
+from fedmef_fx.commands.reference import masked_dense_reference
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.commands.train import round_note
-from fedmef_fx.commands.twin import masked_dense_twin
 from fedmef_fx.config import Config
 from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.federated import History, RoundRecord
@@ -87,11 +87,11 @@ def _dense(history: History, settings: DemoSettings, images: Tensor) -> dict[str
     message = sum(tensor.nbytes for tensor in network.state_dict().values())
     messages = sum(len(record.clients) for record in history.rounds)
     batch = images[:1].expand(settings.training.batch_size, *images.shape[1:])
-    twin = memory(masked_dense_twin(network, Config()), (batch,))
+    reference = memory(masked_dense_reference(network, Config()), (batch,))
     return {
         "bytes_down_dense": message * messages,
         "bytes_up_dense": message * messages,
-        "saved_bytes_dense": twin.saved_total,
+        "saved_bytes_dense": reference.saved_total,
     }
 
 

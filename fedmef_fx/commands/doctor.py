@@ -21,7 +21,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.data import DATA_VARIABLE
 from fedmef_fx.packing import available_backends, backend
 from fedmef_fx.records.passes import PassReport
-from fedmef_fx.sparse_model.facts import Coverage
+from fedmef_fx.sparse_model.transformation import Coverage
 
 __all__ = ["doctor"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fedmef_fx
 from fedmef_fx.commands.arguments import (
-    Checkpoint,
+    CheckpointOption,
     InputShape,
     ModelName,
     Passes,
@@ -60,7 +60,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
     *,
     model: ModelName,
     output: Annotated[Path, typer.Argument(metavar="FILE", help="The ONNX file to write.")],
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointOption = None,
     passes: Passes = None,
     input_shape: InputShape = None,
     weights: Annotated[

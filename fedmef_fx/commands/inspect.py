@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fedmef_fx
-from fedmef_fx.commands.arguments import Checkpoint, InputShape, Passes, build_model, example_input, transformed
+from fedmef_fx.commands.arguments import CheckpointOption, InputShape, Passes, build_model, example_input, transformed
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.page import Opens, Page, page_result
@@ -36,7 +36,7 @@ ModelNameOrFile = Annotated[
 ]
 
 
-class View(StrEnum):
+class InspectView(StrEnum):
     """What to look at."""
 
     TEXT = "text"
@@ -53,13 +53,13 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
     *,
     model: ModelNameOrFile,
     view: Annotated[
-        View,
+        InspectView,
         typer.Option(
             help="text: the graph, one line a node. table: weights, density and operations per layer. diff: graph "
             "before and after. passes: what each pass did and refused, with reasons. coverage: where each weight is "
             "rewritten. dot: for Graphviz."
         ),
-    ] = View.TEXT,
+    ] = InspectView.TEXT,
     print_after: Annotated[
         list[str] | None,
         typer.Option(metavar="PASS", help="Print the graphs after this pass on stderr; may be repeated."),
@@ -74,7 +74,7 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
     with_memory: Annotated[
         bool, typer.Option("--memory", help="Measure a training step for the page's memory timeline; takes seconds.")
     ] = False,
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointOption = None,
     passes: Passes = None,
     input_shape: InputShape = None,
     as_json: AsJson = False,
@@ -130,15 +130,15 @@ def _steps(model: nn.Module, original: nn.Module | None, x: Tensor | None) -> tu
     return memory(model, (x,), optimizer="sgd-momentum"), before
 
 
-def _inspect_file(path: str, view: View) -> Result:
-    if view not in (View.TEXT, View.TABLE):
+def _inspect_file(path: str, view: InspectView) -> Result:
+    if view not in (InspectView.TEXT, InspectView.TABLE):
         raise typer.BadParameter(f"got {view.value}; expected text or table for an ONNX file", param_hint="--view")
     inspection = fedmef_fx.inspect_onnx(path)
     return Result(inspection.to_json(), lambda console: _show_file(console, view, inspection))
 
 
-def _show_file(console: Console, view: View, inspection: FileInspection) -> None:
-    if view is View.TEXT:
+def _show_file(console: Console, view: InspectView, inspection: FileInspection) -> None:
+    if view is InspectView.TEXT:
         typer.echo(str(inspection))
         return
     show_table(console, ("", ""), inspection.summary())
@@ -153,21 +153,21 @@ def _print_text(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _show(console: Console, view: View, inspection: Inspection, *, after: nn.Module, before: nn.Module) -> None:
+def _show(console: Console, view: InspectView, inspection: Inspection, *, after: nn.Module, before: nn.Module) -> None:
     match view:
-        case View.TEXT:
+        case InspectView.TEXT:
             typer.echo(str(inspection))
-        case View.DIFF:
+        case InspectView.DIFF:
             typer.echo(inspection.diff(before))
-        case View.DOT:
+        case InspectView.DOT:
             typer.echo(inspection.to_dot())
-        case View.TABLE:
+        case InspectView.TABLE:
             table = inspection.table(None if after is before or not inspection.has_example else before)
             headings, rows = table.cells()
             show_table(console, headings, rows, numbers=frozenset(range(len(headings))) - table.words())
             for notice in inspection.notices:
                 console.print(visible(notice))
-        case View.PASSES:
+        case InspectView.PASSES:
             show_passes(console, inspection.passes)
-        case View.COVERAGE:
+        case InspectView.COVERAGE:
             show_coverage(console, fedmef_fx.coverage(after))

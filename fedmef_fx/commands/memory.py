@@ -79,24 +79,24 @@ def memory(  # noqa: PLR0913 -- the options of a command
         )
 
     transformed = report(sparse, micro_batch)
-    twin = report(_masked_after_steps(network, sparse)) if compare else None
+    reference = report(_masked_after_steps(network, sparse)) if compare else None
     if plot is not None:
         transformed.plot(plot)
     data: dict[str, Any] = {"model": model, "input": list(x.shape), "transformed": transformed.as_dict()}
     if plan is not None:
         data["plan"] = plan.as_dict()
-    if twin is not None:
+    if reference is not None:
         data |= {
-            "masked_dense": twin.as_dict(),
-            "saved_ratio": _ratio(transformed.saved_total, twin.saved_total),
-            "peak_ratio": _ratio(transformed.peak, twin.peak),
+            "masked_dense": reference.as_dict(),
+            "saved_ratio": _ratio(transformed.saved_total, reference.saved_total),
+            "peak_ratio": _ratio(transformed.peak, reference.peak),
         }
     title = f"one training step of {model} on {'x'.join(map(str, x.shape))}"
 
     def show(console: Console) -> None:
         if plan is not None:
             console.print(f"{plan}\n")
-        _show(console, title, transformed, twin, layers=layers)
+        _show(console, title, transformed, reference, layers=layers)
 
     return Result(data, show)
 
@@ -112,25 +112,27 @@ def _masked_after_steps(model: nn.Module, transformed: nn.Module) -> nn.Module:
     That is how FedDST, FedTiny and FedPruning train. It keeps no second copy of a weight, so that it takes less than
     a model that masks its weights in forward: the fair baseline for memory.
     """
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     for name, mask in fedmef_fx.masks(transformed).items():
-        register_mask(twin, name, mask)
-    return twin
+        register_mask(reference, name, mask)
+    return reference
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _show(console: Console, title: str, transformed: MemoryReport, twin: MemoryReport | None, *, layers: int) -> None:
-    theirs = {} if twin is None else dict(twin.rows())
+def _show(
+    console: Console, title: str, transformed: MemoryReport, reference: MemoryReport | None, *, layers: int
+) -> None:
+    theirs = {} if reference is None else dict(reference.rows())
     rows = []
     for label, ours in transformed.rows():
         base = theirs.get(label)
         ratio = None if base is None else _ratio(ours, base)
         cells = ("-" if base is None else shown_bytes(base), "-" if ratio is None else f"{ratio:.3f}")
-        rows.append((label, shown_bytes(ours), *(cells if twin is not None else ())))
-    headings = ("", "transformed", *(("masked-dense", "ratio") if twin is not None else ()))
+        rows.append((label, shown_bytes(ours), *(cells if reference is not None else ())))
+    headings = ("", "transformed", *(("masked-dense", "ratio") if reference is not None else ()))
     show_table(console, headings, rows, title=title, numbers=frozenset({1, 2, 3}))
     console.print(f"peak at: {transformed.peak_site}")
     for note in transformed.notes:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.records.passes import PassReport
-from fedmef_fx.sparse_model.facts import Coverage
+from fedmef_fx.sparse_model.transformation import Coverage
 
 __all__ = ["coverage_data", "passes_data", "show_coverage", "show_passes"]
 
@@ -36,7 +36,9 @@ def passes_data(passes: PassReport) -> list[dict[str, Any]]:
 
 def show_coverage(console: Console, coverage: Coverage) -> None:
     """Print where each prunable parameter is rewritten, and why not better."""
-    rows = [(row.name, str(row.numel), row.tier or "dense", row.reason) for row in coverage.rows]
+    rows = [
+        (prunable.name, str(prunable.numel), prunable.tier or "dense", prunable.reason) for prunable in coverage.rows
+    ]
     show_table(console, ("parameter", "weights", "tier", "reason"), rows, numbers=frozenset({1}))
     console.print(f"graph fraction {coverage.graph_fraction:.3f}")
 
@@ -44,7 +46,13 @@ def show_coverage(console: Console, coverage: Coverage) -> None:
 def coverage_data(coverage: Coverage) -> dict[str, Any]:
     """The same as JSON values."""
     rows = [
-        {"parameter": row.name, "weights": row.numel, "tier": row.tier, "masked": row.masked, "reason": row.reason}
-        for row in coverage.rows
+        {
+            "parameter": prunable.name,
+            "weights": prunable.numel,
+            "tier": prunable.tier,
+            "masked": prunable.masked,
+            "reason": prunable.reason,
+        }
+        for prunable in coverage.rows
     ]
     return {"graph_fraction": coverage.graph_fraction, "parameters": rows}

@@ -31,8 +31,8 @@ from fedmef_fx.federated.methods import Method, method_of
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
-from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
 from fedmef_fx.sparse_model.masks import density
+from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
 __all__ = ["run"]

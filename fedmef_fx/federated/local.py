@@ -22,7 +22,7 @@ from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import read_state
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.facts import transformation_of
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.clipping import clip_gradients
 from fedmef_fx.training.extrusion import Extrusion

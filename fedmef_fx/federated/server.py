@@ -14,9 +14,9 @@ from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import Method
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masks import set_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
 from fedmef_fx.sparsity.sparse_gradient import average_sparse_gradients
 from fedmef_fx.training.adjustment import adjusted_masks, unit_sizes
@@ -123,8 +123,8 @@ class Server:
             for name in self.schema.masked
         }
         adjusted = adjusted_masks(self.model, gradients, counts)
-        entries = masked_parameters(self.model).items()
-        churn = {name: int((adjusted[name] & ~entry.mask).count_nonzero()) for name, entry in entries}
+        parameters = masked_parameters(self.model).items()
+        churn = {name: int((adjusted[name] & ~parameter.mask).count_nonzero()) for name, parameter in parameters}
         set_masks(self.model, adjusted)
         return churn
 

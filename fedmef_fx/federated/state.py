@@ -54,8 +54,10 @@ class Schema:
         Raises:
             ConfigError: A tensor of a dtype that cannot be exchanged.
         """
-        entries = masked_parameters(model)
-        masked = {name: TensorSpec(entry.shape, entry.parameter.dtype) for name, entry in entries.items()}
+        parameters = masked_parameters(model)
+        masked = {
+            name: TensorSpec(parameter.shape, parameter.parameter.dtype) for name, parameter in parameters.items()
+        }
         schema = cls(masked, {name: TensorSpec.of(tensor) for name, tensor in _dense_tensors(model).items()})
         for name, spec in (schema.masked | schema.dense).items():  # type: ignore[operator]  # both are dicts
             if spec.dtype not in DTYPES.values():
@@ -84,7 +86,11 @@ class ModelState:
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors without a mask, by name; a tied one once."""
     # By identity: `features.1.weight` must never be taken for a part of `features.10.weight`.
-    excluded = {id(tensor) for entry in masked_parameters(model).values() for tensor in (entry.parameter, entry.buffer)}
+    excluded = {
+        id(tensor)
+        for parameter in masked_parameters(model).values()
+        for tensor in (parameter.parameter, parameter.buffer)
+    }
     persistent = model.state_dict(keep_vars=True).keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name in persistent and id(tensor) not in excluded}
@@ -98,11 +104,11 @@ def read_state(model: nn.Module, *, version: int) -> ModelState:
         model: A transformed model.
         version: Number of finished rounds.
     """
-    entries = masked_parameters(model)
+    parameters = masked_parameters(model)
     return ModelState(
         version,
         masks={name: mask.cpu() for name, mask in masks(model).items()},
-        values={name: entry.values().cpu() for name, entry in entries.items()},
+        values={name: parameter.values().cpu() for name, parameter in parameters.items()},
         dense={name: tensor.detach().cpu().clone() for name, tensor in _dense_tensors(model).items()},
     )
 
@@ -115,9 +121,9 @@ def load_state(model: nn.Module, state: ModelState) -> None:
         model: A transformed model of the state's schema.
         state: The state.
     """
-    entries = masked_parameters(model)
-    set_masks(model, {n: m for n, m in state.masks.items() if not torch.equal(m, entries[n].mask.cpu())})
-    for name, entry in entries.items():
-        entry.write(state.values[name])
+    parameters = masked_parameters(model)
+    set_masks(model, {n: m for n, m in state.masks.items() if not torch.equal(m, parameters[n].mask.cpu())})
+    for name, parameter in parameters.items():
+        parameter.write(state.values[name])
     for name, tensor in _dense_tensors(model).items():
         tensor.copy_(state.dense[name])

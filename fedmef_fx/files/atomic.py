@@ -32,9 +32,9 @@ def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefE
         # To root every directory is writable, also one whose owner took all write permissions away.
         if not folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
             raise error(f"{path}: the directory {folder} is read-only; expected one that can be written")
-        probe = _temporary(target)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        trial = _temporary(target)
+        trial.touch(exist_ok=False)
+        trial.unlink()
     except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
         raise error(f"{path}: cannot be written: {cause}; expected a file name in a writable directory") from cause
     return target

@@ -18,8 +18,8 @@ from fedmef_fx.graph.compiled import (
 from fedmef_fx.graph.dispatch import _TABLE, Extend, RegionTable, _table_of, tables_in
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyCall
-from fedmef_fx.sparse_model.facts import HOLDER, transformation_of
 from fedmef_fx.sparse_model.gradient_masks import keep_gradients_masked
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
 __all__ = ["CompiledGraph", "emit", "program_of", "recompile", "restore_classes"]
 
@@ -48,7 +48,7 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
     Returns:
         A GraphModule where one graph runs the whole model in both modes, otherwise the model with classes changed.
     """
-    program.model.add_module(HOLDER, program.facts)
+    program.model.add_module(CHILD_NAME, program.transformation)
     if program.is_one_graph:
         result: nn.Module = _graph_module(program.model, program.regions[0].graphs["both"])
     else:
@@ -95,9 +95,9 @@ def program_of(model: nn.Module) -> Program:
     Raises:
         ConfigError: Not a transformed model.
     """
-    facts = transformation_of(model)
+    transformation = transformation_of(model)
     if isinstance(model, fx.GraphModule):
-        return Program(model, [Region("", model, {"both": model.graph})], facts)
+        return Program(model, [Region("", model, {"both": model.graph})], transformation)
     regions = []
     for path, module in model.named_modules():
         table: RegionTable | None = module.__dict__.get(_TABLE)
@@ -105,7 +105,7 @@ def program_of(model: nn.Module) -> Program:
             graphs = {mode: compiled.graph for mode, compiled in entry.graphs.items()}
             signature = None if isinstance(entry.signature, AnyCall) else entry.signature
             regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
-    return Program(model, regions, facts)
+    return Program(model, regions, transformation)
 
 
 def recompile(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from fedmef_fx.graph.signature import AnyTensors, Signature
 from fedmef_fx.module_tree import join
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import Refusal
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 
 __all__ = ["Program", "Region", "Role"]
 
@@ -94,13 +94,13 @@ class Region:
 
 @dataclasses.dataclass
 class Program:
-    """A model, its traced regions and the facts that passes collect.
+    """A model, its traced regions and what passes say about it.
 
     Attributes:
         model: The copy that is being transformed.
         regions: Its traced regions, none inside another but fallbacks. Several regions may have one owner and differ
             in their signatures.
-        facts: Becomes the model's child module `fedmef`.
+        transformation: Becomes the model's child module `fedmef`.
         products: Names of the parameters that products read while the original ran on example inputs.
         failures: What was not captured as part of a region, and why.
         pending: Paths of modules that are captured when they are first called, because there was no example call.
@@ -108,7 +108,7 @@ class Program:
 
     model: nn.Module
     regions: list[Region]
-    facts: Transformation
+    transformation: Transformation
     products: frozenset[str] = frozenset()
     failures: tuple[Refusal, ...] = ()
     pending: tuple[str, ...] = ()

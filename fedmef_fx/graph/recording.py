@@ -14,9 +14,9 @@ from fedmef_fx.display.printable import visible
 from fedmef_fx.graph.origin import module_path, provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord, TensorRecord, dtype_name
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["KeptStorage", "Observation", "record_graphs", "visible"]
 
@@ -58,9 +58,9 @@ def record_graphs(program: Program, observation: "Observation | None" = None) ->
 
 def _densities(program: Program) -> dict[int, float]:
     """Active share by identity of the masked parameter."""
-    facts = None if is_transformed(program.model) else program.facts  # on its way through the passes
-    entries: Mapping[str, MaskedParameter] = masked_parameters(program.model, facts=facts)
-    return {id(entry.parameter): entry.active / max(entry.numel, 1) for entry in entries.values()}
+    transformation = None if is_transformed(program.model) else program.transformation  # on its way through the passes
+    parameters: Mapping[str, MaskedParameter] = masked_parameters(program.model, transformation=transformation)
+    return {id(parameter.parameter): parameter.active / max(parameter.numel, 1) for parameter in parameters.values()}
 
 
 def _saved_records(program: Program, observation: "Observation") -> dict[fx.Node, tuple[SavedRecord, ...]]:

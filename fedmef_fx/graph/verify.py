@@ -13,8 +13,8 @@ from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.graph.program import Program
 from fedmef_fx.packing.bitmap import bitmap_nbytes, count_bits
 from fedmef_fx.records.passes import PassResult
-from fedmef_fx.sparse_model.facts import PrunableParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import PrunableParameter
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 
 __all__ = ["Verifier"]
@@ -121,7 +121,7 @@ def _training_flags_are_kept(before: _Snapshot, after: _Snapshot, _: Program, __
 def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
     for name, (weight, buffer, shape) in _stored(program).items():
         fits = buffer.dtype == torch.bool and buffer.shape == weight.shape == shape
-        if program.facts.prunable[name].packed_shape is not None:
+        if program.transformation.prunable[name].packed_shape is not None:
             fits = buffer.dtype == torch.uint8 and buffer.shape == (bitmap_nbytes(shape.numel()),)
             fits = fits and weight.shape == (count_bits(buffer.cpu().numpy()),)
         if not fits or buffer.device != weight.device:
@@ -130,36 +130,36 @@ def _masks_match(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult)
 
 def _stored(program: Program) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Size]]:
     """Parameter, mask or bitmap, and dense shape by name."""
-    entries = masked_parameters(program.model, facts=program.facts)
-    return {name: (entry.parameter, entry.buffer, entry.shape) for name, entry in entries.items()}
+    parameters = masked_parameters(program.model, transformation=program.transformation)
+    return {name: (parameter.parameter, parameter.buffer, parameter.shape) for name, parameter in parameters.items()}
 
 
 def _masks_have_their_granularity(_: _Snapshot, __: _Snapshot, program: Program, ___: PassResult) -> Iterator[str]:
-    granularity = parse_granularity(program.facts.config.granularity)
-    entries = masked_parameters(program.model, facts=program.facts)
-    for name, fact in program.facts.prunable.items():
-        if not fact.masked or fact.channels is None:
+    granularity = parse_granularity(program.transformation.config.granularity)
+    parameters = masked_parameters(program.model, transformation=program.transformation)
+    for name, prunable in program.transformation.prunable.items():
+        if not prunable.masked or prunable.channels is None:
             continue
-        mask, layout = entries[name].mask, fact.channels.layout
+        mask, layout = parameters[name].mask, prunable.channels.layout
         if isinstance(granularity, Pattern) and (layout.blocks(mask, granularity.of).sum(1) > granularity.kept).any():
             yield f"the mask of {name} keeps more than {granularity} somewhere"
-        leader = program.facts.prunable[fact.channels.leader]
+        leader = program.transformation.prunable[prunable.channels.leader]
         if granularity == "channel" and not leader.masked:
             yield f"the mask of {name} follows {leader.name}, which has none"
         elif granularity == "channel":
-            alive = _layout(leader).rows(entries[leader.name].mask).any(1)
+            alive = _layout(leader).rows(parameters[leader.name].mask).any(1)
             if (mask & ~layout.spread(alive, mask.shape)).any():
                 yield f"the mask of {name} keeps channels that are off in {leader.name}"
 
 
-def _layout(fact: PrunableParameter) -> Layout:
-    return Layout() if fact.channels is None else fact.channels.layout
+def _layout(prunable: PrunableParameter) -> Layout:
+    return Layout() if prunable.channels is None else prunable.channels.layout
 
 
 def _masked_parameters_are_read_through_masks(
     _: _Snapshot, __: _Snapshot, program: Program, ___: PassResult
 ) -> Iterator[str]:
-    guarded = set(program.facts.guarded)  # may be read without a mask where the region does not hold it
+    guarded = set(program.transformation.guarded)  # may be read without a mask where the region does not hold it
     stored = _stored(program).items()
     masked = {id(weight): (n, buffer) for n, (weight, buffer, _) in stored if n not in guarded}
     for region, _mode, graph in program.graphs():

@@ -20,7 +20,7 @@ from fedmef_fx.display.printable import visible
 from fedmef_fx.display.text_table import text_table
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.files.checkpoint_file import StoredTensor
-from fedmef_fx.inspection.comparison_sources import Source, tensors_of
+from fedmef_fx.inspection.comparison_sources import Source, stored_tensors
 from fedmef_fx.inspection.page.data import PageContent
 from fedmef_fx.inspection.page.page import write_page
 
@@ -212,7 +212,7 @@ def compare(before: Source, after: Source) -> Comparison:
         >>> compare(sparse, sparse).total.overlap
         1.0
     """
-    left, right = tensors_of(before), tensors_of(after)
+    left, right = stored_tensors(before), stored_tensors(after)
     names = (_label(before, "before"), _label(after, "after"))
     common = [name for name in left if name in right]
     if not common:

@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.checkpoint_file import StoredTensor, read_tensors
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.thresholds import THRESHOLDS
+from fedmef_fx.sparse_model.transformation import is_transformed
 
-__all__ = ["Source", "tensors_of"]
+__all__ = ["Source", "stored_tensors"]
 
 Source: TypeAlias = nn.Module | str | os.PathLike[str]
 
 _LONGEST_HEADER_BYTES: Final = 100_000_000  # as safetensors itself has it
 
 
-def tensors_of(source: Source) -> dict[str, StoredTensor]:
+def stored_tensors(source: Source) -> dict[str, StoredTensor]:
     """The floating point tensors of a state, by name; those with masks as their active values.
 
     Args:
@@ -49,7 +49,7 @@ def _floating(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
     masked = masked_parameters(model) if is_transformed(model) else {}
-    left_out = {bitmap_name(name) if entry.is_packed else mask_name(name) for name, entry in masked.items()}
+    left_out = {bitmap_name(name) if parameter.is_packed else mask_name(name) for name, parameter in masked.items()}
     left_out |= {DIGEST, THRESHOLDS}
     found: dict[str, StoredTensor] = {}
     seen: set[int] = set()

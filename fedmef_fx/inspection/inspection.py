@@ -29,7 +29,7 @@ from fedmef_fx.inspection.table import Table, layer_table
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from fedmef_fx.records.graphs import GraphRecord
 from fedmef_fx.records.passes import PassReport, PassResult, Refusal
-from fedmef_fx.sparse_model.facts import Transformation, is_transformed
+from fedmef_fx.sparse_model.transformation import Transformation, is_transformed
 
 if TYPE_CHECKING:
     import networkx
@@ -256,11 +256,11 @@ def inspect(
     return Inspection(
         record_graphs(program, observation),
         layers,
-        program.facts.reports,
+        program.transformation.reports,
         tuple(observation.notices),
         (example_inputs, example_kwargs),
         name=type(model).__name__.removeprefix("Transformed") if is_transformed(model) else type(model).__name__,
-        original=program.facts.original,
+        original=program.transformation.original,
         weights=record_weights(program.model, (row.parameter for row in layers.rows)),
     )
 
@@ -289,7 +289,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
 
 
 def _facts(failures: Sequence[Refusal]) -> Transformation:
-    facts = Transformation(Config())
+    transformation = Transformation(Config())
     if failures:
-        facts.reports = PassReport((PassResult("capture", refusals=tuple(failures)),))
-    return facts
+        transformation.reports = PassReport((PassResult("capture", refusals=tuple(failures)),))
+    return transformation

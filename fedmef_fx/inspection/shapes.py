@@ -16,7 +16,7 @@ from fedmef_fx.graph.recording import Observation
 from fedmef_fx.graph.signature import Call
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.records.graphs import TensorRecord
-from fedmef_fx.sparse_model.facts import HOLDER, is_transformed
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
 __all__ = ["observe"]
 
@@ -88,8 +88,8 @@ def _duplicate(model: nn.Module) -> nn.Module:
     tree = nn.Module()
     # Its hooks do not run with the graph, and refer to the whole of it.
     kept = {name: value for name, value in vars(model).items() if name in _STATE or not name.startswith("_")}
-    facts = model.get_submodule(HOLDER) if is_transformed(model) else model
-    vars(tree).update(copy.deepcopy(kept, {id(facts): nn.Module()}))
+    transformation = model.get_submodule(CHILD_NAME) if is_transformed(model) else model
+    vars(tree).update(copy.deepcopy(kept, {id(transformation): nn.Module()}))
     return tree
 
 

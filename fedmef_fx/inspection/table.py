@@ -13,8 +13,8 @@ from fedmef_fx.graph.program import Program
 from fedmef_fx.graph.recording import Observation
 from fedmef_fx.inspection.costs import positions_by_parameter
 from fedmef_fx.inspection.saved_by_layer import saved_by_layer
-from fedmef_fx.sparse_model.facts import Tier, is_transformed, transformation_of
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import Tier, is_transformed, transformation_of
 
 __all__ = ["LayerRow", "Table", "layer_table"]
 
@@ -193,18 +193,20 @@ def layer_table(program: Program, observation: Observation) -> Table:
 
 def _prunable(model: nn.Module) -> list[tuple[str, Tier | None, str]]:
     if is_transformed(model):
-        return [(fact.name, fact.tier, fact.reason) for fact in transformation_of(model).prunable.values()]
+        return [
+            (prunable.name, prunable.tier, prunable.reason) for prunable in transformation_of(model).prunable.values()
+        ]
     return [(name, None, "") for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
 
 def _active(model: nn.Module) -> dict[str, int]:
     if not is_transformed(model):
         return {}
-    return {name: entry.active for name, entry in masked_parameters(model).items()}
+    return {name: parameter.active for name, parameter in masked_parameters(model).items()}
 
 
 def _packed_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Dense shapes of the weights that a model stores packed."""
     if not is_transformed(model):
         return {}
-    return {name: entry.shape for name, entry in masked_parameters(model).items() if entry.is_packed}
+    return {name: parameter.shape for name, parameter in masked_parameters(model).items() if parameter.is_packed}

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 
 __all__ = ["Histogram", "Picture", "WeightRecord", "record_weights"]
 
@@ -166,10 +166,10 @@ def record_weights(model: nn.Module, names: Iterable[str]) -> tuple[WeightRecord
         values = weight.to(device="cpu", dtype=torch.float32).numpy().reshape(-1)
         shape = tuple(weight.shape)
         if name in masked:
-            entry = masked[name]
-            mask, shape = entry.mask.cpu().numpy().reshape(-1), tuple(entry.shape)
+            parameter = masked[name]
+            mask, shape = parameter.mask.cpu().numpy().reshape(-1), tuple(parameter.shape)
             bits = np.packbits(mask).tobytes()
-            values = values.copy() if entry.is_packed else values[mask]
+            values = values.copy() if parameter.is_packed else values[mask]
             records.append(WeightRecord(name, shape, values, is_sample=False, mask_bits=bits, adjustment_rate=rate))
         else:
             step = -(-values.size // _LARGEST_COPY) or 1

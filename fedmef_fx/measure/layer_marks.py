@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fedmef_fx.graph.emit import program_of, recompile
 from fedmef_fx.graph.origin import _SITES, _is_site, layer_of
-from fedmef_fx.sparse_model.facts import HOLDER, is_transformed
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
 __all__ = ["LayerListener", "mark_layers"]
 
@@ -35,7 +35,7 @@ def mark_layers(model: nn.Module, listener: LayerListener) -> None:
         listener: Hears of every layer, innermost last.
     """
     for path, module in model.named_modules():
-        is_own = path == HOLDER or _SITES in path.split(".")
+        is_own = path == CHILD_NAME or _SITES in path.split(".")
         if path and not is_own and not isinstance(module, torch.jit.ScriptModule):
             _mark_module(module, path, listener)
     if not is_transformed(model):

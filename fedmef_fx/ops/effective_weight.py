@@ -48,7 +48,7 @@ def recipe_of(stored: StoredWeight) -> Recipe | None:
     if shape is not None and mask is not None:
         if has_no_values(weight):  # there are no bits that would say which row a value stands in
             return None
-        return packed_weight.recipe_of(weight, gain, mask, form, shape=shape)
+        return packed_weight.packed_recipe(weight, gain, mask, form, shape=shape)
     return Recipe(form.standardize(*form.dense_rows(weight, mask), gain), None)
 
 
@@ -90,5 +90,5 @@ def effective_weight_backward(
     grad = grad.to(weight.dtype)
     if mask is None:
         return grad, None
-    growth.offer(mask, grad)
+    growth.add_candidates(mask, grad)
     return torch.where(mask, grad, 0.0), None

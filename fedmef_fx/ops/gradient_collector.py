@@ -1,13 +1,13 @@
 """How dense gradients of single layers reach whoever looks for weights to grow, without being kept.
 
 The backward of a masked weight returns 0 where the mask is off, but growth needs the gradient there. An op that has
-the dense gradient of its layer in its hands calls `offer(mask, gradient)` before it masks it; the mask of a packed
-weight is its bitmap. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector
+the dense gradient of its layer calls `add_candidates(mask, gradient)` before it masks it; the mask of a packed weight
+is its bitmap. Normally nobody collects and the call returns at once. Inside `collecting(...)` the collector
 keeps, of each registered mask,
 
 1. while a parameter's backward is under way: the inactive part of the gradient, added up over its uses (a tied weight
-   offers once per use), until `Collector.complete` says that all uses have offered, which for a weight used once is
-   right away;
+   hands one over per use), until `Collector.complete` says that all uses have added theirs, which for a weight used
+   once is right away;
 2. between batches: the running sums at its `capacity = oversampling * k` best coordinates.
 
 The streaming rule for several batches: a new batch's gradient, times the batch's weight, is added to the kept sums;
@@ -31,7 +31,7 @@ from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["Collector", "Request", "collecting", "is_collecting", "offer"]
+__all__ = ["Collector", "Request", "add_candidates", "collecting", "is_collecting"]
 
 
 class Request(NamedTuple):
@@ -126,7 +126,7 @@ class _Layer:
 
 
 class Collector:
-    """Gathers what layers offer; made by `collecting`."""
+    """Gathers what layers add; made by `collecting`."""
 
     def __init__(self, layers: Mapping[str, _Layer]) -> None:
         self._layers = dict(layers)
@@ -154,16 +154,16 @@ class Collector:
                 layer.pending = None
 
     def complete(self, name: str) -> None:
-        """Say that every use of a parameter has offered in this batch, so that its dense buffer can go.
+        """Say that every use of a parameter has added its candidates in this batch, so that its dense buffer can go.
 
-        Offers that come later in the same batch are added as if they were a batch of their own. A parameter that is
+        Candidates that come later in the same batch are added as if they were a batch of their own. A parameter that is
         never completed is folded at the end of the batch.
         """
         if self._batch_weight is not None:
             self._layers[name].fold(self._batch_weight)
 
     def candidates(self) -> dict[str, SparseGradient]:
-        """Per parameter the k largest averaged gradients at inactive coordinates; none where nothing was offered."""
+        """Per parameter the k largest averaged gradients at inactive coordinates; none where nothing was added."""
         total = self._total_weight or 1.0
         return {name: layer.candidates(total) for name, layer in self._layers.items()}
 
@@ -184,7 +184,7 @@ def collecting(
     packed_shapes: Mapping[str, torch.Size] | None = None,
     oversampling: int = 4,
 ) -> Iterator[Collector]:
-    """A block in which the gradients that ops offer for some masks are collected.
+    """A block in which the gradients that ops add for some masks are collected.
 
     Blocks for different models may overlap, also in different threads.
 
@@ -203,7 +203,7 @@ def collecting(
     Example:
         >>> mask = torch.tensor([True, False, False])
         >>> with collecting({"w": (mask, 1)}) as collector, collector.batch(1.0):
-        ...     offer(mask, torch.tensor([9.0, 1.0, -2.0]))
+        ...     add_candidates(mask, torch.tensor([9.0, 1.0, -2.0]))
         >>> collector.candidates()["w"].positions
         tensor([2])
     """
@@ -221,7 +221,7 @@ def collecting(
         looked_at = units if units is None or where is None else units.flatten()[where.flatten()]
         layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k, where, looked_at)
     collector = Collector(layers)
-    # Empty tensors all share the address 0, and have nothing to offer.
+    # Empty tensors all share the address 0, and have nothing to add.
     registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}
     _COLLECTED.update(registered)
     try:
@@ -232,11 +232,11 @@ def collecting(
 
 
 def is_collecting() -> bool:
-    """Whether anybody collects, for ops that would have to compute something extra before they can offer."""
+    """Whether anybody collects, for ops that would have to compute something extra before they can add candidates."""
     return bool(_COLLECTED)
 
 
-def offer(mask: Tensor, gradient: Tensor) -> None:
+def add_candidates(mask: Tensor, gradient: Tensor) -> None:
     """Show the dense gradient of a masked weight to whoever collects; called by ops in backward.
 
     Costs one dictionary look-up when nobody collects. The gradient is copied as far as it is needed and may be changed
@@ -256,7 +256,7 @@ def offer(mask: Tensor, gradient: Tensor) -> None:
         return
     if gradient.shape != layer.shape:
         raise PassError(
-            f"offer: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; expected {tuple(layer.shape)}, "
-            "the shape of its mask"
+            f"add_candidates: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; "
+            f"expected {tuple(layer.shape)}, the shape of its mask"
         )
     layer.add(gradient)

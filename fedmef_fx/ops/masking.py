@@ -16,8 +16,8 @@ from fedmef_fx.ops.overridable import overridable
 __all__ = ["masked_weight"]
 
 
-class _OfferedMaskedWeight(Function):
-    """The masked weight while growth candidates are collected: backward offers the dense gradient first."""
+class _CandidateMaskedWeight(Function):
+    """The masked weight while growth candidates are collected: backward hands over the dense gradient first."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class _OfferedMaskedWeight(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        growth.offer(ctx.mask, grad)
+        growth.add_candidates(ctx.mask, grad)
         return torch.where(ctx.mask, grad, 0.0), None
 
 
@@ -43,6 +43,6 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
         `weight` where `mask`, 0 elsewhere; its gradient is 0 where masked.
     """
     if growth.is_collecting():
-        result: Tensor = _OfferedMaskedWeight.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's own
+        result: Tensor = _CandidateMaskedWeight.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's own
         return result
     return torch.where(mask, weight, 0.0)

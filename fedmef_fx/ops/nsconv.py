@@ -266,14 +266,14 @@ def nsconv_kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `nsconv_weight` with respect to weight and gain.
 
-    While growth candidates are collected, the gradient that an inactive weight would get is offered as
+    While growth candidates are collected, the gradient that an inactive weight would get is added as
     scale * dL/dw_hat: the effect of the weight itself, its pull on the channel's mean and deviation left out.
     """
     values, rows = form.dense_rows(weight, mask)
     grad_rows = form.rows(grad).to(weight.dtype)
     columns = columns or form.standardize(values, rows, gain)
     if mask is not None and growth.is_collecting():
-        growth.offer(mask, form.kernel(grad_rows * columns.scale, weight.shape))
+        growth.add_candidates(mask, form.kernel(grad_rows * columns.scale, weight.shape))
     grad_weight, grad_gain = standardize_backward(values, columns, rows, grad_rows, g=form.g)
     return form.kernel(grad_weight, weight.shape), grad_gain
 

@@ -25,7 +25,7 @@ __all__ = [
     "active_values",
     "active_values_backward",
     "gather",
-    "recipe_of",
+    "packed_recipe",
     "unpack",
     "unpacked",
     "unpacked_backward",
@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
     rows: SegmentRows | None
 
 
-def recipe_of(weight: Tensor, gain: Tensor, bitmap: Tensor, form: KernelForm, *, shape: torch.Size) -> Recipe:
+def packed_recipe(weight: Tensor, gain: Tensor, bitmap: Tensor, form: KernelForm, *, shape: torch.Size) -> Recipe:
     """The recipe of a packed weight; arguments as in `unpacked`."""
     rows = form.packed_rows(bitmap, shape)
     columns = form.standardize(weight.detach(), rows, gain.detach())
@@ -92,7 +92,7 @@ def unpacked(
         form: How an NSConv standardises.
         shape: Of the dense weight.
         dtype: Of the result.
-        recipe: From `recipe_of` on the same weight; None to make it here.
+        recipe: From `packed_recipe` on the same weight; None to make it here.
     """
     return unpack(active_values(weight, gain, bitmap, form, shape=shape, recipe=recipe).to(dtype), bitmap, shape)
 
@@ -112,7 +112,7 @@ def active_values(
         return values
     if has_no_values(weight):  # there are shapes only, and no bits to look at
         return torch.empty_like(weight)
-    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+    rows, columns = _opened(recipe or packed_recipe(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     return standardized(values, rows, columns)
 
 
@@ -127,7 +127,7 @@ def unpacked_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the active values and of gain.
 
-    While growth candidates are collected, the gradient at inactive positions is offered before it is dropped, as by
+    While growth candidates are collected, the gradient at inactive positions is added before it is dropped, as by
     the dense form.
 
     Args:
@@ -143,11 +143,11 @@ def unpacked_backward(
         return _shapes_backward(weight, gain, grad)
     active = gather(grad, bitmap).to(weight.dtype)
     if gain is None:
-        growth.offer(bitmap, grad)
+        growth.add_candidates(bitmap, grad)
         return active, None
     if growth.is_collecting():
-        recipe = recipe or recipe_of(weight, gain, bitmap, form, shape=shape)
-        growth.offer(bitmap, _scaled(grad, recipe.columns.scale, form))
+        recipe = recipe or packed_recipe(weight, gain, bitmap, form, shape=shape)
+        growth.add_candidates(bitmap, _scaled(grad, recipe.columns.scale, form))
     return active_values_backward(weight, gain, bitmap, form, shape=shape, grad=active, recipe=recipe)
 
 
@@ -164,7 +164,7 @@ def active_values_backward(
     """Gradients of the stored values and of gain from that of `active_values`, [active]; arguments as there."""
     if gain is None:
         return grad, None
-    rows, columns = _opened(recipe or recipe_of(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
+    rows, columns = _opened(recipe or packed_recipe(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     return standardize_backward(weight.detach(), columns, rows, grad, g=form.g)
 
 

@@ -17,7 +17,7 @@ from fedmef_fx.packing import KeptTensor
 
 __all__ = ["needs_backward", "recompute"]
 
-Operation = Callable[..., Tensor]
+TensorFunction = Callable[..., Tensor]
 
 
 def needs_backward(*tensors: object) -> bool:
@@ -29,8 +29,8 @@ class _Recompute(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        operation: Operation,
-        again: Operation,
+        operation: TensorFunction,
+        again: TensorFunction,
         kept: Sequence[KeptTensor | None],
         is_random: bool,
         *tensors: Tensor | None,
@@ -84,11 +84,11 @@ def _replaying(device: torch.device, state: Tensor | None) -> Iterator[None]:
 
 
 def recompute(
-    operation: Operation,
+    operation: TensorFunction,
     tensors: Sequence[Tensor | None],
     kept: Sequence[KeptTensor | None],
     *,
-    again: Operation | None = None,
+    again: TensorFunction | None = None,
     is_random: bool = False,
 ) -> Tensor:
     """Run an operation that runs again in backward.

@@ -9,7 +9,7 @@ from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.blockwise import BlockwiseTensor, blockwise_nbytes
 from fedmef_fx.packing.codecs import Codec, KeptTensor, codec_nbytes, why_dense
 from fedmef_fx.packing.gradient_bits import GradientBits, clamp
-from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.layout import MemoryLayout
 from fedmef_fx.packing.packed import PackedTensor
 from fedmef_fx.packing.threshold import ThresholdEstimator
 
@@ -19,7 +19,7 @@ __all__ = [
     "Codec",
     "GradientBits",
     "KeptTensor",
-    "Layout",
+    "MemoryLayout",
     "PackedTensor",
     "ThresholdEstimator",
     "available_backends",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.layout import MemoryLayout
 from fedmef_fx.packing.registry import announce, announce_temporary
 from fedmef_fx.packing.words import check_float
 
@@ -75,7 +75,7 @@ class BlockwiseTensor:
 
     codes: Tensor
     ranges: Tensor
-    layout: Layout
+    layout: MemoryLayout
     dtype: torch.dtype
     has_exceptions: bool = False
 
@@ -98,7 +98,7 @@ class BlockwiseTensor:
             ConfigError: Another dtype.
         """
         check_float(x.dtype)
-        layout = Layout.of(x)
+        layout = MemoryLayout.of(x)
         codes = x.new_empty(layout.numel, dtype=torch.uint8, requires_grad=False)
         ranges = x.new_empty(-(-layout.numel // BLOCK), 2, dtype=_range_dtype(x.dtype), requires_grad=False)
         if x.is_meta or isinstance(x, FakeTensor):
@@ -165,7 +165,7 @@ def _chunk_nbytes(x: Tensor, dtype: torch.dtype) -> int:
     return min(_chunk_elements(x), x.numel()) * dtype.itemsize
 
 
-def _chunks(x: Tensor, layout: Layout) -> Iterator[Tensor]:
+def _chunks(x: Tensor, layout: MemoryLayout) -> Iterator[Tensor]:
     """The elements of a tensor in a layout's order, in flat pieces of whole blocks (the last one may be shorter).
 
     A tensor with gaps is gathered piece by piece, never as a whole. A piece is valid until the next one is asked for.

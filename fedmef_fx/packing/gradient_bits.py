@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for
 from fedmef_fx.packing.bitmap import pack_bits
-from fedmef_fx.packing.layout import Layout, is_same_memory
+from fedmef_fx.packing.layout import MemoryLayout, is_same_memory
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["GradientBits", "clamp"]
@@ -23,7 +23,7 @@ class GradientBits:
     """
 
     bitmap: Tensor
-    layout: Layout
+    layout: MemoryLayout
 
     def __post_init__(self) -> None:
         announce(self.bitmap, "bitmap")
@@ -31,7 +31,7 @@ class GradientBits:
     @classmethod
     def of(cls, passes: Tensor) -> "GradientBits":
         """From booleans `[*shape]`, e.g. `x > 0` of a leaky ReLU or the mask of a dropout."""
-        layout = Layout.of(passes)
+        layout = MemoryLayout.of(passes)
         return cls(pack_bits(layout.flatten(passes)), layout)
 
     def apply(self, grad: Tensor, *, scale_off: float = 0.0, inplace: bool = False) -> Tensor:
@@ -67,14 +67,14 @@ def clamp(x: Tensor, *, low: float = 0.0, high: float = math.inf, inplace: bool 
     Returns:
         The clamped tensor, detached, and the bits: `low < x < high`. As in torch NaN passes.
     """
-    layout = Layout.of(x)
+    layout = MemoryLayout.of(x)
     flat = layout.flatten(x)
     out = _output(x, flat, layout, inplace=inplace)
     bits = backend_for(flat).clamp_bits(flat, out=out, low=low, high=high)
     return out.as_strided(layout.shape, layout.stride), GradientBits(bits, layout)
 
 
-def _output(x: Tensor, flat: Tensor, layout: Layout, *, inplace: bool) -> Tensor:
+def _output(x: Tensor, flat: Tensor, layout: MemoryLayout, *, inplace: bool) -> Tensor:
     if inplace or not is_same_memory(flat, x):
         return flat
     return layout.flatten(layout.empty(dtype=x.dtype, device=x.device))

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Layout", "has_no_values", "is_same_memory"]
+__all__ = ["MemoryLayout", "has_no_values", "is_same_memory"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
+class MemoryLayout:
     """Shape and strides of a dense tensor: contiguous, channels last, transposed, ...
 
     Two tensors of one layout have corresponding elements at corresponding places of their flat views.
@@ -24,7 +24,7 @@ class Layout:
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Tensor) -> "Layout":
+    def of(cls, x: Tensor) -> "MemoryLayout":
         """The layout of `x`; for a tensor with gaps or overlaps (slices, expanded ones) that of its contiguous copy."""
         shape = tuple(x.shape)
         expected = 1
@@ -46,7 +46,7 @@ class Layout:
             ValueError: Another shape.
         """
         if tuple(x.shape) != self.shape:
-            raise ValueError(f"Layout.flatten: got a tensor {list(x.shape)}; expected {list(self.shape)}")
+            raise ValueError(f"MemoryLayout.flatten: got a tensor {list(x.shape)}; expected {list(self.shape)}")
         x = x.detach()
         if not self.describes(x):
             x = torch.empty_strided(self.shape, self.stride, dtype=x.dtype, device=x.device).copy_(x)

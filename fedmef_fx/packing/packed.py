@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for, meta_backend
-from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.layout import MemoryLayout
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["PackedTensor"]
@@ -33,7 +33,7 @@ class PackedTensor:
 
     bitmap: Tensor
     values: Tensor
-    layout: Layout
+    layout: MemoryLayout
     dense_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class PackedTensor:
         Raises:
             ConfigError: A negative threshold or NaN, or another dtype.
         """
-        layout = Layout.of(x)
+        layout = MemoryLayout.of(x)
         bitmap, values = backend_for(x).pack(layout.flatten(x), threshold)
         return cls(bitmap, values, layout)
 
@@ -63,7 +63,7 @@ class PackedTensor:
             x: A tensor without values (meta or fake), of any shape and strides.
             kept: Share of the elements that are stored, 0-1.
         """
-        layout = Layout.of(x)
+        layout = MemoryLayout.of(x)
         bitmap, values = meta_backend().keep(layout.flatten(x), round(kept * layout.numel))
         return cls(bitmap, values, layout)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.packing.layout import Layout
+from fedmef_fx.packing.layout import MemoryLayout
 
 __all__ = ["ThresholdEstimator"]
 
@@ -102,7 +102,7 @@ class ThresholdEstimator:
         self._drifted = (excess > 0 or too_few) and abs(excess) > _DRIFT * self.kept_target
 
     def _estimate(self, x: Tensor) -> float:
-        flat = Layout.of(x).flatten(x)
+        flat = MemoryLayout.of(x).flatten(x)
         if flat.numel() == 0:
             return 0.0
         sample = flat[:: self._step(flat.numel())]

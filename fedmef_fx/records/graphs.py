@@ -10,12 +10,12 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["GraphMode", "GraphRecord", "NodeRecord", "Operation", "SavedRecord", "TensorRecord"]
+__all__ = ["GraphMode", "GraphRecord", "NodeKind", "NodeRecord", "SavedRecord", "TensorRecord"]
 
 GraphMode: TypeAlias = Literal["both", "train", "eval"]
 
 
-Operation = Literal["placeholder", "get_attr", "call_function", "call_method", "call_module", "output"]
+NodeKind = Literal["placeholder", "get_attr", "call_function", "call_method", "call_module", "output"]
 
 
 _DTYPES: Final = {
@@ -99,7 +99,7 @@ class NodeRecord:
     """
 
     name: str
-    op: Operation
+    op: NodeKind
     target: str
     arguments: str = ""
     inputs: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""What a transformed model knows about itself: facts, masks, channels and the state that follows them."""
+"""What a transformed model knows about itself: prunable parameters, masks, channels and the state that follows them."""

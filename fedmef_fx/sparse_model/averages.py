@@ -30,10 +30,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.module_tree import owner_of
-from fedmef_fx.sparse_model.facts import is_transformed, transformation_of
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, mask_name
 from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 
 __all__ = ["averaged", "transformed_parts", "watch_averages"]
 
@@ -175,7 +175,7 @@ def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Mod
 
 
 def _forms(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    return {name: (entry.shape, entry.is_packed) for name, entry in masked_parameters(model).items()}
+    return {name: (parameter.shape, parameter.is_packed) for name, parameter in masked_parameters(model).items()}
 
 
 @torch.no_grad()
@@ -184,8 +184,8 @@ def _follow(average: nn.Module, model: nn.Module) -> None:
     newest = masked_parameters(model)
     alive = _silent_masks(average)
     changed = False
-    for name, entry in masked_parameters(average).items():
-        changed |= _take_mask(entry, newest[name])
+    for name, parameter in masked_parameters(average).items():
+        changed |= _take_mask(parameter, newest[name])
     if not changed:
         return
     apply_masks(average)
@@ -196,23 +196,23 @@ def _follow(average: nn.Module, model: nn.Module) -> None:
         tensor[grown] = value.detach().to(tensor)[grown]
 
 
-def _take_mask(entry: MaskedParameter, source: MaskedParameter) -> bool:
+def _take_mask(parameter: MaskedParameter, source: MaskedParameter) -> bool:
     """Take another's mask; says whether it is a new one."""
-    if torch.equal(entry.buffer, source.buffer.to(entry.buffer.device)):
+    if torch.equal(parameter.buffer, source.buffer.to(parameter.buffer.device)):
         return False
-    mask = source.mask.to(entry.buffer.device)
-    grown = mask & ~entry.mask
-    entry.change(mask)
-    values = torch.where(grown, source.dense().to(entry.parameter), entry.dense())
-    entry.write(values[mask])
+    mask = source.mask.to(parameter.buffer.device)
+    grown = mask & ~parameter.mask
+    parameter.change(mask)
+    values = torch.where(grown, source.dense().to(parameter.parameter), parameter.dense())
+    parameter.write(values[mask])
     return True
 
 
 def _silent_masks(model: nn.Module) -> dict[str, Tensor]:
     """Which channels are on, by the name of the bias that is 0 where they are off; see `channels`."""
     found = {}
-    for fact in transformation_of(model).prunable.values():
-        for name in fact.channels.silent if fact.channels is not None else ():
+    for prunable in transformation_of(model).prunable.values():
+        for name in prunable.channels.dependents if prunable.channels is not None else ():
             owner, leaf = owner_of(model, name)
             mask = owner._buffers.get(mask_name(leaf))
             if mask is not None:
@@ -223,7 +223,9 @@ def _silent_masks(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _out_of_sight(model: nn.Module) -> Iterator[list[Tensor]]:
     """A block in which a model seems to have no buffers but those that can be averaged; gives the others."""
-    masks = {id(entry.buffer) for part in transformed_parts(model) for entry in masked_parameters(part).values()}
+    masks = {
+        id(parameter.buffer) for part in transformed_parts(model) for parameter in masked_parameters(part).values()
+    }
     everything = [(module, module._buffers) for module in model.modules() if module._buffers]
     hidden = {
         id(buffer): buffer

@@ -4,39 +4,39 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.module_tree import owner_of
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masked_parameter import mask_name
 from fedmef_fx.sparse_model.optimizer_state import forget_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 
-__all__ = ["least_bias", "silence_channels"]
+__all__ = ["least_bias", "zero_dead_channels"]
 
 
 @torch.no_grad()
-def silence_channels(model: nn.Module) -> None:
+def zero_dead_channels(model: nn.Module) -> None:
     """Make the channels without active weights exactly 0: their biases, shifts and running means.
 
     A channel that comes back starts with the smallest of biases: at exactly 0 no gradient passes a ReLU, and it would
     never learn; see docs/adr/0008-channel-masks.md.
     """
-    for name, fact in transformation_of(model).prunable.items():
-        if not fact.masked or fact.channels is None or not fact.channels.silent:
+    for name, prunable in transformation_of(model).prunable.items():
+        if not prunable.masked or prunable.channels is None or not prunable.channels.dependents:
             continue
-        alive = fact.channels.layout.rows(masked_parameters(model)[name].mask).any(1)
-        for silent in fact.channels.silent:
-            holder, entry = owner_of(model, silent)
-            _silence(holder, entry, alive)
+        alive = prunable.channels.layout.rows(masked_parameters(model)[name].mask).any(1)
+        for dependent in prunable.channels.dependents:
+            owner, leaf = owner_of(model, dependent)
+            _zero(owner, leaf, alive)
 
 
-def _silence(holder: nn.Module, leaf: str, alive: Tensor) -> None:
-    tensor = getattr(holder, leaf)
+def _zero(owner: nn.Module, leaf: str, alive: Tensor) -> None:
+    tensor = getattr(owner, leaf)
     if not isinstance(tensor, nn.Parameter):
         tensor.mul_(alive)
         return
-    was_alive = holder._buffers.get(mask_name(leaf))
+    was_alive = owner._buffers.get(mask_name(leaf))
     if was_alive is None:
         # Not persistent: it follows from the masks of the weights.
-        holder.register_buffer(mask_name(leaf), alive.clone(), persistent=False)
+        owner.register_buffer(mask_name(leaf), alive.clone(), persistent=False)
         tensor.mul_(alive)
         return
     if torch.equal(was_alive, alive) and not tensor[~alive].any():

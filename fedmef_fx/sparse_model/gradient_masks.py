@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.ops import gradient_collector as growth
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masks import mask_name
+from fedmef_fx.sparse_model.transformation import transformation_of
 
 __all__ = ["attach_gradient_masks", "forget_gradient_masks", "is_own_hook", "keep_gradients_masked"]
 
@@ -36,7 +36,7 @@ class _GradientMask:
         mask = self.mask()
         if mask is None:
             return gradient
-        growth.offer(mask, gradient)
+        growth.add_candidates(mask, gradient)
         return torch.where(mask, gradient, 0.0)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.packing.bitmap import pack_bits
-from fedmef_fx.sparse_model.facts import HOLDER
+from fedmef_fx.sparse_model.transformation import CHILD_NAME
 
 __all__ = ["DIGEST", "check_digest", "mask_digest"]
 
-DIGEST = f"{HOLDER}._extra_state"
+DIGEST = f"{CHILD_NAME}._extra_state"
 """The entry's name: torch's for what a module has besides tensors, which distributed checkpoints know."""
 
 _BYTES = 6

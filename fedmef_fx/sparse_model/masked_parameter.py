@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.packing.backends import backend_for
 from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
-from fedmef_fx.sparse_model.optimizer_state import Move, forget_state, move_state
+from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state
 
 __all__ = ["MaskedParameter", "bitmap_name", "mask_name", "resize"]
 
@@ -141,7 +141,7 @@ class MaskedParameter:
         forget_state(self.parameter, keep=survivors)
 
     def _change_packed(self, new: Tensor) -> None:
-        move = Move.between(self.mask, new)
+        move = StateUpdate.between(self.mask, new)
         parameter = self.parameter
         values, gradient = move.on(parameter.detach()), parameter.grad
         parameter.grad = None
@@ -149,7 +149,7 @@ class MaskedParameter:
         if gradient is not None:
             parameter.grad = move.on(gradient)
         self.buffer.copy_(pack_bits(new))
-        move_state(parameter, move)
+        update_state(parameter, move)
 
 
 def resize(parameter: nn.Parameter, values: Tensor) -> None:

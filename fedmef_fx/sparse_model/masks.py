@@ -2,8 +2,8 @@
 
 A transformation adds two things to a model's module tree: next to each masked parameter `weight` a boolean buffer
 `weight_mask`, or a bitmap `weight_bitmap` where the weight is packed (`masked`), and one child module `fedmef`
-(`Transformation`) with the configuration and the facts. Both travel with `deepcopy`, `.to()` and `state_dict`; nothing
-else is needed to train on.
+(`Transformation`) with the configuration and the prunable parameters. Both travel with `deepcopy`, `.to()` and
+`state_dict`; nothing else is needed to train on.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.sparse_model.channels import silence_channels
+from fedmef_fx.sparse_model.channels import zero_dead_channels
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
@@ -24,15 +24,18 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors are copies; `set_masks` changes a model's masks. Empty when the density is 1.
     """
-    entries = masked_parameters(model)
-    return {name: entry.mask if entry.is_packed else entry.mask.clone() for name, entry in entries.items()}
+    parameters = masked_parameters(model)
+    return {
+        name: parameter.mask if parameter.is_packed else parameter.mask.clone()
+        for name, parameter in parameters.items()
+    }
 
 
 def density(model: nn.Module) -> float:
     """Active share of the prunable weights that have masks, 0 to 1; 1 when there are no masks."""
-    entries = masked_parameters(model).values()
-    total = sum(entry.numel for entry in entries)
-    return sum(entry.active for entry in entries) / total if total else 1.0
+    parameters = masked_parameters(model).values()
+    total = sum(parameter.numel for parameter in parameters)
+    return sum(parameter.active for parameter in parameters) / total if total else 1.0
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -52,20 +55,20 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: An unknown name, a wrong shape, or a tensor that is not boolean; nothing is changed then.
     """
-    entries = masked_parameters(model)
+    parameters = masked_parameters(model)
     for name, mask in masks.items():
-        _check_mask(entries, name, mask)
+        _check_mask(parameters, name, mask)
     for name, mask in masks.items():
-        entries[name].change(mask)
-    silence_channels(model)
+        parameters[name].change(mask)
+    zero_dead_channels(model)
 
 
-def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor) -> None:
-    if name not in entries:
+def _check_mask(parameters: Mapping[str, MaskedParameter], name: str, mask: Tensor) -> None:
+    if name not in parameters:
         raise ConfigError(
-            f"set_masks: {name!r} has no mask in this model; masked parameters: {', '.join(entries) or 'none'}"
+            f"set_masks: {name!r} has no mask in this model; masked parameters: {', '.join(parameters) or 'none'}"
         )
-    expected = entries[name].shape
+    expected = parameters[name].shape
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ConfigError(
             f"set_masks: {name!r}: got {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
@@ -75,6 +78,6 @@ def _check_mask(entries: Mapping[str, MaskedParameter], name: str, mask: Tensor)
 
 def apply_masks(model: nn.Module) -> None:
     """Set every masked weight to 0, e.g. after weights were written from outside."""
-    for entry in masked_parameters(model).values():
-        entry.clear_masked()
-    silence_channels(model)
+    for parameter in masked_parameters(model).values():
+        parameter.clear_masked()
+    zero_dead_channels(model)

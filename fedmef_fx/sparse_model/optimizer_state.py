@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fedmef_fx.errors import ConfigError
 
-__all__ = ["Move", "forget_state", "move_state", "trust_loaded_state", "watch_optimizers"]
+__all__ = ["StateUpdate", "forget_state", "trust_loaded_state", "update_state", "watch_optimizers"]
 
 
 class _Change(Protocol):
@@ -56,7 +56,7 @@ class _Keep:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Move:
+class StateUpdate:
     """From the active values of one mask to those of another.
 
     Attributes:
@@ -65,7 +65,7 @@ class Move:
 
     Example:
         >>> old, new = torch.tensor([True, True, False]), torch.tensor([False, True, True])
-        >>> Move.between(old, new).on(torch.tensor([1.0, 2.0]))
+        >>> StateUpdate.between(old, new).on(torch.tensor([1.0, 2.0]))
         tensor([2., 0.])
     """
 
@@ -73,7 +73,7 @@ class Move:
     place: Tensor
 
     @classmethod
-    def between(cls, old: Tensor, new: Tensor) -> "Move":
+    def between(cls, old: Tensor, new: Tensor) -> "StateUpdate":
         """The move from one mask to another of the same shape."""
         both = old & new
         return cls(both[old], both[new])
@@ -84,9 +84,9 @@ class Move:
 
     def on(self, value: Tensor) -> Tensor:
         """See `_Change`; a new tensor."""
-        moved = value.new_zeros(self.place.shape)
-        moved[self.place.to(value.device)] = value[self.survives.to(value.device)]
-        return moved
+        updated = value.new_zeros(self.place.shape)
+        updated[self.place.to(value.device)] = value[self.survives.to(value.device)]
+        return updated
 
 
 class _Optimizers:
@@ -156,14 +156,14 @@ def forget_state(parameter: nn.Parameter, *, keep: Tensor) -> None:
     _OPTIMIZERS.change(parameter, _Keep(keep))
 
 
-def move_state(parameter: nn.Parameter, move: Move) -> None:
+def update_state(parameter: nn.Parameter, update: StateUpdate) -> None:
     """Move what optimizers know of a packed parameter.
 
     Args:
         parameter: A packed parameter whose topology changed; it has the values of the new one already.
-        move: From the old topology to the new one.
+        update: From the old topology to the new one.
     """
-    _OPTIMIZERS.change(parameter, move)
+    _OPTIMIZERS.change(parameter, update)
 
 
 def trust_loaded_state(parameters: Iterable[nn.Parameter]) -> None:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.module_tree import owner_of
-from fedmef_fx.sparse_model.facts import Transformation, transformation_of
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
+from fedmef_fx.sparse_model.transformation import Transformation, transformation_of
 
 __all__ = ["masked_parameters", "register_mask"]
 
@@ -26,19 +26,20 @@ def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
         weight.mul_(getattr(owner, mask_name(leaf)))
 
 
-def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) -> dict[str, MaskedParameter]:
+def masked_parameters(model: nn.Module, *, transformation: Transformation | None = None) -> dict[str, MaskedParameter]:
     """Every masked parameter with its mask or bitmap, by original name: the live tensors, not copies.
 
     Args:
         model: A transformed model.
-        facts: What is known about it; None for what it has itself. A model on its way through passes has nothing yet.
+        transformation: What is known about it; None for what it has itself. A model on its way through passes has
+            nothing yet.
 
     Raises:
         ConfigError: The model was not made by `fedmef_fx.transform`, or its weights were cut up by `fully_shard`.
     """
     found = {}
-    for name, fact in (facts or transformation_of(model)).prunable.items():
-        if not fact.masked:
+    for name, prunable in (transformation or transformation_of(model)).prunable.items():
+        if not prunable.masked:
             continue
         owner, leaf = owner_of(model, name)
         parameter = getattr(owner, leaf)
@@ -48,9 +49,9 @@ def masked_parameters(model: nn.Module, *, facts: Transformation | None = None) 
                 "whole one. Train transformed models with torch.nn.parallel.DistributedDataParallel(model), or leave "
                 "the modules with masks out of fully_shard"
             )
-        if fact.packed_shape is None:
+        if prunable.packed_shape is None:
             found[name] = MaskedParameter(parameter, getattr(owner, mask_name(leaf)), parameter.shape)
         else:
-            shape = torch.Size(fact.packed_shape)
+            shape = torch.Size(prunable.packed_shape)
             found[name] = MaskedParameter(parameter, getattr(owner, bitmap_name(leaf)), shape)
     return found

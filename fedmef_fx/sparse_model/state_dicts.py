@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.layout import has_no_values
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.mask_digest import DIGEST, check_digest, mask_digest
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.thresholds import THRESHOLDS, set_thresholds, thresholds
+from fedmef_fx.sparse_model.transformation import transformation_of
 
 __all__ = ["dense_state_dict", "forget_load_hooks", "keep_masks_on_load"]
 
@@ -61,9 +61,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: tuple(value.shape) for name, value in dense_state_dict(sparse).items()}
         {'0.weight': (4, 8), '0.bias': (4,)}
     """
-    entries = masked_parameters(model).values()
-    masked = {id(entry.parameter): entry for entry in entries}
-    buffers = {id(entry.buffer) for entry in entries}
+    parameters = masked_parameters(model).values()
+    masked = {id(parameter.parameter): parameter for parameter in parameters}
+    buffers = {id(parameter.buffer) for parameter in parameters}
     made: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -74,9 +74,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             or not isinstance(value, Tensor)
         ):
             continue
-        entry = masked.get(id(value))
-        if entry is not None and entry.is_packed and id(value) not in made:
-            made[id(value)] = entry.dense()
+        parameter = masked.get(id(value))
+        if parameter is not None and parameter.is_packed and id(value) not in made:
+            made[id(value)] = parameter.dense()
         found[name] = made.get(id(value), value.detach())
     return found
 
@@ -99,7 +99,7 @@ def forget_load_hooks(model: nn.Module) -> None:
 def _add_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
     if transformation_of(model).masks_are_hidden:
         return
-    buffers = [entry.buffer for entry in masked_parameters(model).values()]
+    buffers = [parameter.buffer for parameter in masked_parameters(model).values()]
     if buffers and not any(has_no_values(buffer) for buffer in buffers):
         state_dict[prefix + DIGEST] = mask_digest(buffers)
     known = thresholds(model)
@@ -119,20 +119,20 @@ def _fit_forms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: ob
     """Bring every masked weight of a dictionary into the form that the model stores."""
     names = _names(model, prefix)
     forms = []
-    for entry in masked_parameters(model).values():
-        keys = names[id(entry.buffer)]
-        form = _read(entry, keys, state_dict)
+    for parameter in masked_parameters(model).values():
+        keys = names[id(parameter.buffer)]
+        form = _read(parameter, keys, state_dict)
         if form is not None:
-            forms.append((entry, keys, *form))
-        elif not entry.is_packed:
+            forms.append((parameter, keys, *form))
+        elif not parameter.is_packed:
             for key in keys.masks:  # an original's, which the model's own masks complete
-                state_dict.setdefault(key, entry.buffer)
+                state_dict.setdefault(key, parameter.buffer)
     digest = state_dict.pop(prefix + DIGEST, None)
     found = {name: _buffer_in(state_dict, names[id(e.buffer)]) for name, e in masked_parameters(model).items()}
     check_digest(digest, found)
     set_thresholds(model, state_dict.pop(prefix + THRESHOLDS, None))
-    for entry, keys, mask, values in forms:  # nothing is wrong with any: from here on the model changes
-        _put(entry, keys, state_dict, mask=mask, values=values)
+    for parameter, keys, mask, values in forms:  # nothing is wrong with any: from here on the model changes
+        _put(parameter, keys, state_dict, mask=mask, values=values)
 
 
 def _buffer_in(state: Mapping[str, Any], keys: _Names) -> Tensor | None:
@@ -155,24 +155,24 @@ def _names(model: nn.Module, prefix: str) -> dict[int, _Names]:
     return found
 
 
-def _read(entry: MaskedParameter, keys: _Names, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+def _read(parameter: MaskedParameter, keys: _Names, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """Mask and active values that a dictionary has for a parameter; None where they need no conversion."""
     bitmap = next((key for key in keys.bitmaps if key in state), None)
-    if not entry.is_packed and bitmap is None:
+    if not parameter.is_packed and bitmap is None:
         _refuse_averaged_mask(keys, state)
         return None
     weight = next((key for key in keys.weights if key in state), None)
     mask = next((key for key in keys.masks if key in state), None)
     if weight is None:
         if bitmap is None and mask is None:
-            return entry.mask, entry.values()  # for torch to report the missing name, or to leave it as it is
+            return parameter.mask, parameter.values()  # for torch to report the missing name, or to leave it as it is
         raise CheckpointError(f"load_state_dict: there is {bitmap or mask}, but not {keys.weights[0]}; expected both")
-    stored = entry.mask
+    stored = parameter.mask
     if bitmap is not None:
-        stored = _mask_of_bitmap(entry, bitmap, state[bitmap])
+        stored = _mask_of_bitmap(parameter, bitmap, state[bitmap])
     elif mask is not None:
-        stored = _checked(entry, mask, state[mask])
-    return stored, _values(entry, weight, state[weight], stored, is_packed=bitmap is not None)
+        stored = _checked(parameter, mask, state[mask])
+    return stored, _values(parameter, weight, state[weight], stored, is_packed=bitmap is not None)
 
 
 def _refuse_averaged_mask(keys: _Names, state: Mapping[str, Any]) -> None:
@@ -189,51 +189,53 @@ def _refuse_averaged_mask(keys: _Names, state: Mapping[str, Any]) -> None:
             )
 
 
-def _mask_of_bitmap(entry: MaskedParameter, key: str, bitmap: object) -> Tensor:
-    nbytes = bitmap_nbytes(entry.numel)
+def _mask_of_bitmap(parameter: MaskedParameter, key: str, bitmap: object) -> Tensor:
+    nbytes = bitmap_nbytes(parameter.numel)
     fits = isinstance(bitmap, Tensor) and bitmap.dtype == torch.uint8 and bitmap.shape == (nbytes,)
     if not isinstance(bitmap, Tensor) or not fits:
         raise CheckpointError(f"load_state_dict: {key} is {_describe(bitmap)}; expected torch.uint8[{nbytes}]")
-    mask = unpack_bits(bitmap, entry.numel)
+    mask = unpack_bits(bitmap, parameter.numel)
     if not torch.equal(pack_bits(mask), bitmap):
         raise CheckpointError(
-            f"load_state_dict: {key} is damaged: it has bits behind the last of {entry.numel} weights"
+            f"load_state_dict: {key} is damaged: it has bits behind the last of {parameter.numel} weights"
         )
-    return mask.view(entry.shape)
+    return mask.view(parameter.shape)
 
 
-def _checked(entry: MaskedParameter, key: str, mask: object) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != entry.shape:
-        raise CheckpointError(f"load_state_dict: {key} is {_describe(mask)}; expected torch.bool{list(entry.shape)}")
+def _checked(parameter: MaskedParameter, key: str, mask: object) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise CheckpointError(
+            f"load_state_dict: {key} is {_describe(mask)}; expected torch.bool{list(parameter.shape)}"
+        )
     return mask
 
 
-def _values(entry: MaskedParameter, key: str, value: object, mask: Tensor, *, is_packed: bool) -> Tensor:
+def _values(parameter: MaskedParameter, key: str, value: object, mask: Tensor, *, is_packed: bool) -> Tensor:
     active = int(mask.count_nonzero())
-    if isinstance(value, Tensor) and value.shape == entry.shape:
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
         return value.detach()[mask.to(value.device)]
     if isinstance(value, Tensor) and is_packed and value.shape == (active,):
         return value.detach()
     also = f" or {active} values, as many as its bitmap has" if is_packed else ""
-    raise CheckpointError(f"load_state_dict: {key} is {_describe(value)}; expected shape {list(entry.shape)}{also}")
+    raise CheckpointError(f"load_state_dict: {key} is {_describe(value)}; expected shape {list(parameter.shape)}{also}")
 
 
 def _describe(value: object) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _put(entry: MaskedParameter, keys: _Names, state: dict[str, Any], *, mask: Tensor, values: Tensor) -> None:
-    mask = mask.to(entry.buffer.device)
+def _put(parameter: MaskedParameter, keys: _Names, state: dict[str, Any], *, mask: Tensor, values: Tensor) -> None:
+    mask = mask.to(parameter.buffer.device)
     for key in keys.masks + keys.bitmaps:
         state.pop(key, None)
-    if not entry.is_packed:
-        dense = values.new_zeros(entry.shape)
+    if not parameter.is_packed:
+        dense = values.new_zeros(parameter.shape)
         dense[mask.to(dense.device)] = values
         state.update(dict.fromkeys(keys.masks, mask))
         state.update({key: dense for key in keys.weights if key in state})
         return
-    if not torch.equal(mask, entry.mask):
-        entry.change(mask)
+    if not torch.equal(mask, parameter.mask):
+        parameter.change(mask)
     state.update(dict.fromkeys(keys.bitmaps, pack_bits(mask)))
     state.update({key: values for key in keys.weights if key in state})
 

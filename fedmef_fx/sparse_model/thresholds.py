@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.facts import HOLDER
+from fedmef_fx.sparse_model.transformation import CHILD_NAME
 
 __all__ = ["THRESHOLDS", "set_thresholds", "thresholds", "thresholds_from_json", "thresholds_to_json"]
 
-THRESHOLDS = f"{HOLDER}.thresholds"
+THRESHOLDS = f"{CHILD_NAME}.thresholds"
 """The entry of a state dictionary."""
 
 _COLUMNS = 4

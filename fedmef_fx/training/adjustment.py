@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from fedmef_fx.ops.gradient_collector import Request
 from fedmef_fx.sparse_model.channels import least_bias
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
 from fedmef_fx.sparsity.granularity import Layout, Pattern, parse_granularity
 from fedmef_fx.sparsity.patterns import adjust_pattern, best_in_groups, lowest_in_groups, row_norms
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["adjusted_masks", "growth_requests", "lowest_units", "probed", "unit_candidates", "unit_sizes"]
+__all__ = ["adjusted_masks", "growth_requests", "lowest_units", "sampled", "unit_candidates", "unit_sizes"]
 
 # How far the biases of depthwise convolutions stand above those of what they read while candidates are collected.
 _ABOVE = 2.0**20
@@ -40,59 +40,59 @@ def _layout(model: nn.Module, name: str) -> Layout:
 def _groups(model: nn.Module) -> dict[str, list[str]]:
     """First weight -> all weights with the same channels."""
     groups: dict[str, list[str]] = {}
-    for name, fact in transformation_of(model).prunable.items():
-        if fact.masked:
-            groups.setdefault(fact.channels.leader if fact.channels else name, []).append(name)
+    for name, prunable in transformation_of(model).prunable.items():
+        if prunable.masked:
+            groups.setdefault(prunable.channels.leader if prunable.channels else name, []).append(name)
     return groups
 
 
-def _alive(model: nn.Module, name: str, entry: MaskedParameter) -> Tensor:
-    return _layout(model, name).rows(entry.mask).any(1)
+def _alive(model: nn.Module, name: str, parameter: MaskedParameter) -> Tensor:
+    return _layout(model, name).rows(parameter.mask).any(1)
 
 
-def _norms(model: nn.Module, entries: Mapping[str, MaskedParameter], members: list[str]) -> Tensor:
-    return row_norms([(entries[name].dense(), _layout(model, name)) for name in members])
+def _norms(model: nn.Module, parameters: Mapping[str, MaskedParameter], members: list[str]) -> Tensor:
+    return row_norms([(parameters[name].dense(), _layout(model, name)) for name in members])
 
 
 def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Active and inactive units of each masked parameter; (0, 0) where another weight of the group counts them."""
-    entries, granularity = masked_parameters(model), _granularity(model)
+    parameters, granularity = masked_parameters(model), _granularity(model)
     sizes = {}
-    for name, entry in entries.items():
-        active, inactive = entry.active, entry.numel - entry.active
+    for name, parameter in parameters.items():
+        active, inactive = parameter.active, parameter.numel - parameter.active
         sizes[name] = active, inactive
         if isinstance(granularity, Pattern):
-            sizes[name] = active, min(inactive, entry.numel // granularity.of)  # one change in a group of M
+            sizes[name] = active, min(inactive, parameter.numel // granularity.of)  # one change in a group of M
     if granularity == "channel":
-        sizes = dict.fromkeys(entries, (0, 0))
+        sizes = dict.fromkeys(parameters, (0, 0))
         for leader in _groups(model):
-            alive = _alive(model, leader, entries[leader])
+            alive = _alive(model, leader, parameters[leader])
             sizes[leader] = int(alive.sum()), int((~alive).sum())
     return sizes
 
 
 def lowest_units(
-    model: nn.Module, entries: Mapping[str, MaskedParameter], counts: Callable[[str], int]
+    model: nn.Module, parameters: Mapping[str, MaskedParameter], counts: Callable[[str], int]
 ) -> dict[str, Tensor]:
     """theta_low: flat positions of the weights in the lowest active units of each parameter, ascending.
 
     Args:
         model: A transformed model.
-        entries: Its masked parameters that are looked at.
+        parameters: Its masked parameters that are looked at.
         counts: Number of units by parameter name.
     """
     granularity = _granularity(model)
     if isinstance(granularity, Pattern):
         return {
             name: lowest_in_groups(
-                entry.dense(), entry.mask, counts(name), pattern=granularity, layout=_layout(model, name)
+                parameter.dense(), parameter.mask, counts(name), pattern=granularity, layout=_layout(model, name)
             )
-            for name, entry in entries.items()
+            for name, parameter in parameters.items()
         }
     if granularity == "weight":
         return {
-            name: entry.positions()[smallest_positions(magnitudes(entry.values()), counts(name))]
-            for name, entry in entries.items()
+            name: parameter.positions()[smallest_positions(magnitudes(parameter.values()), counts(name))]
+            for name, parameter in parameters.items()
         }
     result = {}
     everything = masked_parameters(model)
@@ -101,11 +101,11 @@ def lowest_units(
         low = torch.zeros_like(alive)
         low[lowest_magnitude(_norms(model, everything, members), alive, counts(leader))] = True
         for name in members:
-            if name in entries:
-                mask = entries[name].mask
+            if name in parameters:
+                mask = parameters[name].mask
                 marked = _layout(model, name).spread(low, mask.shape) & mask
                 result[name] = marked.flatten().nonzero().squeeze(1)
-    return {name: result[name] for name in entries}
+    return {name: result[name] for name in parameters}
 
 
 def adjusted_masks(
@@ -118,31 +118,31 @@ def adjusted_masks(
         gradients: Averaged growth candidates of each masked parameter.
         counts: Number of units by parameter name.
     """
-    entries, granularity = masked_parameters(model), _granularity(model)
+    parameters, granularity = masked_parameters(model), _granularity(model)
     if isinstance(granularity, Pattern):
         return {
             name: adjust_pattern(
-                entry.dense(),
-                entry.mask,
+                parameter.dense(),
+                parameter.mask,
                 gradients[name],
                 counts[name],
                 pattern=granularity,
                 layout=_layout(model, name),
             )
-            for name, entry in entries.items()
+            for name, parameter in parameters.items()
         }
     if granularity == "weight":
-        return {n: adjust_mask(e.dense(), e.mask, gradients[n], counts[n]) for n, e in entries.items()}
+        return {n: adjust_mask(e.dense(), e.mask, gradients[n], counts[n]) for n, e in parameters.items()}
     result = {}
     for leader, members in _groups(model).items():
-        alive = _alive(model, leader, entries[leader])
-        scores = _channel_scores(gradients[leader], _layout(model, leader), entries[leader].mask.shape)
-        new = adjust_mask(_norms(model, entries, members), alive, scores, counts[leader])
+        alive = _alive(model, leader, parameters[leader])
+        scores = _channel_scores(gradients[leader], _layout(model, leader), parameters[leader].mask.shape)
+        new = adjust_mask(_norms(model, parameters, members), alive, scores, counts[leader])
         for name in members:
-            mask, layout = entries[name].mask, _layout(model, name)
+            mask, layout = parameters[name].mask, _layout(model, name)
             # A mask that was set by hand may have holes in its channels: those of channels that stay, stay.
             result[name] = (mask & layout.spread(new, mask.shape)) | layout.spread(new & ~alive, mask.shape)
-    return {name: result[name] for name in entries}
+    return {name: result[name] for name in parameters}
 
 
 def _channel_scores(gradient: SparseGradient, layout: Layout, shape: torch.Size) -> SparseGradient:
@@ -157,28 +157,32 @@ def _channel_scores(gradient: SparseGradient, layout: Layout, shape: torch.Size)
     return SparseGradient(channels[ascending], values[ascending], len(first))
 
 
-def growth_requests(model: nn.Module, entries: Mapping[str, MaskedParameter], counts: list[int]) -> dict[str, Request]:
+def growth_requests(
+    model: nn.Module, parameters: Mapping[str, MaskedParameter], counts: list[int]
+) -> dict[str, Request]:
     """What to collect of each parameter so that `unit_candidates` can choose."""
     granularity = _granularity(model)
     requests = {}
-    wanted = dict(zip(entries, counts, strict=True))
+    wanted = dict(zip(parameters, counts, strict=True))
     leaders = {name: leader for leader, members in _groups(model).items() for name in members}
-    for name, entry in entries.items():
+    for name, parameter in parameters.items():
         layout = _layout(model, name)
         if granularity == "weight":
-            requests[name] = Request(entry.buffer, wanted[name])
+            requests[name] = Request(parameter.buffer, wanted[name])
         elif isinstance(granularity, Pattern):
-            blocks = torch.zeros_like(layout.blocks(entry.mask, granularity.of))
-            low = torch.zeros_like(entry.mask).flatten()
-            low[lowest_in_groups(entry.dense(), entry.mask, wanted[name], pattern=granularity, layout=layout)] = True
-            blocks |= layout.blocks(low.reshape(entry.mask.shape), granularity.of).any(1, keepdim=True)
-            where = layout.unblocked(blocks, entry.mask.shape) & ~entry.mask
-            requests[name] = Request(entry.buffer, int(where.sum()), where)
+            blocks = torch.zeros_like(layout.blocks(parameter.mask, granularity.of))
+            low = torch.zeros_like(parameter.mask).flatten()
+            low[
+                lowest_in_groups(parameter.dense(), parameter.mask, wanted[name], pattern=granularity, layout=layout)
+            ] = True
+            blocks |= layout.blocks(low.reshape(parameter.mask.shape), granularity.of).any(1, keepdim=True)
+            where = layout.unblocked(blocks, parameter.mask.shape) & ~parameter.mask
+            requests[name] = Request(parameter.buffer, int(where.sum()), where)
         else:
-            dead = ~_alive(model, name, entry)
+            dead = ~_alive(model, name, parameter)
             k = int(dead.sum()) if wanted[leaders[name]] else 0
-            number = layout.spread(torch.arange(len(dead), device=dead.device), entry.mask.shape)
-            requests[name] = Request(entry.buffer, k, layout.spread(dead, entry.mask.shape), number)
+            number = layout.spread(torch.arange(len(dead), device=dead.device), parameter.mask.shape)
+            requests[name] = Request(parameter.buffer, k, layout.spread(dead, parameter.mask.shape), number)
     return requests
 
 
@@ -189,18 +193,18 @@ def unit_candidates(
     granularity, wanted = _granularity(model), dict(zip(found, counts, strict=True))
     if granularity == "weight":
         return dict(found)
-    entries = masked_parameters(model)
+    parameters = masked_parameters(model)
     if isinstance(granularity, Pattern):
         return {
             name: best_in_groups(
-                gradient, shape=entries[name].mask.shape, pattern=granularity, layout=_layout(model, name)
+                gradient, shape=parameters[name].mask.shape, pattern=granularity, layout=_layout(model, name)
             )
             for name, gradient in found.items()
         }
     result = {}
     for leader, members in _groups(model).items():
-        shape, layout = entries[leader].mask.shape, _layout(model, leader)
-        squares = torch.zeros(layout.channels(shape), device=entries[leader].mask.device)
+        shape, layout = parameters[leader].mask.shape, _layout(model, leader)
+        squares = torch.zeros(layout.channels(shape), device=parameters[leader].mask.device)
         for name in members:
             gradient = found[name]
             squares.index_add_(0, gradient.positions, gradient.values.to(squares).square())
@@ -210,12 +214,12 @@ def unit_candidates(
         result[leader] = SparseGradient(first[chosen][order], scores[chosen][order], shape.numel())
         for name in members[1:]:
             nothing = torch.empty(0, device=squares.device)
-            result[name] = SparseGradient(nothing.long(), nothing, entries[name].mask.numel())
+            result[name] = SparseGradient(nothing.long(), nothing, parameters[name].mask.numel())
     return {name: result[name] for name in found}
 
 
 @contextlib.contextmanager
-def probed(model: nn.Module) -> Iterator[None]:
+def sampled(model: nn.Module) -> Iterator[None]:
     """A block in which channels that are off have the smallest of biases, so that gradients reach them through ReLUs.
 
     Those of depthwise convolutions, which come later in a group, stand above what their kernels could make of the
@@ -223,12 +227,12 @@ def probed(model: nn.Module) -> Iterator[None]:
     """
     changed: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for name, fact in transformation_of(model).prunable.items():
-            if not fact.masked or fact.channels is None or not fact.channels.silent:
+        for name, prunable in transformation_of(model).prunable.items():
+            if not prunable.masked or prunable.channels is None or not prunable.channels.dependents:
                 continue
             dead = ~_alive(model, name, masked_parameters(model)[name])
-            for step, silent in enumerate(fact.channels.silent):
-                path, _, leaf = silent.rpartition(".")
+            for step, dependent in enumerate(prunable.channels.dependents):
+                path, _, leaf = dependent.rpartition(".")
                 tensor = getattr(model.get_submodule(path), leaf)
                 if isinstance(tensor, nn.Parameter):
                     tensor[dead] = min(least_bias(tensor.dtype) * _ABOVE**step, 1e-12)

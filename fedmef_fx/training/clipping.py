@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.ops.rows import Rows, SegmentRows, packed_rows
-from fedmef_fx.sparse_model.facts import is_transformed
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["clip_gradients"]
 
@@ -54,8 +54,8 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
         raise ConfigError(f"clip_gradients: ratio: got {ratio!r}; expected a number > 0, e.g. 0.01")
     if not (math.isfinite(eps) and eps >= 0):
         raise ConfigError(f"clip_gradients: eps: got {eps!r}; expected a number >= 0")
-    entries = masked_parameters(model).values() if is_transformed(model) else ()
-    masked = {id(entry.parameter): entry for entry in entries}
+    parameters = masked_parameters(model).values() if is_transformed(model) else ()
+    masked = {id(masked_parameter.parameter): masked_parameter for masked_parameter in parameters}
     seen: set[int] = set()
     clipped = []
     for name, module in model.named_modules():
@@ -65,12 +65,12 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
             if parameter.grad is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            entry, unit = masked.get(id(parameter)), 1 if isinstance(module, _TRANSPOSED) else 0
-            if entry is not None and entry.is_packed:
-                clipped.append(_clip_packed(entry, parameter.grad, ratio=ratio, eps=eps, unit=unit))
+            masked_parameter, unit = masked.get(id(parameter)), 1 if isinstance(module, _TRANSPOSED) else 0
+            if masked_parameter is not None and masked_parameter.is_packed:
+                clipped.append(_clip_packed(masked_parameter, parameter.grad, ratio=ratio, eps=eps, unit=unit))
                 continue
-            if entry is not None:
-                parameter.grad.mul_(entry.buffer)
+            if masked_parameter is not None:
+                parameter.grad.mul_(masked_parameter.buffer)
             clipped.append(_clip(parameter, parameter.grad, ratio=ratio, eps=eps, unit=unit))
     return int(torch.stack([count.cpu() for count in clipped]).sum()) if clipped else 0
 
@@ -93,13 +93,13 @@ def _is_vector(shape: torch.Size) -> bool:
     return sum(size > 1 for size in shape) <= 1
 
 
-def _clip_packed(entry: MaskedParameter, gradient: Tensor, *, ratio: float, eps: float, unit: int) -> Tensor:
+def _clip_packed(parameter: MaskedParameter, gradient: Tensor, *, ratio: float, eps: float, unit: int) -> Tensor:
     """`_clip` on active values."""
-    values = entry.parameter.detach()
-    if _is_vector(entry.shape):
-        rows: Rows = SegmentRows(torch.tensor([values.numel()], device=values.device), entry.numel)
+    values = parameter.parameter.detach()
+    if _is_vector(parameter.shape):
+        rows: Rows = SegmentRows(torch.tensor([values.numel()], device=values.device), parameter.numel)
     else:
-        rows = packed_rows(entry.buffer, entry.shape, axis=unit)
+        rows = packed_rows(parameter.buffer, parameter.shape, axis=unit)
     dtype = torch.promote_types(values.dtype, torch.float32)
     largest = rows.square_norm(values.to(dtype)).sqrt_().clamp_min_(eps).mul_(ratio)
     norm = rows.square_norm(gradient.to(dtype)).sqrt_()

@@ -83,8 +83,8 @@ def check_same_masks(model: nn.Module, *, group: "dist.ProcessGroup | None" = No
         ConfigError: Masks differ, or there is no process group.
     """
     _initialized("check_same_masks")
-    entries = list(masked_parameters(model).values())
-    _check(entries, _digest_of(entries), group)
+    parameters = list(masked_parameters(model).values())
+    _check(parameters, _digest_of(parameters), group)
 
 
 def _initialized(call: str) -> None:
@@ -117,22 +117,22 @@ def _gathered(own: SparseGradient, group: "dist.ProcessGroup | None") -> list[tu
 
 
 def _entries(model: nn.Module) -> list[MaskedParameter]:
-    return [entry for part in transformed_parts(model) for entry in masked_parameters(part).values()]
+    return [parameter for part in transformed_parts(model) for parameter in masked_parameters(part).values()]
 
 
-def _digest_of(entries: list[MaskedParameter]) -> int:
+def _digest_of(parameters: list[MaskedParameter]) -> int:
     """A number of 62 bits that follows from all masks."""
     digest = hashlib.blake2b(digest_size=8)
-    for entry in entries:
-        bits = entry.buffer if entry.is_packed else pack_bits(entry.buffer)
+    for parameter in parameters:
+        bits = parameter.buffer if parameter.is_packed else pack_bits(parameter.buffer)
         digest.update(bits.detach().cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "big") >> 2
 
 
-def _check(entries: list[MaskedParameter], digest: int, group: "dist.ProcessGroup | None") -> None:
-    if not entries:
+def _check(parameters: list[MaskedParameter], digest: int, group: "dist.ProcessGroup | None") -> None:
+    if not parameters:
         return
-    extremes = torch.tensor([digest, -digest], device=entries[0].buffer.device)
+    extremes = torch.tensor([digest, -digest], device=parameters[0].buffer.device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     if int(extremes[0]) != -int(extremes[1]):
         raise ConfigError(

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.training.adjustment import lowest_units, unit_sizes
@@ -35,22 +35,22 @@ class _Places:
     """Where the marked weights of a parameter are in its stored form.
 
     Attributes:
-        entry: The parameter.
+        parameter: The masked parameter.
     """
 
-    def __init__(self, entry: MaskedParameter, positions: Tensor) -> None:
-        self.entry = entry
+    def __init__(self, parameter: MaskedParameter, positions: Tensor) -> None:
+        self.parameter = parameter
         self._positions = positions
         self._found = positions
         self._version: int | None = None
 
     def now(self) -> Tensor:
         """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
-        if not self.entry.is_packed:
+        if not self.parameter.is_packed:
             return self._positions
-        version = self.entry.buffer._version
+        version = self.parameter.buffer._version
         if version != self._version:  # the topology changed: every value may have another place
-            found = self.entry.places(self._positions)
+            found = self.parameter.places(self._positions)
             self._found, self._version = found[found >= 0], version
         return self._found
 
@@ -164,7 +164,7 @@ class Extrusion:
         if self.strength > 0:
             for places in self._places.values():
                 hook = functools.partial(self._extrude, places)
-                handle = places.entry.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
+                handle = places.parameter.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
                 self._handles.append(handle)
         return self
 
@@ -179,7 +179,7 @@ class Extrusion:
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, at present; 0 before the first entry."""
         squares = [
-            torch.take(places.entry.parameter.detach(), places.now()).float().square().sum()
+            torch.take(places.parameter.parameter.detach(), places.now()).float().square().sum()
             for places in self._places.values()
         ]
         if not squares:
@@ -197,7 +197,9 @@ class Extrusion:
     def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
         positions = places.now()
-        term = torch.take(places.entry.parameter.detach(), positions) * (2 * self.strength / self.accumulation_steps)
+        term = torch.take(places.parameter.parameter.detach(), positions) * (
+            2 * self.strength / self.accumulation_steps
+        )
         if self._scaler is not None:
             term = self._scaler.scale(term)
         # Out of place: autograd may hand the same gradient tensor to other parts of the graph.
@@ -232,15 +234,17 @@ class Extrusion:
 
 def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, MaskedParameter]:
     """The masked parameters that the optimizer moves."""
-    entries = masked_parameters(model)
-    if not entries:
+    parameters = masked_parameters(model)
+    if not parameters:
         raise ConfigError(
             "Extrusion: the model has no masks, so nothing will be pruned; expected a density below 1, "
             "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {
-        name: entry for name, entry in entries.items() if id(entry.parameter) in held and entry.parameter.requires_grad
+        name: masked
+        for name, masked in parameters.items()
+        if id(masked.parameter) in held and masked.parameter.requires_grad
     }
     if not trained:
         raise ConfigError(

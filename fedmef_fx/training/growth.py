@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.ops.gradient_collector import Collector, collecting
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.facts import transformation_of
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
-from fedmef_fx.training.adjustment import growth_requests, probed, unit_candidates, unit_sizes
+from fedmef_fx.training.adjustment import growth_requests, sampled, unit_candidates, unit_sizes
 
 __all__ = ["growth_candidates"]
 
-Batch = TypeVar("Batch")
+AnyBatch = TypeVar("AnyBatch")
 
 
 def growth_candidates(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Batch], Tensor],
-    batches: Iterable[Batch],
+    loss_fn: Callable[[nn.Module, AnyBatch], Tensor],
+    batches: Iterable[AnyBatch],
     *,
     k: int | Mapping[str, int] | None = None,
 ) -> dict[str, SparseGradient]:
@@ -69,21 +69,21 @@ def growth_candidates(
         ...     return torch.nn.functional.cross_entropy(model(images), labels)
         >>> candidates = growth_candidates(sparse, loss_fn, [(images, labels)], k=16)  # doctest: +SKIP
     """
-    entries = masked_parameters(model)
-    if not entries:
+    parameters = masked_parameters(model)
+    if not parameters:
         raise ConfigError(
             "growth_candidates: the model has no masks, so there is nothing to grow; expected a density below 1, "
             "e.g. fedmef_fx.transform(model, fedmef_fx.Config(density=0.1))"
         )
-    numbers = _numbers(model, entries, k)
-    requests = growth_requests(model, entries, numbers)
-    shapes = {name: entry.shape for name, entry in entries.items()}
+    numbers = _numbers(model, parameters, k)
+    requests = growth_requests(model, parameters, numbers)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     seen = 0
     with (
-        _unchanged(model, entries),
-        probed(model),
+        _unchanged(model, parameters),
+        sampled(model),
         collecting(requests, packed_shapes=shapes) as collector,
-        _gradients_dropped(model, entries, collector),
+        _gradients_dropped(model, parameters, collector),
     ):
         for batch in batches:
             with collector.batch(float(_batch_size(batch) or 1)), torch.enable_grad():
@@ -94,22 +94,24 @@ def growth_candidates(
         return unit_candidates(model, collector.candidates(), numbers)
 
 
-def _numbers(model: nn.Module, entries: Mapping[str, MaskedParameter], k: int | Mapping[str, int] | None) -> list[int]:
+def _numbers(
+    model: nn.Module, parameters: Mapping[str, MaskedParameter], k: int | Mapping[str, int] | None
+) -> list[int]:
     if isinstance(k, int):
-        return [k] * len(entries)
+        return [k] * len(parameters)
     if k is not None:
-        unknown = sorted(set(k) - set(entries))
+        unknown = sorted(set(k) - set(parameters))
         if unknown:
             raise ConfigError(
-                f"growth_candidates: k: {unknown[0]!r} has no mask; masked parameters: {', '.join(entries)}"
+                f"growth_candidates: k: {unknown[0]!r} has no mask; masked parameters: {', '.join(parameters)}"
             )
-        return [k.get(name, 0) for name in entries]
+        return [k.get(name, 0) for name in parameters]
     rate = transformation_of(model).config.adjustment_rate
     sizes = unit_sizes(model)
     # The count of round 0 is the schedule's largest, independent of where it stops.
     return [
         adjustment_count(count, rest, round_index=0, stop=1, rate=rate)
-        for count, rest in (sizes[name] for name in entries)
+        for count, rest in (sizes[name] for name in parameters)
     ]
 
 
@@ -141,10 +143,10 @@ def _batch_size(batch: Any) -> int | None:
 
 @contextlib.contextmanager
 def _gradients_dropped(
-    model: nn.Module, entries: Mapping[str, MaskedParameter], collector: Collector
+    model: nn.Module, masked_by_name: Mapping[str, MaskedParameter], collector: Collector
 ) -> Iterator[None]:
     """Free each gradient as soon as it is complete; the `.grad` that parameters came with is back afterwards."""
-    names = {id(entry.parameter): name for name, entry in entries.items()}
+    names = {id(masked.parameter): name for name, masked in masked_by_name.items()}
 
     def drop(parameter: Tensor, *, name: str | None) -> None:
         parameter.grad = None
@@ -170,9 +172,9 @@ def _gradients_dropped(
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, entries: Mapping[str, MaskedParameter]) -> Iterator[None]:
+def _unchanged(model: nn.Module, parameters: Mapping[str, MaskedParameter]) -> Iterator[None]:
     """Put back buffers, thresholds and random state; masks are left out, a forward pass does not change them."""
-    masks = {id(entry.buffer) for entry in entries.values()}
+    masks = {id(parameter.buffer) for parameter in parameters.values()}
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -182,7 +184,7 @@ def _unchanged(model: nn.Module, entries: Mapping[str, MaskedParameter]) -> Iter
     sites = [(module, module.estimator) for module in model.modules() if isinstance(module, PackActivation)]
     for site, estimator in sites:
         site.estimator = copy.copy(estimator)
-    devices = {entry.parameter.device for entry in entries.values()} - {torch.device("cpu")}
+    devices = {parameter.parameter.device for parameter in parameters.values()} - {torch.device("cpu")}
     device_type = next((device.type for device in devices), "cuda")
     try:
         with torch.random.fork_rng(devices=sorted(device.index for device in devices), device_type=device_type):

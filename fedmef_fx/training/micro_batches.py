@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import program_of
-from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["batch_size_of", "batch_statistics_in", "micro_batches"]
 

@@ -17,7 +17,7 @@ from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.graph.signature import Call
 from fedmef_fx.passes.catalogue import PASSES
 from fedmef_fx.records.passes import Refusal
-from fedmef_fx.sparse_model.facts import is_transformed
+from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["check_model", "check_passes", "example_call", "materialize", "unwrapped"]
 

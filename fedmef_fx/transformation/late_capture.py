@@ -19,7 +19,7 @@ from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 from fedmef_fx.transformation.recipe import memory_passes
 
 __all__ = ["extend_region"]

@@ -1,4 +1,4 @@
-"""`transform`: the call that turns a model into its sparse, memory-lean twin."""
+"""`transform`: the call that turns a model into its sparse, memory-lean version."""
 
 import dataclasses
 import functools
@@ -25,9 +25,9 @@ from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport, PassResult
-from fedmef_fx.sparse_model.channels import silence_channels
-from fedmef_fx.sparse_model.facts import Transformation, transformation_of
+from fedmef_fx.sparse_model.channels import zero_dead_channels
 from fedmef_fx.sparse_model.state_dicts import keep_masks_on_load
+from fedmef_fx.sparse_model.transformation import Transformation, transformation_of
 from fedmef_fx.transformation.checks import check_model, check_passes, example_call, materialize, unwrapped
 from fedmef_fx.transformation.late_capture import extend_region
 from fedmef_fx.transformation.observer import PassObserver
@@ -104,11 +104,11 @@ def transform(
         names = [step.name for step in (*passes_of(config), *own_passes)]
         observer = PassObserver(names, print_after=print_after, stop_after=stop_after, printer=printer)
         result = _transformed(model, config, (example_inputs, example_kwargs), own_passes, observer)
-        facts = transformation_of(result)
+        transformation = transformation_of(result)
         planned = () if plan is None else (_planned(plan),)
-        capture, *reports = facts.reports
+        capture, *reports = transformation.reports
         capture = dataclasses.replace(capture, refusals=(*notices, *capture.refusals))
-        facts.reports, facts.plan = PassReport((*planned, capture, *reports)), plan
+        transformation.reports, transformation.plan = PassReport((*planned, capture, *reports)), plan
     return result
 
 
@@ -146,18 +146,18 @@ def _transformed(
         tuple(captured.failures),
         time.perf_counter() - start,
     )
-    program.facts.original = record_graphs(program)
+    program.transformation.original = record_graphs(program)
     observer.after("capture", program)
     reports = Pipeline(steps[: observer.number], after_pass=observer.beside(Verifier.of(program))).run(program)
     ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
-    config = program.facts.config = config_after(config, (step for step, result in ran if result.modified))
+    config = program.transformation.config = config_after(config, (step for step, result in ran if result.modified))
     if observer.runs_all:
         _apply_layer_sparsity(program, config)
-    program.facts.reports = PassReport((capture, *reports))
+    program.transformation.reports = PassReport((capture, *reports))
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config, passes=own_passes) if observer.runs_all else None
     result = emit(program, extend=extend)
-    silence_channels(result)
+    zero_dead_channels(result)
     for name, module in result.named_modules():
         module.training = original_mode.get(name, model.training)
     keep_masks_on_load(result)
@@ -181,8 +181,8 @@ def pack_weights(model: nn.Module) -> PassResult:
     program = program_of(model)
     (result,) = Pipeline([PackWeights()]).run(program)
     recompile(model)
-    program.facts.config = program.facts.config.replace(weight_storage="packed")
-    program.facts.reports = PassReport((*program.facts.reports, result))
+    program.transformation.config = program.transformation.config.replace(weight_storage="packed")
+    program.transformation.reports = PassReport((*program.transformation.reports, result))
     return result
 
 

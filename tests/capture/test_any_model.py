@@ -1,4 +1,4 @@
-"""Whatever a model does, its transformed twin computes the same and keeps its masks."""
+"""Whatever a model does, its transformed version computes the same and keeps its masks."""
 
 import copy
 import pickle
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedmef_fx import Config, coverage, masks, transform
-from fedmef_fx.capture.proof import tensors_in
+from fedmef_fx.capture.proof import tensors_within
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.capture.models import ZOO, build
 
@@ -32,7 +32,7 @@ def run(model, call, *, training, seed=3):
 
 def assert_same(expected, got):
     assert type(expected) is type(got)
-    left, right = list(tensors_in(expected)), list(tensors_in(got))
+    left, right = list(tensors_within(expected)), list(tensors_within(got))
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         torch.testing.assert_close(one, other)
@@ -44,14 +44,14 @@ def train(model, inputs, steps=3):
     for step in range(steps):
         optimizer.zero_grad()
         result = run(model, inputs(), training=True, seed=step)
-        sum(t.square().mean() for t in tensors_in(result) if t.requires_grad).backward()
+        sum(t.square().mean() for t in tensors_within(result) if t.requires_grad).backward()
         optimizer.step()
 
 
 def assert_masks_hold(model):
-    entries = masked_parameters(model)
-    assert entries
-    for name, (parameter, mask) in entries.items():
+    parameters = masked_parameters(model)
+    assert parameters
+    for name, (parameter, mask) in parameters.items():
         assert not parameter.detach()[~mask].any(), name
 
 
@@ -61,24 +61,24 @@ def test_computes_the_same(name, examples):
     model, inputs = build(name)
     args, kwargs = inputs()
     given = {"example_inputs": args, "example_kwargs": kwargs} if examples else {}
-    twin = transform(model, IDENTITY, **given)
-    assert set(model.state_dict()) <= set(twin.state_dict())
+    counterpart = transform(model, IDENTITY, **given)
+    assert set(model.state_dict()) <= set(counterpart.state_dict())
     for training in (True, False, True):
         call = inputs()
         expected = run(model, copy.deepcopy(call), training=training)
-        got = run(twin, copy.deepcopy(call), training=training)
+        got = run(counterpart, copy.deepcopy(call), training=training)
         assert_same(expected, got)
         model.zero_grad()
-        twin.zero_grad()
+        counterpart.zero_grad()
         for result in (expected, got):
-            sum(t.square().mean() for t in tensors_in(result) if t.requires_grad).backward()
+            sum(t.square().mean() for t in tensors_within(result) if t.requires_grad).backward()
         for key, parameter in model.named_parameters():
-            gradient = twin.get_parameter(key).grad
+            gradient = counterpart.get_parameter(key).grad
             assert (parameter.grad is None) == (gradient is None), key
             if gradient is not None:
                 torch.testing.assert_close(parameter.grad, gradient)
     for key, buffer in model.named_buffers():
-        torch.testing.assert_close(buffer, twin.get_buffer(key))
+        torch.testing.assert_close(buffer, counterpart.get_buffer(key))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -138,7 +138,7 @@ def test_copies_pickles_and_state_dicts(name):
 def test_another_batch_size(name):
     model, inputs = build(name)
     args, kwargs = inputs()
-    twin = transform(model, IDENTITY, example_inputs=args, example_kwargs=kwargs)
+    counterpart = transform(model, IDENTITY, example_inputs=args, example_kwargs=kwargs)
     sparse = transform(model, SPARSE, example_inputs=args, example_kwargs=kwargs)
 
     def larger():
@@ -146,7 +146,7 @@ def test_another_batch_size(name):
 
     for training in (True, False):
         call = larger()
-        assert_same(run(model, call, training=training), run(twin, call, training=training))
+        assert_same(run(model, call, training=training), run(counterpart, call, training=training))
     train(sparse, larger)
     assert_masks_hold(sparse)
 

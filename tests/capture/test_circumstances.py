@@ -171,9 +171,9 @@ def test_bfloat16(name):
     def half():
         return (inputs()[0][0].bfloat16(),), {}
 
-    twin = transform(model, IDENTITY, example_inputs=half()[0])
+    counterpart = transform(model, IDENTITY, example_inputs=half()[0])
     call = half()
-    assert_same(run(model, call, training=False), run(twin, call, training=False))
+    assert_same(run(model, call, training=False), run(counterpart, call, training=False))
     sparse = transform(model, SPARSE, example_inputs=half()[0])
     train(sparse, half)
     assert_masks_hold(sparse)
@@ -194,11 +194,11 @@ def test_autocast(name):
     if name == "recurrent" and (reason := why_no_bfloat16_lstm()):
         pytest.skip(reason)
     model, inputs = build(name)
-    twin = transform(model, IDENTITY, example_inputs=inputs()[0])
+    counterpart = transform(model, IDENTITY, example_inputs=inputs()[0])
     sparse = transform(model, SPARSE, example_inputs=inputs()[0])
     call = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(run(model, call, training=False), run(twin, call, training=False))
+        assert_same(run(model, call, training=False), run(counterpart, call, training=False))
         train(sparse, inputs)
     assert_masks_hold(sparse)
 
@@ -229,12 +229,12 @@ def test_hooks_of_the_user_keep_running():
     model.a.register_forward_hook(lambda *_: seen.append("a"))
     model.register_forward_hook(lambda *_: seen.append("root"))
     sparse = transform(model, SPARSE, example_inputs=(torch.randn(2, 4),))
-    for twin in (sparse, copy.deepcopy(sparse)):
+    for counterpart in (sparse, copy.deepcopy(sparse)):
         seen.clear()
-        twin(torch.randn(2, 4))
+        counterpart(torch.randn(2, 4))
         assert seen == ["a", "root"]
-        train(twin, lambda: ((torch.randn(2, 4),), {}))
-        assert_masks_hold(twin)
+        train(counterpart, lambda: ((torch.randn(2, 4),), {}))
+        assert_masks_hold(counterpart)
 
 
 @pytest.mark.parametrize("name", ["recurrent", "data-dependent", "attention"])

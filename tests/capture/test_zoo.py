@@ -63,12 +63,12 @@ def build(source, name, options):
 def test_third_party_model(source, name, options):
     model, inputs = build(source, name, options)
     args, kwargs = inputs()
-    twin = transform(model, IDENTITY, example_inputs=args, example_kwargs=kwargs)
+    counterpart = transform(model, IDENTITY, example_inputs=args, example_kwargs=kwargs)
     original = copy.deepcopy(model)
     for training in (False, True):
         call = inputs()
-        assert_same(run(original, call, training=training), run(twin, call, training=training))
-    assert set(model.state_dict()) <= set(twin.state_dict())
+        assert_same(run(original, call, training=training), run(counterpart, call, training=training))
+    assert set(model.state_dict()) <= set(counterpart.state_dict())
     sparse = transform(model, SPARSE, example_inputs=args, example_kwargs=kwargs)
     assert coverage(sparse).graph_fraction == 1
     train(sparse, inputs, steps=1)

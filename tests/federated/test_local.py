@@ -90,8 +90,8 @@ def test_masked_weights_stay_zero_under_momentum_and_decay(
 
 
 def _low_norm(model: nn.Module, marked: dict[str, Tensor]) -> float:
-    entries = masked_parameters(model)
-    parts = [torch.take(entries[name].parameter.detach(), positions) for name, positions in marked.items()]
+    parameters = masked_parameters(model)
+    parts = [torch.take(parameters[name].parameter.detach(), positions) for name, positions in marked.items()]
     return float(torch.cat(parts).norm())
 
 
@@ -103,8 +103,8 @@ def test_extrusion_empties_the_marked_weights_in_adjustment_rounds(
     for strength in (0.0, 2.0):
         model = sparse(density=density, extrusion_strength=strength)
         task = _adjusting(model)
-        entries = masked_parameters(model)
-        marked = {name: lowest_magnitude(e.parameter, e.mask, task.counts[name]) for name, e in entries.items()}
+        parameters = masked_parameters(model)
+        marked = {name: lowest_magnitude(e.parameter, e.mask, task.counts[name]) for name, e in parameters.items()}
         # All of them are active weights: marking masked zeros would make extrusion a no-op at low densities.
         before = _low_norm(model, marked)
         assert before > 0

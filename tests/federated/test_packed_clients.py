@@ -53,7 +53,7 @@ def test_clients_pack_and_servers_need_not() -> None:
     for storage, is_packed in (("packed", True), ("dense", False)):
         network = copy.deepcopy(sparse)
         Client(network, LocalTraining(weight_storage=storage))
-        assert {entry.is_packed for entry in masked_parameters(network).values()} == {is_packed}
+        assert {parameter.is_packed for parameter in masked_parameters(network).values()} == {is_packed}
     with pytest.raises(ConfigError, match="weight_storage"):
         LocalTraining(weight_storage="sparse")
 

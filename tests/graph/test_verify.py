@@ -19,7 +19,7 @@ from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.records.passes import PassResult
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 
 
 def program() -> Program:

@@ -20,7 +20,7 @@ from fedmef_fx.inspection import NodeRecord, TensorRecord, inspect
 from fedmef_fx.inspection.shapes import observe
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import digits_cnn, mobilenet_v2
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 from tests.inspection.models import HOSTILE_NAMES, Branches, PerMode, Residual, Tied, hostile, linear, two_convolutions
 from tests.models import ZOO
 from tests.models import build as build_from_zoo

@@ -91,18 +91,18 @@ def test_batch_norm_follows_its_module_in_every_mode(kind, dtype):
     if module.running_var is not None:
         module.running_mean.normal_()
         module.running_var.uniform_(0.5, 2.0)
-    twin = copy.deepcopy(module)
+    counterpart = copy.deepcopy(module)
     for training in (True, True, False, True):
         module.train(training)
-        twin.train(training)
+        counterpart.train(training)
         x = (torch.randn(6, 5, 9, 9, dtype=dtype) * 3 + 1).requires_grad_()
         kept = BlockwiseTensor.encode(x.detach())
         got = compressed_batch_norm_module(x, kept, module)
         decoded = kept.unpack().requires_grad_()
-        reference = copy.deepcopy(twin)
+        reference = copy.deepcopy(counterpart)
         at_kept = reference(decoded)
-        assert torch.equal(got, twin(x))
-        assert all(torch.equal(value, twin.state_dict()[name]) for name, value in module.state_dict().items())
+        assert torch.equal(got, counterpart(x))
+        assert all(torch.equal(value, counterpart.state_dict()[name]) for name, value in module.state_dict().items())
         direction = torch.randn_like(got)
         wanted = torch.autograd.grad(at_kept, [decoded, *reference.parameters()], direction)
         for want, have in zip(wanted, torch.autograd.grad(got, [x, *module.parameters()], direction), strict=True):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.packing import GradientBits, Layout, PackedTensor, clamp
+from fedmef_fx.packing import GradientBits, MemoryLayout, PackedTensor, clamp
 
 
 def views() -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def test_every_memory_order_comes_back(name: str) -> None:
 )
 def test_dense_tensors_are_not_copied(name: str) -> None:
     x = views()[name]
-    assert Layout.of(x).flatten(x).data_ptr() == x.data_ptr()
+    assert MemoryLayout.of(x).flatten(x).data_ptr() == x.data_ptr()
 
 
 @settings(max_examples=50)

@@ -8,7 +8,7 @@ from fedmef_fx.graph.pipeline import Pass, Pipeline
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.records.passes import PassResult
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 
 
 def program_for(model: nn.Module, config: Config | None = None) -> Program:

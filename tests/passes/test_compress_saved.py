@@ -24,7 +24,7 @@ from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.ops.products import compressed_mul
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 from fedmef_fx.packing.registry import held_buffers
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 from fedmef_fx.transformation.recipe import memory_passes, passes_of
 from tests.models import ZOO, Residual, build
 from tests.transformer_models import TRANSFORMERS, ViT
@@ -43,7 +43,7 @@ def made(name):
         return make(), inputs()
 
 
-def twin(name, config):
+def counterpart(name, config):
     """A transformed model and inputs for it. Only what fixes its sizes when it is traced needs an example."""
     model, inputs = made(name)
     return transform(model, config, example_inputs=inputs if name == "gpt" else None), inputs
@@ -78,8 +78,8 @@ def targets(model):
 @pytest.mark.parametrize("config", [INT8, PRUNED], ids=["int8", "pruned"])
 @pytest.mark.parametrize("name", [*ZOO, *TRANSFORMERS])
 def test_forward_buffers_and_modes_are_exact(name, config):
-    exact, inputs = twin(name, EXACT)
-    ours, _ = twin(name, config)
+    exact, inputs = counterpart(name, EXACT)
+    ours, _ = counterpart(name, config)
     for training in (True, False, True):
         expected, _ = step(exact.train(training), inputs)
         got, _ = step(ours.train(training), inputs)
@@ -89,8 +89,8 @@ def test_forward_buffers_and_modes_are_exact(name, config):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gradients_point_where_the_exact_ones_do(name):
-    _, expected = step(*twin(name, EXACT))
-    _, got = step(*twin(name, INT8))
+    _, expected = step(*counterpart(name, EXACT))
+    _, got = step(*counterpart(name, INT8))
     assert got.keys() == expected.keys()
     # 8 bits of a normal block have an error of 1 to 2 % of its deviation; BatchNorm's backward subtracts its mean parts
     # and thereby magnifies it, to 7 % on the smallest gradients of these models.
@@ -112,9 +112,9 @@ def test_gradients_point_where_the_exact_ones_do(name):
     ],
 )
 def test_held_bytes_fall(name, int8, pruned):
-    dense = kept_bytes(*twin(name, EXACT))
-    assert kept_bytes(*twin(name, INT8)) < int8 * dense
-    assert kept_bytes(*twin(name, PRUNED)) < pruned * dense
+    dense = kept_bytes(*counterpart(name, EXACT))
+    assert kept_bytes(*counterpart(name, INT8)) < int8 * dense
+    assert kept_bytes(*counterpart(name, PRUNED)) < pruned * dense
 
 
 def test_held_bytes_fall_where_batch_norm_stays():
@@ -130,7 +130,7 @@ def test_held_bytes_fall_where_batch_norm_stays():
 
 @pytest.mark.parametrize("name", ["vit", "gpt", "squeeze-excite"])
 def test_copies_pickles_and_frozen_models_compute_the_same(name):
-    ours, inputs = twin(name, PRUNED)
+    ours, inputs = counterpart(name, PRUNED)
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301 -- our own bytes
         assert kept_bytes(copied, inputs) > 0
     plain = freeze(ours)

@@ -15,8 +15,8 @@ from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.ops.relu import sign_relu
-from fedmef_fx.sparse_model.facts import Transformation
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import Transformation
 from fedmef_fx.transformation.recipe import passes_of
 from tests.models import ZOO, PreActivation, Residual, Shared, build
 
@@ -180,9 +180,9 @@ def test_one_packed_copy_serves_all_readers():
 
 def test_copies_do_not_share_packing_sites():
     sparse = transform(Residual(), CONFIG)
-    twin = copy.deepcopy(sparse)
+    counterpart = copy.deepcopy(sparse)
     sparse(torch.randn(2, 3, 8, 8))
-    assert all(site.estimator.kept is None for site in twin.fedmef_sites.children())
+    assert all(site.estimator.kept is None for site in counterpart.fedmef_sites.children())
     assert all(site.estimator.kept is not None for site in sparse.fedmef_sites.children())
 
 

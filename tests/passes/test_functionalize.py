@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from fedmef_fx import Config
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
-from fedmef_fx.sparse_model.facts import Transformation
+from fedmef_fx.sparse_model.transformation import Transformation
 from tests.passes.programs import program_for, refusals_of, run, text_of
 
 LAYERS = {

@@ -74,7 +74,7 @@ def test_at_density_one_nothing_changes_but_what_is_known():
     assert not run(program, InsertMasks(1.0)).modified
     assert text_of(program) == before
     assert masks_of(model) == {}
-    assert [fact.masked for fact in program.facts.prunable.values()] == [False, False]
+    assert [prunable.masked for prunable in program.transformation.prunable.values()] == [False, False]
 
 
 class Reasons(nn.Module):
@@ -113,12 +113,12 @@ def test_masks_are_drawn_once():
     model = two_layers()
     program = program_for(model)
     run(program, FunctionalizeWeights(), InsertMasks(0.5))
-    before, text, facts = masks_of(model), text_of(program), program.facts.prunable
+    before, text, facts = masks_of(model), text_of(program), program.transformation.prunable
     result = run(program, InsertMasks(0.1, seed=7))
     assert refusals_of(result) == dict.fromkeys(before, "it has a mask already, which fedmef_fx.set_masks changes")
     assert not result.modified
     assert text_of(program) == text
-    assert program.facts.prunable == facts
+    assert program.transformation.prunable == facts
     assert all(torch.equal(before[name], mask) for name, mask in masks_of(model).items())
 
 

@@ -20,8 +20,8 @@ from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.pack_weights import PackWeights, unpack_weights
 from fedmef_fx.records.passes import PassResult
-from fedmef_fx.sparse_model.facts import Transformation, transformation_of
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import Transformation, transformation_of
 from fedmef_fx.transformation.transform import pack_weights
 from tests.models import ZOO, build
 
@@ -73,9 +73,9 @@ def test_unpacking_is_the_inverse() -> None:
     dense = copy.deepcopy(packed)
     unpack_weights(program_of(dense))
     dense.recompile()
-    assert [entry.is_packed for entry in masked_parameters(dense).values()] == [False, False]
-    for name, entry in masked_parameters(dense).items():
-        assert torch.equal(entry.parameter, masked_parameters(packed)[name].dense())
+    assert [parameter.is_packed for parameter in masked_parameters(dense).values()] == [False, False]
+    for name, parameter in masked_parameters(dense).items():
+        assert torch.equal(parameter.parameter, masked_parameters(packed)[name].dense())
     assert torch.allclose(dense.eval()(*inputs), packed.eval()(*inputs), atol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_opaque_modules_keep_dense_weights() -> None:
 
     packed = transform(Recurrent(), CONFIG)
     assert set(reasons(packed).values()) == {"it is used inside an opaque module"}
-    assert {name: entry.is_packed for name, entry in masked_parameters(packed).items()}["head.weight"]
+    assert {name: parameter.is_packed for name, parameter in masked_parameters(packed).items()}["head.weight"]
     packed(torch.randn(3, 2, 4)).sum().backward()
     assert packed.rnn.weight_ih_l0.grad[~masks(packed)["rnn.weight_ih_l0"]].abs().max() == 0
 
@@ -204,6 +204,6 @@ def test_inspection_counts_what_is_active() -> None:
 def test_copies_and_pickles_stay_packed() -> None:
     model, inputs = build("mode_dependent")
     packed = transform(model, CONFIG).eval()
-    twin = pickle.loads(pickle.dumps(packed))  # noqa: S301 -- our own bytes
-    assert all(entry.is_packed for entry in masked_parameters(twin).values())
-    assert torch.equal(twin(*inputs), packed(*inputs))
+    counterpart = pickle.loads(pickle.dumps(packed))  # noqa: S301 -- our own bytes
+    assert all(parameter.is_packed for parameter in masked_parameters(counterpart).values())
+    assert torch.equal(counterpart(*inputs), packed(*inputs))

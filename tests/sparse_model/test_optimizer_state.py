@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedmef_fx.sparse_model.optimizer_state import Move, forget_state, move_state, watch_optimizers
+from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state, watch_optimizers
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -139,19 +139,19 @@ def test_another_hook_on_all_optimizers_does_not_get_in_the_way():
     assert len(calls) == 2
 
 
-def _repack(parameter: nn.Parameter, move: Move) -> None:
+def _repack(parameter: nn.Parameter, move: StateUpdate) -> None:
     values = move.on(parameter.detach())
     parameter.grad = None
     parameter.data = values
-    move_state(parameter, move)
+    update_state(parameter, move)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_moves_keep_survivors_in_place(bits):
     old, middle, new = torch.tensor(bits).unbind(1)
     dense = torch.arange(1.0, len(bits) + 1) * old
-    moved = Move.between(middle, new).on(Move.between(old, middle).on(dense[old]))
-    assert torch.equal(moved, (dense * middle * new)[new])
+    updated = StateUpdate.between(middle, new).on(StateUpdate.between(old, middle).on(dense[old]))
+    assert torch.equal(updated, (dense * middle * new)[new])
 
 
 def test_packed_state_follows_several_changes_at_once(make_optimizer):
@@ -161,7 +161,7 @@ def test_packed_state_follows_several_changes_at_once(make_optimizer):
     _train(packed, optimizer, mask=torch.ones(4), steps=3)
     masks = [torch.tensor(m) for m in ([1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [1, 0, 1, 1])]
     for old, new in itertools.pairwise(mask.bool() for mask in masks):
-        _repack(packed, Move.between(old, new))
+        _repack(packed, StateUpdate.between(old, new))
         with torch.no_grad():
             dense.mul_(old & new)
         forget_state(dense, keep=old & new)
@@ -190,5 +190,5 @@ def test_a_wrapper_that_shares_state_moves_it_once():
     parameter.grad = torch.tensor([1.0, 2.0, 3.0])
     wrapper.step()
     old, new = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([0, 1, 1, 1]).bool()
-    _repack(parameter, Move.between(old, new))
+    _repack(parameter, StateUpdate.between(old, new))
     assert torch.equal(wrapper.state[parameter]["momentum_buffer"], torch.tensor([2.0, 3.0, 0.0]))

@@ -43,8 +43,8 @@ def step_without_gradients(optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-def random_mask(entry: MaskedParameter, seed: int) -> torch.Tensor:
-    return torch.rand(entry.shape, generator=torch.Generator().manual_seed(seed)) < 0.2 + 0.1 * seed
+def random_mask(parameter: MaskedParameter, seed: int) -> torch.Tensor:
+    return torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed)) < 0.2 + 0.1 * seed
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -53,21 +53,21 @@ def test_every_optimizer_carries_its_state_over(storage: str, names: tuple[str, 
     model, x, y = sparse_model(storage)
     optimizers = {name: optimizer_of(name, model) for name in names}
     train(model, x, y, *optimizers.values())
-    entry = masked_parameters(model)["conv2.weight"]
-    before = {key: entry.expand(optimizers[n].state[entry.parameter][key]) for n in names for key in MOMENTA[n]}
-    kept = entry.mask.clone()
+    parameter = masked_parameters(model)["conv2.weight"]
+    before = {key: parameter.expand(optimizers[n].state[parameter.parameter][key]) for n in names for key in MOMENTA[n]}
+    kept = parameter.mask.clone()
 
     for seed in (1, 2, 3):  # several changes in a row, between which the second optimizer never steps
-        new = random_mask(entry, seed)
+        new = random_mask(parameter, seed)
         kept &= new
         set_masks(model, {"conv2.weight": new})
         step_without_gradients(optimizers[names[0]])
     for name in names:
         step_without_gradients(optimizers[name])
         for key in MOMENTA[name]:
-            state = optimizers[name].state[entry.parameter][key]
-            assert state.shape == entry.parameter.shape
-            assert torch.equal(entry.expand(state), torch.where(kept, before[key], 0.0)), (name, key)
+            state = optimizers[name].state[parameter.parameter][key]
+            assert state.shape == parameter.parameter.shape
+            assert torch.equal(parameter.expand(state), torch.where(kept, before[key], 0.0)), (name, key)
     train(model, x, y, *optimizers.values())
 
 
@@ -77,7 +77,7 @@ def test_a_resumed_optimizer_goes_on_where_it_was(storage, way, tmp_path) -> Non
     model, x, y = sparse_model(storage)
     optimizer = optimizer_of("sgd", model)
     train(model, x, y, optimizer)
-    set_masks(model, {name: random_mask(entry, 1) for name, entry in masked_parameters(model).items()})
+    set_masks(model, {name: random_mask(parameter, 1) for name, parameter in masked_parameters(model).items()})
     train(model, x, y, optimizer)
 
     if way == "load":
@@ -101,8 +101,8 @@ def test_state_of_unknown_masks_is_an_error(storage: str) -> None:
     train(model, x, y, optimizer)
     resumed = optimizer_of("sgd", model)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    entry = masked_parameters(model)["conv2.weight"]
-    set_masks(model, {"conv2.weight": entry.mask.flip(0)})  # as many as before
+    parameter = masked_parameters(model)["conv2.weight"]
+    set_masks(model, {"conv2.weight": parameter.mask.flip(0)})  # as many as before
     with pytest.raises(ConfigError, match=r"SGD\.step: .*loaded.*before or after.*load the model's state first"):
         step_without_gradients(resumed)
     step_without_gradients(optimizer)  # this one is known
@@ -114,8 +114,8 @@ def test_state_of_unknown_masks_is_an_error(storage: str) -> None:
 def test_a_new_optimizer_needs_nothing(storage: str) -> None:
     model, x, y = sparse_model(storage)
     train(model, x, y, optimizer_of("sgd", model))
-    entry = masked_parameters(model)["conv2.weight"]
+    parameter = masked_parameters(model)["conv2.weight"]
     early = optimizer_of("adam", model)
-    set_masks(model, {"conv2.weight": random_mask(entry, 2)})
+    set_masks(model, {"conv2.weight": random_mask(parameter, 2)})
     train(model, x, y, early, optimizer_of("sgd", model))
-    assert early.state[entry.parameter]["exp_avg"].shape == entry.parameter.shape
+    assert early.state[parameter.parameter]["exp_avg"].shape == parameter.parameter.shape

@@ -12,8 +12,8 @@ from fedmef_fx import Config, masks, memory, report, set_masks, transform
 from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.packing.registry import held_buffers
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from tests.dense_and_packed import CONFIG, change_topology, dense_and_packed, step
 from tests.packed_models import build
-from tests.packed_twins import CONFIG, change_topology, step, twins
 
 
 def test_memory_of_weights_gradients_and_peak() -> None:
@@ -78,7 +78,7 @@ def test_exceptions_leave_no_packed_buffers_alive(fail) -> None:
 
 
 def test_hundreds_of_steps_leak_nothing() -> None:
-    _, packed, x, y = twins("grouped", CONFIG.replace(activation_sparsity=0.5))
+    _, packed, x, y = dense_and_packed("grouped", CONFIG.replace(activation_sparsity=0.5))
     optimizer = SGD(packed.parameters(), lr=0.01, momentum=0.9)
     counts = []
     for number in range(210):
@@ -93,7 +93,7 @@ def test_hundreds_of_steps_leak_nothing() -> None:
 
 
 def test_a_model_can_be_freed() -> None:
-    _, packed, x, y = twins("grouped")
+    _, packed, x, y = dense_and_packed("grouped")
     step(packed, SGD(packed.parameters(), lr=0.01), x, y)
     set_masks(packed, {name: ~mask for name, mask in masks(packed).items()})
     reference = weakref.ref(masked_parameters(packed)["head.weight"].parameter)

@@ -13,25 +13,25 @@ from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.clipping import clip_gradients
-from tests.packed_models import MODELS
-from tests.packed_twins import (
+from tests.dense_and_packed import (
     CONFIG,
     OPTIMIZERS,
     OVER_STEPS,
     TIGHT,
     assert_same_weights,
     change_topology,
+    dense_and_packed,
     relative,
     step,
-    twins,
 )
+from tests.packed_models import MODELS
 
 
 @pytest.mark.parametrize("normalization", ["nsconv", "keep"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_equals_dense_training_step_for_step(name: str, optimizer: str, normalization: str) -> None:
-    dense, packed, x, y = twins(name, CONFIG.replace(normalization=normalization))
+    dense, packed, x, y = dense_and_packed(name, CONFIG.replace(normalization=normalization))
     optimizers = [OPTIMIZERS[optimizer](model) for model in (dense, packed)]
     for number in range(24):
         if number in (8, 16):
@@ -45,17 +45,17 @@ def test_training_equals_dense_training_step_for_step(name: str, optimizer: str,
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_autograd_of_the_equations(name: str, statistics: str) -> None:
     """With nothing dropped, both storages give what autograd gives for the kernel written out in torch functions."""
-    dense, packed, x, y = twins(name, CONFIG.replace(nsconv_statistics=statistics, activation_sparsity=0.0))
+    dense, packed, x, y = dense_and_packed(name, CONFIG.replace(nsconv_statistics=statistics, activation_sparsity=0.0))
     eager = _written_out(dense)
     for model in (dense, packed):
         F.cross_entropy(model(x), y).backward()
     F.cross_entropy(eager(x), y).backward()
     expected = dict(eager.named_parameters())
     for model in (dense, packed):
-        entries = masked_parameters(model)
+        parameters = masked_parameters(model)
         for parameter_name, parameter in model.named_parameters():
-            entry = entries.get(parameter_name)
-            got = parameter.grad if entry is None or parameter.grad is None else entry.expand(parameter.grad)
+            masked = parameters.get(parameter_name)
+            got = parameter.grad if masked is None or parameter.grad is None else masked.expand(parameter.grad)
             if got is not None:
                 assert relative(got, expected[parameter_name].grad) < TIGHT, parameter_name
 
@@ -96,7 +96,7 @@ def _kernel(weight, gain, mask, *, g, groups, transposed, statistics):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_activations_are_the_same(name: str) -> None:
-    dense, packed, x, y = twins(name, CONFIG.replace(activation_sparsity=0.7))
+    dense, packed, x, y = dense_and_packed(name, CONFIG.replace(activation_sparsity=0.7))
     optimizers = [SGD(model.parameters(), lr=0.02, momentum=0.9) for model in (dense, packed)]
     for _ in range(10):
         losses = [step(model, opt, x, y) for model, opt in zip((dense, packed), optimizers, strict=True)]
@@ -106,7 +106,7 @@ def test_pruned_activations_are_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_growth_candidates_are_the_same(name: str) -> None:
-    dense, packed, x, y = twins(name)
+    dense, packed, x, y = dense_and_packed(name)
 
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -121,7 +121,7 @@ def test_growth_candidates_are_the_same(name: str) -> None:
 
 
 def test_extrusion_marks_and_moves_the_same_weights() -> None:
-    dense, packed, x, y = twins("conv")
+    dense, packed, x, y = dense_and_packed("conv")
     results = []
     for model in (dense, packed):
         optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -137,18 +137,20 @@ def test_extrusion_marks_and_moves_the_same_weights() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_adaptive_clipping_is_the_same(name: str) -> None:
-    dense, packed, x, y = twins(name)
+    dense, packed, x, y = dense_and_packed(name)
     counts = []
     for model in (dense, packed):
         F.cross_entropy(model(x), y).backward()
         counts.append(clip_gradients(model, 0.01))
     assert counts[0] == counts[1] > 0
-    for key, entry in masked_parameters(packed).items():
-        assert relative(entry.expand(entry.parameter.grad), masked_parameters(dense)[key].parameter.grad) < TIGHT
+    for key, parameter in masked_parameters(packed).items():
+        assert (
+            relative(parameter.expand(parameter.parameter.grad), masked_parameters(dense)[key].parameter.grad) < TIGHT
+        )
 
 
 def test_gradients_accumulate_and_are_clipped_by_norm() -> None:
-    dense, packed, x, y = twins("grouped")
+    dense, packed, x, y = dense_and_packed("grouped")
     norms = []
     for model in (dense, packed):
         for part in (slice(0, 2), slice(2, 6)):
@@ -159,7 +161,7 @@ def test_gradients_accumulate_and_are_clipped_by_norm() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
-    dense, packed, x, y = twins("conv")
+    dense, packed, x, y = dense_and_packed("conv")
     grads = []
     for model in (dense.float(), packed.float()):
         scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
@@ -168,8 +170,8 @@ def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
             loss = F.cross_entropy(model(x.float()), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        entries = masked_parameters(model)
-        grads.append({key: entry.expand(entry.parameter.grad) for key, entry in entries.items()})
+        parameters = masked_parameters(model)
+        grads.append({key: parameter.expand(parameter.parameter.grad) for key, parameter in parameters.items()})
         scaler.step(optimizer)
     assert all(gradient.dtype == torch.float32 for gradient in grads[1].values())
     # The kernels agree to single precision; rounded to 16 bits a few of them land on neighbouring numbers.
@@ -178,7 +180,7 @@ def test_autocast_and_gradient_scaling(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["weight", "gain"])
 def test_frozen_weights_and_gains(kind: str) -> None:
-    dense, packed, x, y = twins("conv", CONFIG.replace(activation_sparsity=0.5))
+    dense, packed, x, y = dense_and_packed("conv", CONFIG.replace(activation_sparsity=0.5))
     for model in (dense, packed):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(("norm" in name) == (kind == "weight"))
@@ -194,7 +196,7 @@ def test_frozen_weights_and_gains(kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_training_on_cuda_equals_dense_training(name: str) -> None:
-    dense, packed, x, y = twins(name)
+    dense, packed, x, y = dense_and_packed(name)
     x, y = x.cuda(), y.cuda()
     models = [dense.cuda(), packed.cuda()]
     optimizers = [OPTIMIZERS["sgd"](model) for model in models]
@@ -208,16 +210,16 @@ def test_training_on_cuda_equals_dense_training(name: str) -> None:
 
 
 def test_half_precision_models_run() -> None:
-    _, packed, x, _ = twins("grouped")
+    _, packed, x, _ = dense_and_packed("grouped")
     expected = packed.eval()(x)
     assert torch.allclose(packed.bfloat16()(x.bfloat16()).double(), expected, atol=0.1)
 
 
 def test_copies_are_independent_and_equal() -> None:
-    _, packed, x, y = twins("conv")
-    twin = copy.deepcopy(packed)
-    assert torch.equal(twin(x), packed(x))
-    set_masks(twin, {name: ~mask for name, mask in masks(twin).items()})
-    step(twin, SGD(twin.parameters(), lr=0.1), x, y)
-    assert density(twin) == pytest.approx(1 - density(packed), abs=0.01)
-    assert packed(x).shape == twin(x).shape
+    _, packed, x, y = dense_and_packed("conv")
+    counterpart = copy.deepcopy(packed)
+    assert torch.equal(counterpart(x), packed(x))
+    set_masks(counterpart, {name: ~mask for name, mask in masks(counterpart).items()})
+    step(counterpart, SGD(counterpart.parameters(), lr=0.1), x, y)
+    assert density(counterpart) == pytest.approx(1 - density(packed), abs=0.01)
+    assert packed(x).shape == counterpart(x).shape

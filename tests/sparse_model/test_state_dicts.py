@@ -49,8 +49,8 @@ def test_a_dense_dictionary_loads_into_the_original(name: str, storage: str) -> 
     sparse = make(name, storage)
     original, _, _ = build(name)
     original.load_state_dict(dense_state_dict(sparse), strict=True)
-    for key, entry in masked_parameters(sparse).items():
-        assert torch.equal(original.get_parameter(key), entry.dense())
+    for key, parameter in masked_parameters(sparse).items():
+        assert torch.equal(original.get_parameter(key), parameter.dense())
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -74,8 +74,8 @@ def test_a_dictionary_of_the_original_keeps_the_masks(storage: str) -> None:
     before = masks(target)
     target.load_state_dict(original.state_dict(), strict=True)
     assert_same(masks(target), before)
-    for key, entry in masked_parameters(target).items():
-        assert torch.equal(entry.dense(), torch.where(before[key], original.get_parameter(key), 0.0))
+    for key, parameter in masked_parameters(target).items():
+        assert torch.equal(parameter.dense(), torch.where(before[key], original.get_parameter(key), 0.0))
 
 
 def test_tied_weights_are_packed_once_and_load_under_both_names() -> None:
@@ -116,8 +116,8 @@ def test_loading_moves_optimizer_state_to_the_new_places() -> None:
     optimizer.zero_grad()
     target(x).sum().backward()
     optimizer.step()
-    for entry in masked_parameters(target).values():
-        assert optimizer.state[entry.parameter]["momentum_buffer"].shape == entry.parameter.shape
+    for parameter in masked_parameters(target).values():
+        assert optimizer.state[parameter.parameter]["momentum_buffer"].shape == parameter.parameter.shape
 
 
 def _bad(state: dict[str, Tensor], kind: str) -> None:

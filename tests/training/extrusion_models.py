@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.config import Config
-from fedmef_fx.sparse_model.facts import HOLDER, PrunableParameter, Transformation
 from fedmef_fx.sparse_model.parameters import register_mask
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, PrunableParameter, Transformation
 from fedmef_fx.training.extrusion import Extrusion
 
 NAMES = ("a.weight", "b.weight")
@@ -24,13 +24,13 @@ def make_model(*, masked: bool = True, density: float = 0.5, **config: object) -
     model = nn.Sequential()
     model.add_module("a", Masked(4, 5))
     model.add_module("b", Masked(5, 3))
-    holder = Transformation(Config(density=density, **config))
+    transformation = Transformation(Config(density=density, **config))
     for name in NAMES:
         weight = model.get_parameter(name)
-        holder.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)
+        transformation.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)
         mask = torch.rand(weight.shape) < density if masked else torch.ones(weight.shape, dtype=torch.bool)
         register_mask(model, name, mask)
-    model.add_module(HOLDER, holder)
+    model.add_module(CHILD_NAME, transformation)
     return model
 
 

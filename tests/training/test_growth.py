@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError, DataError
-from fedmef_fx.ops.gradient_collector import is_collecting, offer
+from fedmef_fx.ops.gradient_collector import add_candidates, is_collecting
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.facts import HOLDER, PrunableParameter, Transformation
 from fedmef_fx.sparse_model.masks import masks
 from fedmef_fx.sparse_model.parameters import register_mask
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, PrunableParameter, Transformation
 from fedmef_fx.training import growth
 from fedmef_fx.training.growth import growth_candidates
 from tests.references import largest_inactive
@@ -19,7 +19,7 @@ from tests.references import largest_inactive
 NAMES = ("a.weight", "b.weight")
 
 
-class OfferingMask(torch.autograd.Function):
+class CandidateMask(torch.autograd.Function):
     """A masked weight whose backward has the dense gradient in its hands."""
 
     @staticmethod
@@ -32,13 +32,13 @@ class OfferingMask(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         # In place afterwards, as an op is free to do.
         gradient = gradient.clone()
-        offer(mask, gradient)
+        add_candidates(mask, gradient)
         return gradient.mul_(mask), None
 
 
 class Masked(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, OfferingMask.apply(self.weight, self.weight_mask), self.bias)
+        return nn.functional.linear(x, CandidateMask.apply(self.weight, self.weight_mask), self.bias)
 
 
 class Net(nn.Module):
@@ -63,13 +63,13 @@ class Net(nn.Module):
 def make_model(*, density: float = 0.3, masked: bool = True, **options: Any) -> Net:
     torch.manual_seed(2)
     model = Net(**options)
-    holder = Transformation(Config(density=density, adjustment_rate=0.5))
+    transformation = Transformation(Config(density=density, adjustment_rate=0.5))
     for name in NAMES:
         weight = model.get_parameter(name)
-        holder.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)
+        transformation.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)
         if masked:
             register_mask(model, name, torch.rand(weight.shape) < density)
-    model.add_module(HOLDER, holder)
+    model.add_module(CHILD_NAME, transformation)
     return model
 
 
@@ -205,13 +205,13 @@ def test_everything_is_put_back_when_the_loss_fails():
 def test_at_most_one_dense_gradient_is_alive(monkeypatch):
     model = make_model()
     alive = []
-    backward = OfferingMask.backward
+    backward = CandidateMask.backward
 
     def watching(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
         return backward(ctx, gradient)
 
-    monkeypatch.setattr(OfferingMask, "backward", staticmethod(watching))
+    monkeypatch.setattr(CandidateMask, "backward", staticmethod(watching))
     growth_candidates(model, loss_fn, [make_batch(8)], k=3)
     assert alive == [0, 0]
 

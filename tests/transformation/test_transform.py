@@ -29,25 +29,25 @@ from tests.transform_checks import (
 @pytest.mark.parametrize("name", ZOO)
 def test_identity_configuration_is_bitwise_the_original(name, examples):
     model, inputs = build(name)
-    twin = transform(model, IDENTITY, example_inputs=inputs if examples else None)
+    counterpart = transform(model, IDENTITY, example_inputs=inputs if examples else None)
     unseen = tuple(torch.randn_like(x) * 3 for x in inputs)
     for training in (False, True):
         for given in (inputs, unseen):
             expected = seeded(model, given, training=training)
-            got = seeded(twin, given, training=training)
+            got = seeded(counterpart, given, training=training)
             assert len(expected) == len(got)
             for left, right in zip(expected, got, strict=True):
                 assert torch.equal(left, right)
             model.zero_grad()
-            twin.zero_grad()
+            counterpart.zero_grad()
             sum(t.square().mean() for t in expected).backward()
             sum(t.square().mean() for t in got).backward()
             for key, parameter in model.named_parameters():
-                got_grad = twin.get_parameter(key).grad
+                got_grad = counterpart.get_parameter(key).grad
                 assert (parameter.grad is None) == (got_grad is None), key
                 assert parameter.grad is None or torch.equal(parameter.grad, got_grad), key
     for key, buffer in model.named_buffers():
-        assert torch.equal(buffer, twin.get_buffer(key)), key
+        assert torch.equal(buffer, counterpart.get_buffer(key)), key
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -166,8 +166,10 @@ def test_pickle_keeps_the_function(name):
         pytest.skip("a class inside a class does not pickle, transformed or not")
     model, inputs = build(name)
     sparse = transform(model, SPARSE)
-    twin = pickle.loads(pickle.dumps(sparse))  # noqa: S301 -- made here; the product itself never pickles
-    for left, right in zip(seeded(sparse, inputs, training=False), seeded(twin, inputs, training=False), strict=True):
+    counterpart = pickle.loads(pickle.dumps(sparse))  # noqa: S301 -- made here; the product itself never pickles
+    for left, right in zip(
+        seeded(sparse, inputs, training=False), seeded(counterpart, inputs, training=False), strict=True
+    ):
         assert torch.equal(left, right)
 
 
@@ -252,8 +254,8 @@ class WithDefaults(nn.Module):
 def test_optional_arguments_keep_their_names(examples):
     model, x = WithDefaults(), torch.randn(2, 4)
     sparse = transform(model, IDENTITY, example_inputs=(x,) if examples else None)
-    for twin in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):  # noqa: S301 -- made here
-        assert torch.equal(twin(x, mask=None, flag=True, shape=(1, 2)), model(x))
+    for counterpart in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):  # noqa: S301 -- made here
+        assert torch.equal(counterpart(x, mask=None, flag=True, shape=(1, 2)), model(x))
     with pytest.raises(AssertionError, match=r"traced for mask=None, the default; transform the model with example"):
         sparse(x, mask=torch.zeros(4))
     transform(WithDefaults(), IDENTITY)  # what was pickled breaks no later trace

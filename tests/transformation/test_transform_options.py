@@ -16,9 +16,9 @@ from tests.transform_checks import OPTIMIZERS, SPARSE, assert_masked_weights_are
 @pytest.mark.parametrize("allocation", ["erk", "uniform"])
 def test_density_is_exact_to_one_weight(density, allocation):
     sparse = transform(Residual(), Config(density=density, allocation=allocation))
-    entries = masked_parameters(sparse).values()
-    total = sum(entry.mask.numel() for entry in entries)
-    assert abs(sum(int(entry.mask.sum()) for entry in entries) - density * total) <= 1
+    parameters = masked_parameters(sparse).values()
+    total = sum(parameter.mask.numel() for parameter in parameters)
+    assert abs(sum(int(parameter.mask.sum()) for parameter in parameters) - density * total) <= 1
     assert fedmef_fx.density(sparse) == pytest.approx(density, abs=1 / total)
 
 
@@ -57,7 +57,7 @@ def test_set_masks_zeroes_grown_weights_and_keeps_the_optimizer_valid():
         loss_of(sparse(*inputs)).backward()
         optimizer.step()
     old = fedmef_fx.masks(sparse)
-    values = {name: entry.parameter.detach().clone() for name, entry in masked_parameters(sparse).items()}
+    values = {name: masked.parameter.detach().clone() for name, masked in masked_parameters(sparse).items()}
     new = {name: mask.roll(1, -1) for name, mask in old.items()}
     fedmef_fx.set_masks(sparse, new)
     for name, (parameter, mask) in masked_parameters(sparse).items():

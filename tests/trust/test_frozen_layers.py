@@ -24,8 +24,8 @@ def test_a_layer_frozen_afterwards_is_neither_pruned_nor_grown(storage):
     assert "2.weight" not in extrusion.marked
     candidates = growth_candidates(sparse, lambda m, x: m(x).square().mean(), [torch.randn(16, 8)])
     new = {
-        name: adjust_mask(entry.dense(), entry.mask, candidates[name], 10)
-        for name, entry in masked_parameters(sparse).items()
+        name: adjust_mask(parameter.dense(), parameter.mask, candidates[name], 10)
+        for name, parameter in masked_parameters(sparse).items()
     }
     set_masks(sparse, new)
     after = masks(sparse)

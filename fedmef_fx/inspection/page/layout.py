@@ -17,7 +17,7 @@ from typing import Final
 
 from fedmef_fx.inspection.page.hierarchy import Box, Group
 
-__all__ = ["ENTRY", "EXIT", "Edge", "Flow", "Plan", "plan"]
+__all__ = ["ENTRY", "EXIT", "Edge", "Flow", "Placement", "plan"]
 
 ENTRY: Final = -1
 """In place of a member's index: the upper edge of the group, where values come in."""
@@ -44,7 +44,7 @@ class Edge:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class Placement:
     """The places in a group.
 
     Attributes:
@@ -82,7 +82,7 @@ class Flow:
         return cls(inputs, users)
 
 
-def plan(members: Sequence[Box | Group], flow: Flow | None) -> Plan:
+def plan(members: Sequence[Box | Group], flow: Flow | None) -> Placement:
     """Give the members of a group their places.
 
     Args:
@@ -90,12 +90,12 @@ def plan(members: Sequence[Box | Group], flow: Flow | None) -> Plan:
         flow: What reads what; None where nothing is known about that: one stands below the other then, without edges.
     """
     if flow is None:
-        return Plan(tuple((row, 0) for row in range(len(members))), (), 1, 0)
+        return Placement(tuple((row, 0) for row in range(len(members))), (), 1, 0)
     pairs = _pairs(members, flow)
     rows = _rows(len(members), pairs)
     columns = _columns(rows, pairs)
     edges, lanes = _routes(rows, columns, pairs)
-    return Plan(tuple(zip(rows, columns, strict=True)), edges, max(columns, default=0) + 1, lanes)
+    return Placement(tuple(zip(rows, columns, strict=True)), edges, max(columns, default=0) + 1, lanes)
 
 
 def _names_in(member: Box | Group) -> Iterator[str]:

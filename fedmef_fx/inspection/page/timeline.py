@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol, Self
 
 __all__ = ["MemoryPair", "Moment", "MomentSite", "StepMemory", "Timeline"]
 
-CATEGORIES: Final = ("weights", "buffers", "inputs", "gradients", "optimizer", "saved", "transients")
+MOMENT_CATEGORIES: Final = ("weights", "buffers", "inputs", "gradients", "optimizer", "saved", "transients")
 """What bytes are for, in the order in which a moment lists them."""
 
 _MOST_MOMENTS: Final = 600
@@ -24,7 +24,7 @@ class MomentSite(Protocol):
 
 
 class Moment(Protocol):
-    """What was alive right after an operation: bytes in the order of `CATEGORIES`."""
+    """What was alive right after an operation: bytes in the order of `MOMENT_CATEGORIES`."""
 
     @property
     def site(self) -> MomentSite: ...  # noqa: D102 - the class says it
@@ -71,7 +71,7 @@ class Timeline:
             starts.append((phase, len(kept)))
             stretches = (inside[at : at + step] for at in range(0, len(inside), step))
             kept += (max(stretch, key=lambda event: sum(event.live)) for stretch in stretches)
-        columns = zip(CATEGORIES, zip(*(event.live for event in kept), strict=True), strict=True)
+        columns = zip(MOMENT_CATEGORIES, zip(*(event.live for event in kept), strict=True), strict=True)
         return cls(
             moments=tuple(f"{event.site.path or 'model'}, {event.site.op}" for event in kept),
             phases=tuple(starts),

@@ -15,7 +15,7 @@ from torch import nn
 from fedmef_fx import Config, export_onnx, transform, verify_onnx
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.onnx.digest import check_digest, seal
-from fedmef_fx.export.onnx.manifest import MANIFEST_KEY, Manifest, StoredTensor, read_manifest, write_manifest
+from fedmef_fx.export.onnx.manifest import MANIFEST_KEY, Manifest, ManifestTensor, read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
         verify_onnx(tmp_path / "m.onnx")
 
 
-MANIFEST = Manifest("packed", "int8", (StoredTensor("a.weight", "b", (4, 3), "gap4/int8", 5, 9, "conv2d"),))
+MANIFEST = Manifest("packed", "int8", (ManifestTensor("a.weight", "b", (4, 3), "gap4/int8", 5, 9, "conv2d"),))
 
 
 def test_a_manifest_comes_back() -> None:

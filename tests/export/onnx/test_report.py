@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmef_fx.export.onnx.manifest import StoredTensor
+from fedmef_fx.export.onnx.manifest import ManifestTensor
 from fedmef_fx.export.onnx.report import ExportReport, Parity, Runtime
 
 
@@ -85,7 +85,7 @@ ENCODED = dataclasses.replace(
     plain_bytes=10_000,
     entropy_bytes=1_900.0,
     plain_nodes=7,
-    tensors=(StoredTensor("conv.<weight>", "a", (4, 3, 3, 3), "rice3/float32", 27, 120, "conv2d"),),
+    tensors=(ManifestTensor("conv.<weight>", "a", (4, 3, 3, 3), "rice3/float32", 27, 120, "conv2d"),),
     runtime=Runtime(5, 5, 0.04, 0.02, 1.01),
 )
 

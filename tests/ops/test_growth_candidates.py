@@ -1,4 +1,4 @@
-"""What ops offer while growth candidates are collected: a bounded set per mask, exact where everything fits."""
+"""What ops add while growth candidates are collected: a bounded set per mask, exact where everything fits."""
 
 from unittest import mock
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError, PassError
 from fedmef_fx.ops import gradient_collector as ops_growth
-from fedmef_fx.ops.gradient_collector import collecting, is_collecting, offer
+from fedmef_fx.ops.gradient_collector import add_candidates, collecting, is_collecting
 from fedmef_fx.packing import pack_bits
 from tests.references import largest_inactive
 
@@ -17,7 +17,7 @@ MASK = torch.tensor([[True, False, False], [False, True, False]])
 
 
 def test_offers_without_a_collector_cost_nothing_and_change_nothing():
-    offer(MASK, torch.zeros(1))
+    add_candidates(MASK, torch.zeros(1))
     assert not is_collecting()
 
 
@@ -26,7 +26,7 @@ def test_streaming_keeps_a_bounded_set_and_forgets_what_falls_out():
     with collecting({"w": (mask, 1)}, oversampling=2) as collector:
         for values in ([9.0, 3.0, 2.0, 1.0], [9.0, 0.0, 0.0, 2.5]):
             with collector.batch(1.0):
-                offer(mask, torch.tensor(values))
+                add_candidates(mask, torch.tensor(values))
         layer = collector._layers["w"]
         assert layer.sums.numel() == 2
         # Coordinate 3 had collected 1.0 when it was forgotten: 2.5 is left of 3.5, and 3.0 stays the largest.
@@ -41,7 +41,7 @@ def test_streaming_is_exact_when_everything_fits(rows, k):
     with collecting({"w": (MASK, k)}) as collector:
         for weight, gradient in enumerate(gradients, start=1):
             with collector.batch(float(weight)):
-                offer(MASK, gradient)
+                add_candidates(MASK, gradient)
     weights = torch.arange(1.0, len(rows) + 1)
     average = (gradients * weights[:, None, None]).sum(0) / weights.sum()
     reference = largest_inactive(average, MASK, k)
@@ -54,16 +54,16 @@ def test_uses_within_a_batch_add_up_before_the_selection():
     # Coordinate 1 wins in each use, coordinate 3 in the sum; with room for one coordinate only the sum may decide.
     mask = torch.tensor([True, False, False, False])
     with collecting({"w": (mask, 1)}, oversampling=1) as collector, collector.batch(1.0):
-        offer(mask, torch.tensor([0.0, 5.0, 0.0, 4.0]))
-        offer(mask, torch.tensor([0.0, -5.0, 0.0, 4.0]))
+        add_candidates(mask, torch.tensor([0.0, 5.0, 0.0, 4.0]))
+        add_candidates(mask, torch.tensor([0.0, -5.0, 0.0, 4.0]))
     assert collector.candidates()["w"].positions.tolist() == [3]
     assert collector.candidates()["w"].values.tolist() == [8.0]
 
 
 def test_masks_are_known_by_their_storage():
     with collecting({"w": (MASK, 2)}) as collector, collector.batch(1.0):
-        offer(MASK.clone(), torch.full((2, 3), 7.0))  # another model's
-        offer(MASK.detach(), torch.ones(2, 3))  # another object, the same buffer
+        add_candidates(MASK.clone(), torch.full((2, 3), 7.0))  # another model's
+        add_candidates(MASK.detach(), torch.ones(2, 3))  # another object, the same buffer
     assert collector.candidates()["w"].values.tolist() == [1.0, 1.0]
 
 
@@ -71,7 +71,7 @@ def test_two_models_can_be_collected_at_once_but_one_model_not_twice():
     other = MASK.clone()
     with collecting({"w": (MASK, 1)}) as first, collecting({"w": (other, 1)}) as second:
         with first.batch(1.0), second.batch(1.0):
-            offer(other, torch.ones(2, 3))
+            add_candidates(other, torch.ones(2, 3))
         with pytest.raises(ConfigError, match="being collected already"), collecting({"w": (MASK, 1)}):
             pass
         assert is_collecting()
@@ -84,7 +84,7 @@ def test_half_precision_gradients_are_summed_in_single_precision():
     with collecting({"w": (MASK, 4)}) as collector:
         for _ in range(300):
             with collector.batch(1.0):
-                offer(MASK, torch.ones(2, 3, dtype=torch.bfloat16))
+                add_candidates(MASK, torch.ones(2, 3, dtype=torch.bfloat16))
     assert collector.candidates()["w"].values.tolist() == [1.0] * 4  # bfloat16 would stop counting at 256
 
 
@@ -93,7 +93,7 @@ def test_an_op_that_offers_the_wrong_shape_is_a_bug():
         pytest.raises(PassError, match=r"'w': got a gradient of shape \(3,\); expected \(2, 3\)"),
         collecting({"w": (MASK, 1)}),
     ):
-        offer(MASK, torch.ones(3))
+        add_candidates(MASK, torch.ones(3))
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
@@ -121,7 +121,7 @@ def test_positions_are_right_wherever_blocks_end(mask: list[bool], k: int, packe
         collecting({"w": (buffer, k)}, packed_shapes={"w": active.shape}) as collector,
         collector.batch(1.0),
     ):
-        offer(buffer, gradient)
+        add_candidates(buffer, gradient)
     found = collector.candidates()["w"]
     expected = largest_inactive(gradient, active, min(k, int((~active).sum())))
     assert torch.equal(found.positions, expected.positions)

@@ -5,10 +5,10 @@ from torch import nn
 import fedmef_fx
 from fedmef_fx.config import Config
 
-__all__ = ["masked_dense_twin"]
+__all__ = ["masked_dense_reference"]
 
 
-def masked_dense_twin(model: nn.Module, config: Config) -> nn.Module:
+def masked_dense_reference(model: nn.Module, config: Config) -> nn.Module:
     """The model with the masks of a configuration and nothing else changed."""
     plain = config.replace(
         normalization="keep", activation_sparsity=0.0, saved_precision="exact", weight_storage="dense"

@@ -30,12 +30,12 @@ OPTIMIZERS = {
 CONFIG = Config(density=0.3, activation_sparsity=0.0)
 
 
-def twins(name: str, config: Config = CONFIG) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+def dense_and_packed(name: str, config: Config = CONFIG) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """The same sparse model in dense and in packed storage, and a batch."""
     model, x, y = build(name)
     dense = transform(model, config)
     packed = transform(model, config.replace(weight_storage="packed"))
-    assert {entry.is_packed for entry in masked_parameters(packed).values()} == {True}
+    assert {parameter.is_packed for parameter in masked_parameters(packed).values()} == {True}
     return dense, packed, x, y
 
 
@@ -49,9 +49,9 @@ def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor
 
 def assert_same_weights(dense: nn.Module, packed: nn.Module, *, tolerance: float = TIGHT) -> None:
     ours, theirs = masked_parameters(packed), masked_parameters(dense)
-    for name, entry in ours.items():
-        assert torch.equal(entry.mask, theirs[name].mask)
-        assert relative(entry.dense(), theirs[name].parameter.detach()) < tolerance, name
+    for name, parameter in ours.items():
+        assert torch.equal(parameter.mask, theirs[name].mask)
+        assert relative(parameter.dense(), theirs[name].parameter.detach()) < tolerance, name
 
 
 def relative(left: Tensor, right: Tensor) -> float:
@@ -64,11 +64,11 @@ def relative(left: Tensor, right: Tensor) -> float:
 def change_topology(dense: nn.Module, packed: nn.Module, x: Tensor, y: Tensor, *, uneven: bool) -> None:
     """Prune and grow k weights per layer by the same rule; uneven changes the number of active weights, too."""
     changed = {}
-    for name, entry in masked_parameters(dense).items():
-        generator = torch.Generator().manual_seed(entry.numel)
-        gradient = torch.randn(entry.shape, generator=generator, dtype=torch.float64)
-        k = min(entry.active, entry.numel - entry.active) // 3
-        mask = adjust_mask(entry.dense(), entry.mask, largest_inactive(gradient, entry.mask, k), k)
+    for name, parameter in masked_parameters(dense).items():
+        generator = torch.Generator().manual_seed(parameter.numel)
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        k = min(parameter.active, parameter.numel - parameter.active) // 3
+        mask = adjust_mask(parameter.dense(), parameter.mask, largest_inactive(gradient, parameter.mask, k), k)
         if uneven:
             mask &= torch.rand(mask.shape, generator=generator) < 0.8
             mask |= torch.rand(mask.shape, generator=generator) < 0.05

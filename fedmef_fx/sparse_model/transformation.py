@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from fedmef_fx.records.graphs import GraphRecord
 
 __all__ = [
-    "HOLDER",
-    "ChannelFact",
+    "CHILD_NAME",
     "Coverage",
     "PrunableParameter",
     "Tier",
     "Transformation",
+    "WeightChannels",
     "coverage",
     "is_transformed",
     "memory_plan",
@@ -30,25 +30,25 @@ __all__ = [
 ]
 
 
-HOLDER = "fedmef"
+CHILD_NAME = "fedmef"
 
 
 Tier = Literal["graph", "module", "hook"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ChannelFact:
+class WeightChannels:
     """How the channels of a weight relate to those of others; see `passes/_channel_groups.py`.
 
     Attributes:
         layout: Where its channels lie.
         leader: The first weight of the group of layers that have the same channels; itself where it has its own.
-        silent: Of a leader, names of biases and running means with one entry per channel, 0 where it is off.
+        dependents: Of a leader, names of biases and running means with one entry per channel, 0 where it is off.
     """
 
     layout: Layout
     leader: str
-    silent: tuple[str, ...] = ()
+    dependents: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class PrunableParameter:
     masked: bool = True
     region: str | None = None
     region_modules: int = 0
-    channels: ChannelFact | None = None
+    channels: WeightChannels | None = None
     packed_shape: tuple[int, ...] | None = None
 
 
@@ -91,19 +91,24 @@ class Coverage:
     @property
     def graph_fraction(self) -> float:
         """Share of prunable weights in traced regions larger than one leaf module, 0 to 1."""
-        total = sum(row.numel for row in self.rows)
-        inside = sum(row.numel for row in self.rows if row.tier == "graph" and row.region_modules > 1)
+        total = sum(prunable.numel for prunable in self.rows)
+        inside = sum(
+            prunable.numel for prunable in self.rows if prunable.tier == "graph" and prunable.region_modules > 1
+        )
         return inside / total if total else 0.0
 
     def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=9)
+        width = max((len(prunable.name) for prunable in self.rows), default=9)
         lines = [f"{'parameter':{width}s}  {'weights':>10s}  tier    reason"]
-        lines += [f"{row.name:{width}s}  {row.numel:10d}  {row.tier or 'dense':6s}  {row.reason}" for row in self.rows]
+        lines += [
+            f"{prunable.name:{width}s}  {prunable.numel:10d}  {prunable.tier or 'dense':6s}  {prunable.reason}"
+            for prunable in self.rows
+        ]
         return "\n".join([*lines, f"graph fraction {self.graph_fraction:.3f}"])
 
 
 class Transformation(nn.Module):
-    """The child module `fedmef` of a transformed model: configuration, facts, reports and packing sites.
+    """The child module `fedmef` of a transformed model: configuration, prunable parameters, reports and packing sites.
 
     Attributes:
         config: The configuration of the transformation.
@@ -139,22 +144,22 @@ class Transformation(nn.Module):
 
 def is_transformed(model: nn.Module) -> bool:
     """Whether `fedmef_fx.transform` made this model."""
-    return isinstance(getattr(model, HOLDER, None), Transformation)
+    return isinstance(getattr(model, CHILD_NAME, None), Transformation)
 
 
 def transformation_of(model: nn.Module) -> Transformation:
-    """The facts of a transformed model.
+    """What a transformed model knows about itself.
 
     Raises:
         ConfigError: The model was not made by `fedmef_fx.transform`.
     """
-    holder = getattr(model, HOLDER, None)
-    if not isinstance(holder, Transformation):
+    child = getattr(model, CHILD_NAME, None)
+    if not isinstance(child, Transformation):
         raise ConfigError(
             f"{type(model).__name__} is not a transformed model; expected the result of "
             "fedmef_fx.transform(model), e.g. sparse = fedmef_fx.transform(model); fedmef_fx.masks(sparse)"
         )
-    return holder
+    return child
 
 
 def coverage(model: nn.Module) -> Coverage:
