@@ -41,7 +41,8 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(mode=False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         try:
             torch.use_deterministic_algorithms(mode=False)
             torch.set_default_dtype(_dtype_of(model))
