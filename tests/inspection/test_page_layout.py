@@ -10,7 +10,7 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.inspection import GraphRecord, NodeRecord, inspect
 from fedmef_fx.inspection.page.hierarchy import Box, Group, fold, nest
-from fedmef_fx.inspection.page.layout import ENTRY, EXIT, Edge, Flow, Plan, plan
+from fedmef_fx.inspection.page.layout import ENTRY, EXIT, Edge, Flow, Placement, plan
 from fedmef_fx.inspection.page.views import OPAQUE, views_of
 from fedmef_fx.models import resnet18
 from tests.inspection.models import Encoder, PerMode, two_convolutions
@@ -87,7 +87,7 @@ def _graphs(draw: st.DrawFn) -> GraphRecord:
     return GraphRecord("", "both", tuple(nodes))
 
 
-def _plans(members: tuple[Box | Group, ...], flow: Flow) -> list[tuple[tuple[Box | Group, ...], Plan]]:
+def _plans(members: tuple[Box | Group, ...], flow: Flow) -> list[tuple[tuple[Box | Group, ...], Placement]]:
     inner = [_plans(m.members, flow) for m in members if isinstance(m, Group)]
     return [(members, plan(members, flow)), *itertools.chain.from_iterable(inner)]
 
