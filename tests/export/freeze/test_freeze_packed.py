@@ -28,8 +28,8 @@ def test_frozen_models_are_equal(name: str, normalization: str) -> None:
 def test_freezing_leaves_the_packed_model_alone() -> None:
     model, inputs = build("residual")
     packed = transform(model, Config(density=0.4, weight_storage="packed")).eval()
+    expected = packed(*inputs)  # a call moves the thresholds of activations
     before = {name: value.clone() for name, value in packed.state_dict().items()}
-    expected = packed(*inputs)
     plain = freeze(packed)
     assert torch.allclose(plain(*inputs), expected, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in packed.state_dict().items())
