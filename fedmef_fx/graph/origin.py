@@ -5,9 +5,10 @@ from typing import Any
 from torch import fx, nn
 
 from fedmef_fx.graph.program import Region
+from fedmef_fx.graph.sites import is_site
 from fedmef_fx.module_tree import join
 
-__all__ = ["layer_of", "module_path", "provenance", "set_provenance"]
+__all__ = ["layer_of", "module_of", "provenance", "set_provenance"]
 
 
 _META = "fedmef_fx"
@@ -24,24 +25,47 @@ def provenance(node: fx.Node) -> tuple[str, str] | None:
     return (entry["pass"], entry["origin"]) if entry else None
 
 
-def module_path(region: Region, node: fx.Node) -> str:
-    """The module whose forward made a node; nodes that passes made follow what they read."""
+def module_of(region: Region, node: fx.Node) -> str:
+    """The module of the original model that a node belongs to.
+
+    A packing site belongs to the first layer that reads the packed copy. Otherwise by rank: the module called, or the
+    one that has the parameter; the module whose forward was traced here; for nodes that passes made the layer whose
+    parameter they read, then the module that they were made from; the region's owner where none of these is there.
+    """
+    if is_site(node):
+        reader = next((user for user in node.users if _parameters(region, user)), None)
+        return region.path if reader is None else module_of(region, reader)
     if node.op == "get_attr":
         return region.full_name(str(node.target).rpartition(".")[0])
     if node.op == "call_module":
         return region.full_name(str(node.target))
-    stack = node.meta.get("nn_module_stack")
+    stack: Any = node.meta.get("nn_module_stack")
     if stack:
         return join(region.path, next(reversed(stack)))
     origin = (provenance(node) or ("", ""))[1]
-    read = [argument for argument in node.all_input_nodes if isinstance(region.tensor(argument), nn.Parameter)]
+    read = _parameters(region, node)
     # A layer that took over a bias of another one belongs to its weight, or to what it was made from.
-    weights = [argument for argument in read if (tensor := region.tensor(argument)) is not None and tensor.dim() > 1]
+    weights = [target for target, parameter in read if parameter.dim() > 1]
     if not weights and _is_module(region, origin):
         return origin
-    for argument in (*weights, *read):
-        return region.full_name(str(argument.target).rpartition(".")[0])
+    for target in (*weights, *(target for target, _ in read)):
+        return region.full_name(target.rpartition(".")[0])
     return region.path
+
+
+def layer_of(region: Region, node: fx.Node) -> str:
+    """`module_of`; an operation without parameters in the forward of the region's owner itself goes by its own name."""
+    module = module_of(region, node)
+    if module != region.path or _parameters(region, node):
+        return module
+    made = provenance(node)
+    return region.full_name(made[1] if made is not None else node.name)
+
+
+def _parameters(region: Region, node: fx.Node) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a node reads, with their names in the region."""
+    read = ((str(source.target), region.tensor(source)) for source in node.all_input_nodes)
+    return [(target, tensor) for target, tensor in read if isinstance(tensor, nn.Parameter)]
 
 
 def _is_module(region: Region, origin: str) -> bool:
@@ -51,38 +75,3 @@ def _is_module(region: Region, origin: str) -> bool:
         return isinstance(region.attribute(origin.removeprefix(f"{region.path}.")), nn.Module)
     except AttributeError:
         return False
-
-
-_SITES = "fedmef_sites"
-
-
-def _is_site(node: fx.Node) -> bool:
-    return node.op == "call_module" and _SITES in str(node.target).split(".")
-
-
-def layer_of(region: Region, node: fx.Node) -> str:
-    """The module of the original model that a node does the work of, as well as can be told.
-
-    By rank: the module whose parameter the node reads; for a packing site the first layer that reads the packed copy;
-    the module called; what the node was made from; the module whose forward was traced here; the node's own name.
-    """
-    if _is_site(node):
-        reader = next((user for user in node.users if _parameter(region, user)), None)
-        return layer_of(region, reader) if reader is not None else _origin(region, node)
-    owner = _parameter(region, node)
-    return region.full_name(owner.rpartition(".")[0]) if owner else _origin(region, node)
-
-
-def _parameter(region: Region, node: fx.Node) -> str:
-    """The first parameter that a node reads."""
-    tensors = ((str(source.target), region.tensor(source)) for source in node.all_input_nodes)
-    return next((target for target, tensor in tensors if isinstance(tensor, nn.Parameter)), "")
-
-
-def _origin(region: Region, node: fx.Node) -> str:
-    made = provenance(node)
-    stack: Any = node.meta.get("nn_module_stack") or {}
-    traced = [str(path) for path, *_ in stack.values()] if isinstance(stack, dict) else []
-    if made is not None:
-        return region.full_name(made[1])
-    return region.full_name(traced[-1] if traced and traced[-1] else node.name)

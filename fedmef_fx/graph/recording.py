@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fedmef_fx.display.printable import visible
-from fedmef_fx.graph.origin import module_path, provenance
+from fedmef_fx.graph.origin import module_of, provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord, TensorRecord, dtype_name
 from fedmef_fx.sparse_model.masks import MaskedParameter
@@ -99,7 +99,7 @@ def _record_node(
         density=None if tensor is None else densities.get(id(tensor)),
         made_by=made_by,
         origin=origin,
-        module=module_path(region, node),
+        module=module_of(region, node),
         saved=saved,
     )
 

@@ -2,11 +2,11 @@
 
 from typing import Final
 
-from torch import nn
+from torch import fx, nn
 
 from fedmef_fx.graph.program import Region
 
-__all__ = ["SITES", "add_site"]
+__all__ = ["SITES", "add_site", "is_in_site", "is_site"]
 
 SITES: Final = "fedmef_sites"
 
@@ -31,3 +31,13 @@ def add_site(region: Region, name: str, site: nn.Module) -> str:
     site.train(region.owner.training)
     sites.add_module(unique, site)
     return f"{SITES}.{unique}"
+
+
+def is_site(node: fx.Node) -> bool:
+    """Whether a node calls such a module."""
+    return node.op == "call_module" and is_in_site(str(node.target))
+
+
+def is_in_site(path: str) -> bool:
+    """Whether a module's path leads into one."""
+    return SITES in path.split(".")

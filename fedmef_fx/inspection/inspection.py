@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import networkx
 
     from fedmef_fx.federated.history import History
-    from fedmef_fx.inspection.page.timeline import StepMemory
+    from fedmef_fx.measure.report import MemoryReport
 
 __all__ = ["Inspection", "inspect"]
 
@@ -173,8 +173,8 @@ class Inspection:
         *,
         title: str | None = None,
         original: "nn.Module | Inspection | None" = None,
-        memory: "StepMemory | None" = None,
-        memory_before: "StepMemory | None" = None,
+        memory: "MemoryReport | None" = None,
+        memory_before: "MemoryReport | None" = None,
         history: "History | None" = None,
     ) -> None:
         """Write a page: the graph, the mask, weights and costs of every layer, and what passes did and refused.

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from fedmef_fx.graph.emit import program_of, recompile
-from fedmef_fx.graph.origin import _SITES, _is_site, layer_of
+from fedmef_fx.graph.origin import layer_of
+from fedmef_fx.graph.sites import is_in_site, is_site
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
 __all__ = ["LayerListener", "mark_layers"]
@@ -35,14 +36,14 @@ def mark_layers(model: nn.Module, listener: LayerListener) -> None:
         listener: Hears of every layer, innermost last.
     """
     for path, module in model.named_modules():
-        is_own = path == CHILD_NAME or _SITES in path.split(".")
+        is_own = path == CHILD_NAME or is_in_site(path)
         if path and not is_own and not isinstance(module, torch.jit.ScriptModule):
             _mark_module(module, path, listener)
     if not is_transformed(model):
         return
     for region, _, graph in program_of(model).graphs():
         for node in list(graph.nodes):
-            if node.op in ("call_function", "call_method") or _is_site(node):
+            if node.op in ("call_function", "call_method") or is_site(node):
                 _mark_node(node, layer_of(region, node), listener)
     recompile(model)
 

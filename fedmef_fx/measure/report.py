@@ -8,6 +8,7 @@ from typing import Any
 
 from fedmef_fx.display.notebook import escaped, fragment, html_table
 from fedmef_fx.measure.allocator import CudaPeak
+from fedmef_fx.measure.plotting import plot_timeline
 from fedmef_fx.measure.resident import ResidentGrowth
 from fedmef_fx.measure.timeline import CATEGORIES, Category, Event, LayerMemory, Site
 
@@ -139,7 +140,4 @@ class MemoryReport:
         Raises:
             ConfigError: Another suffix, or matplotlib (extra `fedmef-fx[viz]`) is not installed.
         """
-        # Imported here: few need pictures, and matplotlib takes half a second.
-        from fedmef_fx.measure.plotting import plot_timeline  # noqa: PLC0415
-
         plot_timeline(self.timeline, path)

@@ -3,19 +3,7 @@
 import dataclasses
 
 from fedmef_fx.inspection import Comparison, ParameterChange
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    phase: str
-    path: str
-    op: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    site: Site
-    live: tuple[int, ...]
+from fedmef_fx.measure.timeline import Event, Phase, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +13,12 @@ class Step:
 
 def step_memory(*, saved: int, repeats: int = 1) -> Step:
     """Two operations forward and two backward; 8 bytes of weights all the time."""
-    moments = [("forward", "conv1", 0), ("forward", "relu1", saved), ("backward", "relu1", saved), ("backward", "", 0)]
+    moments: tuple[tuple[Phase, str, int], ...] = (
+        ("forward", "conv1", 0),
+        ("forward", "relu1", saved),
+        ("backward", "relu1", saved),
+        ("backward", "", 0),
+    )
     events = [
         Event(Site(phase, path, "op"), (8, 0, 0, 0, 0, kept, 0))
         for phase, path, kept in moments

@@ -25,7 +25,7 @@ from fedmef_fx.inspection.page import Timeline
 from fedmef_fx.inspection.page.mask_image import png
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from tests.inspection.models import HOSTILE_NAMES, hostile, linear, two_convolutions
-from tests.inspection.steps import Step, step_memory
+from tests.inspection.steps import step_memory
 
 ROUND = RoundRecord(
     round_index=0,
@@ -211,7 +211,7 @@ def test_history_stands_in_the_page(tmp_path: Path) -> None:
 
 
 def test_long_step_keeps_its_phases_and_its_peak() -> None:
-    short, long = Timeline.of(step_memory(saved=4)), Timeline.of(step_memory(saved=4, repeats=1000))
+    short, long = (Timeline.of(step_memory(saved=4, repeats=repeats).timeline) for repeats in (1, 1000))
     assert short is not None
     assert long is not None
     assert short.phases == (("forward", 0), ("backward", 2))
@@ -220,7 +220,7 @@ def test_long_step_keeps_its_phases_and_its_peak() -> None:
     assert len(long.moments) <= 600 + 2
     assert max(long.categories["saved"]) == 4
     assert [name for name, _ in long.phases] == ["forward", "backward"]
-    assert Timeline.of(Step(())) is None
+    assert Timeline.of(()) is None
 
 
 def test_hostile_names_end_no_element(tmp_path: Path) -> None:

@@ -11,13 +11,11 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
 
+from fedmef_fx.graph.sites import is_in_site
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 __all__ = ["Box", "Folded", "Group", "fold", "nest"]
-
-_SITES: Final = "fedmef_sites"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]]) 
 
 
 def _is_site(node: NodeRecord) -> bool:
-    return node.op == "call_module" and _SITES in node.target.split(".") and len(node.inputs) == 1
+    return node.op == "call_module" and is_in_site(node.target) and len(node.inputs) == 1
 
 
 def _paths(graph: GraphRecord, boxes: Sequence[NodeRecord], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

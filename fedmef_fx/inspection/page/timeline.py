@@ -2,41 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
-__all__ = ["MemoryPair", "Moment", "MomentSite", "StepMemory", "Timeline"]
+from fedmef_fx.measure.report import MemoryReport
+from fedmef_fx.measure.timeline import CATEGORIES, Event
 
-MOMENT_CATEGORIES: Final = ("weights", "buffers", "inputs", "gradients", "optimizer", "saved", "transients")
-"""What bytes are for, in the order in which a moment lists them."""
+__all__ = ["MemoryPair", "Timeline"]
 
 _MOST_MOMENTS: Final = 600
-
-
-class MomentSite(Protocol):
-    """When something was alive: the phase of the step, the module at work, the operation that had just run."""
-
-    @property
-    def phase(self) -> str: ...  # noqa: D102 - the class says it
-    @property
-    def path(self) -> str: ...  # noqa: D102
-    @property
-    def op(self) -> str: ...  # noqa: D102
-
-
-class Moment(Protocol):
-    """What was alive right after an operation: bytes in the order of `MOMENT_CATEGORIES`."""
-
-    @property
-    def site(self) -> MomentSite: ...  # noqa: D102 - the class says it
-    @property
-    def live(self) -> tuple[int, ...]: ...  # noqa: D102
-
-
-class StepMemory(Protocol):
-    """A report of a training step that followed what was alive at every moment."""
-
-    @property
-    def timeline(self) -> Sequence[Moment]: ...  # noqa: D102 - the class says it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,24 +27,23 @@ class Timeline:
     categories: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, report: StepMemory) -> Self | None:
-        """The timeline of a report; None where it has no moments.
+    def of(cls, events: Sequence[Event]) -> Self | None:
+        """The timeline of a step's events; None where there are none.
 
         Of a longer step each of 600 stretches is shown by the moment in it at which most was alive, so the peak stays.
         """
-        events = list(report.timeline)
         if not events:
             return None
         step = -(-len(events) // _MOST_MOMENTS)
         phases = list(dict.fromkeys(event.site.phase for event in events))
-        kept: list[Moment] = []
+        kept: list[Event] = []
         starts: list[tuple[str, int]] = []
         for phase in phases:
             inside = [event for event in events if event.site.phase == phase]
             starts.append((phase, len(kept)))
             stretches = (inside[at : at + step] for at in range(0, len(inside), step))
             kept += (max(stretch, key=lambda event: sum(event.live)) for stretch in stretches)
-        columns = zip(MOMENT_CATEGORIES, zip(*(event.live for event in kept), strict=True), strict=True)
+        columns = zip(CATEGORIES, zip(*(event.live for event in kept), strict=True), strict=True)
         return cls(
             moments=tuple(f"{event.site.path or 'model'}, {event.site.op}" for event in kept),
             phases=tuple(starts),
@@ -100,7 +72,7 @@ class MemoryPair:
     before: Timeline | None = None
 
     @classmethod
-    def of(cls, after: StepMemory | None, before: StepMemory | None = None) -> Self | None:
+    def of(cls, after: MemoryReport | None, before: MemoryReport | None = None) -> Self | None:
         """The timelines of one or two reports; None without a timeline of the model."""
-        lines = [None if report is None else Timeline.of(report) for report in (after, before)]
+        lines = [None if report is None else Timeline.of(report.timeline) for report in (after, before)]
         return None if lines[0] is None else cls(after=lines[0], before=lines[1])

@@ -95,7 +95,8 @@ function findParts(view, text) {
     const isLayer = node.part && node.weights.length;
     const reads = node.o === "get_attr" || node.o === "call_module";
     const sub = node.part ? node.x : `${node.x}, folded into ${part?.l ?? "nothing"}`;
-    offer(part, [node.n, node.m ?? "", reads ? node.x : ""], isLayer ? node.m || node.n : node.n, sub);
+    // A folded node is shown inside another layer's box: its own module is not there.
+    offer(part, [node.n, node.part ? (node.m ?? "") : "", reads ? node.x : ""], isLayer ? node.m || node.n : node.n, sub);
   }
   return [...found.values()].sort((a, b) => a.rank - b.rank || a.label.length - b.label.length);
 }

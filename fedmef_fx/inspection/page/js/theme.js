@@ -5,15 +5,17 @@ function setUpTheme() {
   const root = document.documentElement;
   const button = byId("theme");
   const system = window.matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const label = () => {
-    button.textContent = isDark() ? "☀" : "☾";
-    button.setAttribute("aria-pressed", String(isDark()));
+  let chosen = "";
+  const show = () => {
+    const theme = chosen || (system.matches ? "dark" : "light");
+    root.dataset.theme = theme;
+    button.textContent = theme === "dark" ? "☀" : "☾";
+    button.setAttribute("aria-pressed", String(theme === "dark"));
   };
   button.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    label();
+    chosen = root.dataset.theme === "dark" ? "light" : "dark";
+    show();
   });
-  system.addEventListener("change", label);
-  label();
+  system.addEventListener("change", show);
+  show();
 }
