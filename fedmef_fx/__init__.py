@@ -18,6 +18,7 @@ from fedmef_fx.export.onnx.digest import verify_onnx
 from fedmef_fx.export.onnx.inspect_file import inspect_onnx
 from fedmef_fx.export.onnx.onnx_file import export_onnx
 from fedmef_fx.export.onnx.report import ExportReport
+from fedmef_fx.export.onnx.unpack import unpack_onnx
 from fedmef_fx.inspection import inspect
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.moved import MovedModules, keep_old_attributes
@@ -61,6 +62,7 @@ __all__ = [
     "save",
     "set_masks",
     "transform",
+    "unpack_onnx",
     "verify_onnx",
 ]
 

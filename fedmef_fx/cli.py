@@ -13,6 +13,7 @@ from fedmef_fx.commands.export import export
 from fedmef_fx.commands.inspect import inspect
 from fedmef_fx.commands.memory import memory
 from fedmef_fx.commands.train import train
+from fedmef_fx.commands.unpack import unpack
 from fedmef_fx.commands.verify import verify
 
 __all__ = ["app", "main"]
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # what is not a FedmefError is a bug, whose traceback is wanted as it is
     rich_markup_mode=None,
 )
-for _command in (demo, train, export, verify, inspect, compare, memory, bench, doctor):
+for _command in (demo, train, export, verify, unpack, inspect, compare, memory, bench, doctor):
     app.command()(_command)
 
 

@@ -3,12 +3,12 @@
 A runtime that folds constants computes it once, when a session is created, and then runs the same graph as that of the
 dense file. The steps are those of `decode_positions` and `decode_tensor`:
 
-    fields      BitShift, BitwiseAnd, Reshape; planes joined by BitShift, BitwiseOr; Slice off the padding; Cast
+    fields      FIELDS[byte]; Reshape; planes joined by Mul, Add; Slice off the padding
     Gaps        emit = field < escape;  index = CumSum(emit) * emit;  at = CumSum(steps[field]) from the end
-    Rice        index = CumSum(bit) * bit;  at = CumSum(~remainders[index]) from the end
+    Rice        index = CumSum(bit) * bit;  at = CumSum(-1 - remainders[index]) from the end
     Bitmap      index = CumSum(bit) * bit
     values      [0, v_0, v_1, ...][index]: index 0 is a symbol that marks nothing
-    exponents   code = field | below[CumSum(field == escape)] << width;  v = (HIGH[high] + low) * scale[code];
+    exponents   code = field + below[CumSum(field == escape)] * 2**width;  v = (HIGH[high] + low) * scale[code];
                 ScatterElements of outliers
     tensor      ScatterElements into zeros (not for Bitmap); Concat of chunks; Reshape; Mul by the scales
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fedmef_fx.export.onnx.codecs.exponents import HIGH, Level, SplitFloats
-from fedmef_fx.export.onnx.codecs.fields import plane_widths
+from fedmef_fx.export.onnx.codecs.fields import fields_of_bytes, plane_widths
 from fedmef_fx.export.onnx.codecs.positions import Bitmap, Gaps, Positions, Rice
 from fedmef_fx.export.onnx.codecs.tensor import Chunk, EncodedTensor
 
@@ -56,6 +56,7 @@ class DecodeGraph:
         self.initializers: list[TensorProto] = []
         self._names = short_names(taken)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._tables: dict[int, str] = {}
         self._zeros: dict[tuple[tuple[int, ...], np.dtype[Any]], str] = {}
 
     def add(self, encoded: EncodedTensor, output: str) -> None:
@@ -80,9 +81,8 @@ class DecodeGraph:
         if key not in self._zeros:
             value = numpy_helper.from_array(np.zeros(1, dtype))
             sizes = self._constant(np.array(shape, np.int64))
-            # Without the attribute the zeros are float32.
-            attributes = {} if dtype == np.float32 else {"value": value}
-            self._zeros[key] = self._op("ConstantOfShape", sizes, **attributes)
+            # Without a value the standard says float32, but some runtimes take other types or refuse.
+            self._zeros[key] = self._op("ConstantOfShape", sizes, value=value)
         return self._zeros[key]
 
     def _whole(self, encoded: EncodedTensor) -> str:
@@ -126,35 +126,33 @@ class DecodeGraph:
         low = self._op("Cast", self._initializer(split.low), to=TensorProto.FLOAT)
         high = self._op("Gather", self._constant(HIGH), self._as_index(self._initializer(split.high)))
         scales = self._op("Gather", self._constant(split.code.scales), self._constant(split.code.numbers()))
-        scale = self._op("Gather", scales, self._as_index(self._codes(split.levels)))
+        scale = self._op("Gather", scales, self._codes(split.levels))
         values = self._op("Mul", self._op("Add", high, low), scale)
         if not split.outliers.size:
             return values
         return self._op("ScatterElements", values, self._initializer(split.outliers), self._initializer(split.patches))
 
     def _codes(self, levels: tuple[Level, ...]) -> str:
-        """`u8[padded]`: the fields of all levels, the first in the lowest bits."""
+        """`i32[padded]`: the fields of all levels, the first in the lowest bits."""
         level, *rest = levels
         fields = self._padded_fields(level.planes, level.width)
         if not rest:
             return fields
-        is_escape = fields  # all bits are set
-        for bit in range(1, level.width):
-            is_escape = self._op("BitwiseAnd", is_escape, self._shifted(fields, bit, "RIGHT"))
-        below = self._shifted(self._codes(tuple(rest)), level.width, "LEFT")
-        return self._op("BitwiseOr", fields, self._op("Gather", below, self._sums(self._as_index(is_escape))))
+        is_escape = self._op("Equal", fields, self._number((1 << level.width) - 1))
+        below = self._op("Mul", self._codes(tuple(rest)), self._number(1 << level.width))
+        return self._op("Add", fields, self._op("Gather", below, self._sums(self._as_index(is_escape))))
 
     def _as_index(self, values: str) -> str:
         return self._op("Cast", values, to=TensorProto.INT32)
 
-    def _shifted(self, values: str, bits: int, direction: str) -> str:
-        return self._op("BitShift", values, self._constant(np.array(bits, np.uint8)), direction=direction)
+    def _number(self, value: int) -> str:
+        return self._constant(np.array(value, np.int32))
 
     def _gaps(self, positions: Positions) -> tuple[str, str]:
         code = positions.code
         assert isinstance(code, Gaps)  # noqa: S101 -- for the type checker
         field = self._fields(positions.planes, code.bits, positions.symbols)
-        marks = self._op("Less", field, self._constant(np.array(code.escape, np.int32)))
+        marks = self._op("Less", field, self._number(code.escape))
         return self._index(self._as_index(marks)), self._arrivals(self._op("Gather", self._constant(code.steps), field))
 
     def _rice(self, positions: Positions) -> tuple[str, str]:
@@ -162,7 +160,7 @@ class DecodeGraph:
         assert isinstance(code, Rice)  # noqa: S101 -- for the type checker
         index = self._index(self._bits(positions))
         remainders = self._fields(positions.planes, code.bits, positions.active + 1)
-        steps = self._op("BitwiseNot", remainders)  # -r - 1
+        steps = self._op("Sub", self._number(-1), remainders)
         return index, self._arrivals(self._op("Gather", steps, index))
 
     def _index(self, marks: str) -> str:
@@ -185,25 +183,27 @@ class DecodeGraph:
         if count % 8:
             ends = self._constant(np.array([count], np.int64))
             joined = self._op("Slice", joined, self._constant(np.array([0], np.int64)), ends)
-        return self._as_index(joined)
+        return joined
 
     def _padded_fields(self, planes: tuple[NDArray[np.uint8], ...], bits: int) -> str:
-        """`u8[count]`: fields, and what pads them to a multiple of 8."""
+        """`i32[count]`: fields, and what pads them to a multiple of 8."""
         joined = ""
         for plane, width in zip(planes, plane_widths(bits), strict=True):
             fields = self._plane(plane, width)
             if joined:
-                fields = self._op("BitwiseOr", self._shifted(joined, width, "LEFT"), fields)
+                fields = self._op("Add", self._op("Mul", joined, self._number(1 << width)), fields)
             joined = fields
         return joined
 
     def _plane(self, plane: NDArray[np.uint8], width: int) -> str:
+        stored = self._as_index(self._initializer(plane))
         if width == 8:
-            return self._initializer(plane)
-        shifts = np.arange(8 - width, -1, -width, dtype=np.uint8)
-        shifted = self._op("BitShift", self._initializer(plane[:, None]), self._constant(shifts), direction="RIGHT")
-        masked = self._op("BitwiseAnd", shifted, self._constant(np.array((1 << width) - 1, np.uint8)))
-        return self._op("Reshape", masked, self._constant(np.array([-1], np.int64)))
+            return stored
+        if width not in self._tables:
+            self._tables[width] = self._as_index(self._constant(fields_of_bytes(width)))
+        return self._op(
+            "Reshape", self._op("Gather", self._tables[width], stored), self._constant(np.array([-1], np.int64))
+        )
 
     def _op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         name = output or next(self._names)
@@ -212,7 +212,7 @@ class DecodeGraph:
 
     def _initializer(self, array: NDArray[Any]) -> str:
         name = next(self._names)
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.append(numpy_helper.from_array(np.require(array, requirements="C"), name))
         return name
 
     def _constant(self, array: NDArray[Any]) -> str:

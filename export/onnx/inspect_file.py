@@ -15,13 +15,13 @@ import numpy as np
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.onnx.file_records import FileInspection, FileNode, FileTensor
 from fedmef_fx.export.onnx.manifest import Manifest, read_manifest
+from fedmef_fx.export.onnx.read import decoding_chains, read_model
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["inspect_onnx"]
 
-_LARGEST_FILE_BYTES: Final = 2**31 - 1  # of a protobuf message
 _STANDARD_DOMAINS: Final = ("", "ai.onnx")
 _MOST_DIMS: Final = 64
 
@@ -60,10 +60,10 @@ def inspect_onnx(path: str | os.PathLike[str]) -> FileInspection:
     Raises:
         ExportError: A file that is missing, no ONNX, damaged, or whose description of itself cannot be right.
     """
-    proto, nbytes = _parse(Path(path))
+    proto, nbytes = read_model(Path(path))
     try:
         manifest = read_manifest(proto)
-        chains = _decoding_chains(proto, manifest)
+        chains = decoding_chains(proto, manifest)
         tensors = tuple(_tensors(proto, manifest, chains))
     except ExportError as error:
         raise ExportError(f"{path}: {error}") from error
@@ -79,54 +79,6 @@ def inspect_onnx(path: str | os.PathLike[str]) -> FileInspection:
         nodes=tuple(_nodes(proto, manifest, chains)),
         notices=tuple(_notices(proto, manifest, missing_bytes=claimed - nbytes)),
     )
-
-
-def _parse(path: Path) -> tuple["onnx.ModelProto", int]:
-    import onnx  # noqa: PLC0415 -- slow to import
-    from google.protobuf.message import DecodeError  # noqa: PLC0415 -- comes with onnx
-
-    try:
-        nbytes = path.stat().st_size
-        if nbytes > _LARGEST_FILE_BYTES:
-            raise ExportError(f"{path}: has {nbytes:,} bytes; an ONNX file has at most {_LARGEST_FILE_BYTES:,}")
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read: {error}; expected an ONNX file") from error
-    try:
-        proto = onnx.ModelProto.FromString(data)
-    except (DecodeError, RecursionError, MemoryError) as error:
-        raise ExportError(
-            f"{path}: {len(data):,} bytes that are no ONNX model, or a truncated one: {error!s:.200}"
-        ) from error
-    if proto.ir_version < 1 or not proto.graph.node:
-        raise ExportError(f"{path}: no ONNX model, or a truncated one: it has no version or no graph")
-    return proto, len(data)
-
-
-def _decoding_chains(proto: "onnx.ModelProto", manifest: Manifest | None) -> dict[int, str]:
-    """Index of each node that only decodes weights -> the tensor that it helps to decode."""
-    makers = {name: index for index, node in enumerate(proto.graph.node) for name in node.output}
-    inputs = {value.name for value in proto.graph.input}
-    chains: dict[int, str] = {}
-    for row in manifest.tensors if manifest is not None else ():
-        if row.value not in makers:
-            raise ExportError(
-                f"its manifest says that node outputs hold {row.name!r:.100}, but nothing makes {row.value!r:.100}"
-            )
-        pending = [makers[row.value]]
-        while pending:
-            index = pending.pop()
-            if index in chains:
-                continue
-            chains[index] = row.name
-            for name in proto.graph.node[index].input:
-                if name in inputs:
-                    raise ExportError(
-                        f"its manifest calls {row.name!r:.100} a weight, but it depends on input {name!r:.100}"
-                    )
-                if name in makers:
-                    pending.append(makers[name])
-    return chains
 
 
 def _tensors(proto: "onnx.ModelProto", manifest: Manifest | None, chains: Mapping[int, str]) -> Iterable[FileTensor]:

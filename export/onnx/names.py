@@ -3,6 +3,7 @@
 A name stands in a file once where it is made and once for each reader; in a small file they add up to percents.
 """
 
+import collections
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -13,6 +14,7 @@ from fedmef_fx.export.onnx.decode_graph import short_names
 __all__ = ["drop_defaults", "graphs_of", "names_of", "shorten_names"]
 
 _DEFAULT_ONE: Final = ("strides", "dilations")
+_PARTS: Final = ("Gather", "Slice")
 _WINDOWS: Final = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")
 
 
@@ -38,6 +40,9 @@ def names_of(proto: ModelProto) -> set[str]:
 def shorten_names(proto: ModelProto) -> Mapping[str, str]:
     """Give values short names and nodes none, in place; inputs and outputs of the model keep theirs.
 
+    Nodes that take parts of one tensor are named after their results: onnxruntime up to 1.20 makes one node of each two
+    of them and names it after the first, and refuses the model when two of these come out with one name.
+
     Returns:
         The new name of each value that has one.
     """
@@ -55,12 +60,14 @@ def shorten_names(proto: ModelProto) -> Mapping[str, str]:
     for graph in graphs_of(proto.graph):
         if graph is not proto.graph:
             graph.name = "g"
+        parts = collections.Counter(node.input[0] for node in graph.node if node.op_type in _PARTS)
         for value in (*graph.input, *graph.output, *graph.initializer):
             value.name = new(value.name)
         for node in graph.node:
-            node.name = ""
+            takes_part = node.op_type in _PARTS and parts[node.input[0]] > 1
             node.input[:] = [new(name) for name in node.input]
             node.output[:] = [new(name) for name in node.output]
+            node.name = node.output[0] if takes_part else ""
     return renamed
 
 

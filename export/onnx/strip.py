@@ -24,6 +24,8 @@ def strip(model: onnx.ModelProto, sizes: Mapping[str, Mapping[int, str]] | None 
         _clear(function)
         _strip_nodes(function.node)
     _strip_graph(model.graph)
+    # What is left needs no newer format than its operators; a runtime refuses a newer one than it knows.
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     _name_sizes(model.graph, sizes or {})
 
 

@@ -1,6 +1,6 @@
-"""Fields of k bits, 0 <= k <= 8, packed so that ONNX can unpack them with one shift and one mask per plane.
+"""Fields of k bits, 0 <= k <= 8, packed so that ONNX can unpack them with one look into a table per plane.
 
-A byte holds 8 / w fields of w bits, w = 1, 2, 4 or 8, the first in its highest bits: `byte >> (8 - w, ..., w, 0)`.
+A byte holds 8 / w fields of w bits, w = 1, 2, 4 or 8, the first in its highest bits.
 A field of another width is split into planes of these widths, highest bits first: 3 = 2 + 1, 7 = 4 + 2 + 1. All planes
 are padded to a multiple of 8 fields, so that they have equally many.
 """
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PLANE_WIDTHS", "pack_fields", "plane_bytes", "plane_widths", "unpack_fields"]
+__all__ = ["PLANE_WIDTHS", "fields_of_bytes", "pack_fields", "plane_bytes", "plane_widths", "unpack_fields"]
 
 PLANE_WIDTHS: Final = (8, 4, 2, 1)
 
@@ -52,7 +52,11 @@ def unpack_fields(planes: tuple[_Bytes, ...], bits: int, count: int) -> NDArray[
     """The fields of `pack_fields`, `[count]`."""
     fields = np.zeros(-(-count // 8) * 8, np.int64)
     for plane, width in zip(planes, plane_widths(bits), strict=True):
-        shifts = np.arange(8 - width, -1, -width, dtype=np.uint8)
-        parts = (plane[:, None] >> shifts) & ((1 << width) - 1)
-        fields = (fields << width) | parts.reshape(-1)
+        fields = (fields << width) | fields_of_bytes(width)[plane].reshape(-1)
     return fields[:count]
+
+
+def fields_of_bytes(width: int) -> _Bytes:
+    """`u8[256, 8 / width]`: the fields in each byte."""
+    shifts = np.arange(8 - width, -1, -width, dtype=np.uint8)
+    return (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << width) - 1)

@@ -225,8 +225,9 @@ def test_constants_are_shared_between_tensors() -> None:
 
     decoder.add(encoded, "two")
 
-    # Values, remainders and stream are its own; the zeros that positions are written to are shared.
+    # Values, remainders and stream are its own; tables and the zeros that positions are written to are shared.
     own = len(decoder.initializers) - alone[0]
     assert own == 4  # remainders of 3 bits are two planes
-    assert len(decoder.nodes) == 2 * alone[1] - 1
+    shared = 1 + len({1, 2})  # and a table for each width of planes
+    assert len(decoder.nodes) == 2 * alone[1] - shared
     assert "a" not in {output for node in decoder.nodes for output in node.output}
