@@ -129,16 +129,16 @@ def read_examples(
             f"{where}: example_inputs is a {type(inputs).__name__}; expected a tuple of arguments, e.g. "
             "example_inputs=(x,)"
         )
-    signature, given = inspect.signature(model.forward), dict(kwargs or {})
+    signature, named = inspect.signature(model.forward), dict(kwargs or {})
     try:
-        signature.bind(*inputs, **given)
+        signature.bind(*inputs, **named)
     except TypeError as error:
         raise ConfigError(
             f"{where}: the example inputs do not fit {type(model).__name__}.forward{signature}: got {len(inputs)} "
-            f"positional and {sorted(given)} keyword arguments: {error}"
+            f"positional and {sorted(named)} keyword arguments: {error}"
         ) from error
     order = {name: index for index, name in enumerate(signature.parameters)}
-    call = ExampleCall(tuple(inputs), dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order)))))
+    call = ExampleCall(tuple(inputs), dict(sorted(named.items(), key=lambda item: order.get(item[0], len(order)))))
     tensors = call.tensors()
     if not tensors:
         raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")

@@ -39,11 +39,11 @@ def explain(mismatch: OutputMismatchError, model: nn.Module, converted: Converte
         return f"The model itself returns something else each time it is called. {_RANDOM}"
     try:
         values = _program_values(converted.program, call)
-        found = first_difference(built.plain, values, call)
+        first = first_difference(built.plain, values, call)
     except Exception as error:  # whatever fails here, the mismatch itself is what has to be told
         return f"Where it begins could not be found out: {type(error).__name__}: {error}"
-    if found is not None:
-        return f"The first node that differs is {found}"
+    if first is not None:
+        return f"The first node that differs is {first}"
     if built.tolerance is None or built.manifest.tensors:
         return "No node differs before weights are quantized and encoded: their rounding is the cause"
     return "No node differs between the traced program and its translation: freezing or tracing changed the model"
@@ -52,9 +52,9 @@ def explain(mismatch: OutputMismatchError, model: nn.Module, converted: Converte
 def first_difference(graph: ModelProto, values: dict[str, Tensor], call: ExampleCall) -> str | None:
     """The first node of a graph whose output differs from the program's value of the same name; None if none does."""
     shown = copy.deepcopy(graph)
-    known = {value.name for value in shown.graph.output}
+    shown_names = {value.name for value in shown.graph.output}
     names = [name for node in shown.graph.node for name in node.output if name in values]
-    shown.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in known)
+    shown.graph.output.extend(ValueInfoProto(name=name) for name in names if name not in shown_names)
     session = open_session(shown.SerializeToString())
     outputs = dict(zip(session.outputs, session.run(call), strict=True))
     for node in shown.graph.node:

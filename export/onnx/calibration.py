@@ -69,10 +69,10 @@ def check_batch_sizes(calls: Sequence[ExampleCall], examples: Examples, *, is_dy
 
 
 def _fits(arguments: Sequence[Any], examples: Examples) -> bool:
-    given = examples.call.args
+    expected = examples.call.args
     return all(
         isinstance(one, Tensor) and isinstance(example, Tensor) and one.shape[1:] == example.shape[1:]
-        for one, example in zip(arguments, given, strict=True)
+        for one, example in zip(arguments, expected, strict=True)
     )
 
 

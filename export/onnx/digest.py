@@ -84,11 +84,11 @@ def check_digest(data: bytes, *, where: str) -> None:
             f"{where}: got no digest at the end of the file ({len(data):,} bytes); it is truncated, was written anew "
             "by another tool, or was not exported by fedmef_fx: export the model again, or copy the file again"
         )
-    found = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()
-    if found.encode() != digest:
+    actual = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()
+    if actual.encode() != digest:
         raise ExportError(
-            f"{where}: the file has digest {found[:12]}..., expected {digest[:12].decode(errors='replace')}...; it was "
-            "damaged or changed since it was exported: copy it again, or export the model again"
+            f"{where}: the file has digest {actual[:12]}..., expected {digest[:12].decode(errors='replace')}...; it "
+            "was damaged or changed since it was exported: copy it again, or export the model again"
         )
 
 
@@ -137,12 +137,12 @@ def _check_data(path: Path, data: DataFile | None, *, where: str) -> None:
     file = path.resolve().parent / data.location
     try:
         with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
             size = opened.tell()
     except OSError as error:
         raise ExportError(f"{where}: its second file cannot be read: {error}; copy both files") from error
-    if size != data.bytes or found != data.sha256:
+    if size != data.bytes or digest != data.sha256:
         raise ExportError(
-            f"{where}: {data.location} has {size:,} bytes with digest {found[:12]}..., expected {data.bytes:,} bytes "
+            f"{where}: {data.location} has {size:,} bytes with digest {digest[:12]}..., expected {data.bytes:,} bytes "
             f"with digest {data.sha256[:12]}...; copy it again, or export the model again"
         )

@@ -35,8 +35,8 @@ def entropy_bounds(proto: ModelProto, encoded: Mapping[str, EncodedTensor]) -> E
         array = numpy_helper.to_array(tensor)
         if not array.size:
             continue
-        found = encoded.get(tensor.name)
-        stored = np.dtype(found.values) if found is not None else array.dtype
+        code = encoded.get(tensor.name)
+        stored = np.dtype(code.values) if code is not None else array.dtype
         is_weight = tensor.data_type in (TensorProto.FLOAT, TensorProto.INT8) and array.ndim > 1
         values = array[array != 0] if is_weight else array.reshape(-1)
         positions = array.size * _entropy(values.size / array.size)

@@ -139,9 +139,9 @@ class FileInspection:
         """Headings and rows of the tensors as text, the total last."""
         rows = [_tensor_cells(tensor) for tensor in self.tensors]
         elements, active = sum(t.numel for t in self.tensors), [t.active for t in self.tensors]
-        known = None if any(count is None for count in active) else sum(count or 0 for count in active)
-        density = "-" if known is None else f"{known / elements if elements else 1.0:.4f}"
-        counts = (format_count(elements) if elements > 10**15 else str(elements), "-" if known is None else str(known))
+        total = None if any(count is None for count in active) else sum(count or 0 for count in active)
+        density = "-" if total is None else f"{total / elements if elements else 1.0:.4f}"
+        counts = (format_count(elements) if elements > 10**15 else str(elements), "-" if total is None else str(total))
         rows.append(("total", "", "", "", *counts, density, str(self.tensor_bytes), ""))
         return _TENSOR_HEADINGS, rows
 

@@ -34,25 +34,25 @@ def folded(proto: ModelProto, manifest: Manifest) -> dict[str, TensorProto]:
         ExportError: Decoders that are not what the manifest says, or would take too much memory.
     """
     graph = proto.graph
-    known = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
+    constant = {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
     decoders: list[NodeProto] = []
     wanted = {value.name for value in graph.output}
     for node in graph.node:
-        if node.op_type in _DECODERS and not node.domain and all(name in known for name in node.input if name):
+        if node.op_type in _DECODERS and not node.domain and all(name in constant for name in node.input if name):
             decoders.append(node)
-            known.update(node.output)
+            constant.update(node.output)
         else:
             wanted.update(node.input)
-    made = [name for node in decoders for name in node.output if name in wanted]
-    missing = [row.name for row in manifest.tensors if row.value not in made]
+    outputs = [name for node in decoders for name in node.output if name in wanted]
+    missing = [row.name for row in manifest.tensors if row.value not in outputs]
     if missing:
         raise ExportError(f"its manifest says that {missing[0]!r:.100} is decoded, but no decoder makes it")
-    if not made:
+    if not outputs:
         return {}
-    model = _model_of(proto, decoders, made)
+    model = _model_of(proto, decoders, outputs)
     _check_sizes(model, manifest)
-    arrays = open_session(model.SerializeToString()).runtime.run(made, {})
-    constants = {name: numpy_helper.from_array(array, name) for name, array in zip(made, arrays, strict=True)}
+    arrays = open_session(model.SerializeToString()).runtime.run(outputs, {})
+    constants = {name: numpy_helper.from_array(array, name) for name, array in zip(outputs, arrays, strict=True)}
     for row in manifest.tensors:
         shape = tuple(constants[row.value].dims)
         if shape != row.shape:

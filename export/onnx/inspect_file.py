@@ -128,12 +128,12 @@ def _initializer(tensor: "onnx.TensorProto", readers: tuple[str, ...]) -> FileTe
 def _typed(tensor: "onnx.TensorProto", stored: FileTensor) -> FileTensor:
     """A tensor whose elements stand in a repeated field of their type, as many as there are."""
     fields = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
-    found = [getattr(tensor, name) for name in fields if len(getattr(tensor, name))]
-    if not found or stored.dtype not in ("f32", "f64", "i8", "u8", "i16", "u16", "i32", "i64", "u64", "bool"):
-        if not found and stored.numel:
+    filled = [getattr(tensor, name) for name in fields if len(getattr(tensor, name))]
+    if not filled or stored.dtype not in ("f32", "f64", "i8", "u8", "i16", "u16", "i32", "i64", "u64", "bool"):
+        if not filled and stored.numel:
             raise ExportError(f"initializer {tensor.name!r:.100} claims {stored.numel:,} elements and has none")
         return stored
-    (values,) = found[:1]
+    (values,) = filled[:1]
     if len(values) != stored.numel:
         raise ExportError(
             f"initializer {tensor.name!r:.100} claims {stored.numel:,} elements and has {len(values):,}: the file is "
@@ -188,13 +188,13 @@ def _op(node: "onnx.NodeProto") -> str:
 def _notices(proto: "onnx.ModelProto", manifest: Manifest | None, *, missing_bytes: int) -> Iterable[str]:
     if manifest is None and proto.producer_name != "pytorch":
         yield "it has no manifest of fedmef_fx: names of modules are those of its initializers"
-    known = {value.name for value in (*proto.graph.input, *proto.graph.initializer)} | {""}
-    known |= {value.values.name for value in proto.graph.sparse_initializer}
+    available = {value.name for value in (*proto.graph.input, *proto.graph.initializer)} | {""}
+    available |= {value.values.name for value in proto.graph.sparse_initializer}
     for index, node in enumerate(proto.graph.node):
-        missing = [name for name in node.input if name not in known]
+        missing = [name for name in node.input if name not in available]
         if missing:
             yield f"node {_node_name(node, index)} reads {missing[0]}, which nothing before it makes: it cannot run"
-        known |= set(node.output)
+        available |= set(node.output)
     external = sum(tensor.data_location == type(tensor).EXTERNAL for tensor in proto.graph.initializer)
     if external:
         yield f"{external} tensors stand in another file, which was not opened: bytes and density are not known"

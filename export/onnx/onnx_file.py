@@ -100,9 +100,9 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         check_finite(plain)
         check_masked(model, plain)
         plain = remove_dead_channels(plain, example_inputs, example_kwargs=example_kwargs) if compact else plain
-        reference, plain, given, notices = _in_float32(model, plain, example_inputs, example_kwargs)
+        reference, plain, arguments, notices = _in_float32(model, plain, example_inputs, example_kwargs)
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
-        examples = read_examples(plain, *given, dynamic_sizes)
+        examples = read_examples(plain, *arguments, dynamic_sizes)
         calibration = None if calls is None else [ExampleCall(*widened(call.args, call.kwargs)) for call in calls]
     with clock.stage("convert"):
         from fedmef_fx.export.onnx.convert import convert  # noqa: PLC0415 -- imports onnx
@@ -169,10 +169,10 @@ def _in_float32(
 
     A model of 16-bit floats becomes one of float32: onnxruntime's CPU kernels know few operators for other types.
     """
-    found = low_precision(plain)
-    if not found:
+    low = low_precision(plain)
+    if not low:
         return model, plain, (inputs, kwargs), []
-    notice = f"converted from {found} to float32: inputs and outputs of the file are float32"
+    notice = f"converted from {low} to float32: inputs and outputs of the file are float32"
     return in_float32(model), in_float32(plain), widened(inputs, kwargs), [notice]
 
 

@@ -13,8 +13,8 @@ _FX_NODE: Final = "pkg.torch.onnx.fx_node"
 def origin_of(node: NodeProto) -> str:
     """Name of the node of the traced program that a node was translated from; empty where it is not known."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _FX_NODE), "")
-    found = re.match(r"%(\w+)", text)
-    return found[1] if found else ""
+    match = re.match(r"%(\w+)", text)
+    return match[1] if match else ""
 
 
 def readers_of(proto: ModelProto) -> dict[str, str]:

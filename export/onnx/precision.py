@@ -15,8 +15,8 @@ _LOW: Final = (torch.bfloat16, torch.float16)
 
 def low_precision(model: nn.Module) -> str:
     """The 16-bit types of a model's weights, as text; empty where it has none."""
-    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in _LOW}
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in _LOW}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def in_float32(model: nn.Module) -> nn.Module:

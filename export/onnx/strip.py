@@ -64,4 +64,4 @@ def _name_sizes(graph: onnx.GraphProto, sizes: Mapping[str, Mapping[int, str]]) 
         for dim in value.type.tensor_type.shape.dim:
             if not dim.dim_param:
                 continue  # setting it would erase the number
-            dim.dim_param = re.sub(r"\b[A-Za-z_]\w*\b", lambda found: names.get(found[0], found[0]), dim.dim_param)
+            dim.dim_param = re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word[0], word[0]), dim.dim_param)

@@ -98,17 +98,17 @@ def _factory(name: str) -> Callable[[], Any]:
             module = importlib.import_module(module_name)
         except Exception as error:
             raise ConfigError(f"model {name!r}: importing {module_name!r} failed: {_told(error)}") from error
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ConfigError(f"model {name!r}: {module_name!r} has no {attribute!r}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module) or not callable(found):
+        value = getattr(value, part)
+    if isinstance(value, nn.Module) or not callable(value):
         raise ConfigError(
-            f"model {name!r}: {attribute!r} is {type(found).__name__}; expected a function or class that is called "
+            f"model {name!r}: {attribute!r} is {type(value).__name__}; expected a function or class that is called "
             "without arguments, e.g. def build(): return Net()"
         )
-    factory: Callable[[], Any] = found
+    factory: Callable[[], Any] = value
     return factory
 
 

@@ -67,7 +67,7 @@ def bench(  # noqa: PLR0913 -- one parameter per option
     Steps of both are interleaved and medians compared, so that a machine that slows down slows both.
     """
     if what is Subject.ONNX:
-        found = bench_onnx(
+        measured = bench_onnx(
             [Path(model), *([against] if against is not None else [])],
             sizes={"batch": batch or 1, **_named_sizes(size or [])},
             shape=None if input_shape is None else sizes_of(input_shape),
@@ -75,7 +75,7 @@ def bench(  # noqa: PLR0913 -- one parameter per option
             warmup=warmup,
             runs=repeats,
         )
-        return Result(found, lambda console: show_onnx(console, found))
+        return Result(measured, lambda console: show_onnx(console, measured))
     network = build_model(model, seed=config.seed)
     data: dict[str, Any] = {"model": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if what is not Subject.STEP:
@@ -93,9 +93,9 @@ def bench(  # noqa: PLR0913 -- one parameter per option
     return Result(data, lambda console: _show(console, data))
 
 
-def _named_sizes(given: list[str]) -> dict[str, int]:
+def _named_sizes(texts: list[str]) -> dict[str, int]:
     sizes = {}
-    for text in given:
+    for text in texts:
         name, _, number = text.partition("=")
         if not name or not number.isdecimal() or int(number) < 1:
             raise typer.BadParameter(f"got {text!r}; expected a name and a size, e.g. length=16", param_hint="--size")

@@ -88,10 +88,10 @@ def _data() -> tuple[str, str, str]:
     value = os.environ.get(DATA_VARIABLE)
     if not value:
         return (DATA_VARIABLE, "absent", "not set; only needed for CIFAR-10")
-    found = [path.name for path in Path(value).glob("**/*_batch*.bin")]
-    if "test_batch.bin" not in found or "data_batch_1.bin" not in found:
+    files = [path.name for path in Path(value).glob("**/*_batch*.bin")]
+    if "test_batch.bin" not in files or "data_batch_1.bin" not in files:
         return (DATA_VARIABLE, "broken", f"{value}: expected data_batch_1.bin, ... and test_batch.bin there")
-    return (DATA_VARIABLE, "ok", f"{value}: {len(found)} files")
+    return (DATA_VARIABLE, "ok", f"{value}: {len(files)} files")
 
 
 def _show(

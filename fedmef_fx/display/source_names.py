@@ -39,4 +39,4 @@ def source_name(file: str) -> str:
 
 def with_source_names(text: str) -> str:
     """A text in which every absolute path of a Python file has become its `source_name`."""
-    return _PATH.sub(lambda found: source_name(found[0]), text)
+    return _PATH.sub(lambda match: source_name(match[0]), text)

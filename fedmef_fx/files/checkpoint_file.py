@@ -146,7 +146,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         CheckpointError: No checkpoint, or a damaged one.
     """
     tensors, metadata = read_file(Path(path))
-    found = {}
+    arrays = {}
     for name, text in parsed(metadata, "architecture").items():
         shape = _stated_shape(name, text)
         packed, values = tensors.get(f"mask/{name}"), tensors.get(f"state/{name}")
@@ -157,8 +157,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         if values is None or values.numel() != expected:
             got = "nothing" if values is None else f"{values.numel()} values"
             raise CheckpointError(f"load: damaged: {name} holds {got}; expected {expected} values")
-        found[name] = StoredTensor(values.reshape(-1), mask, shape)
-    return found
+        arrays[name] = StoredTensor(values.reshape(-1), mask, shape)
+    return arrays
 
 
 def described(dtype: torch.dtype, shape: torch.Size) -> str:

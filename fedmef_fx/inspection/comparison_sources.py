@@ -51,7 +51,7 @@ def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
     masked = masked_parameters(model) if is_transformed(model) else {}
     left_out = {bitmap_name(name) if parameter.is_packed else mask_name(name) for name, parameter in masked.items()}
     left_out |= {DIGEST, THRESHOLDS}
-    found: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in left_out or not isinstance(tensor, Tensor) or id(tensor) in seen:
@@ -59,10 +59,10 @@ def _of_model(model: nn.Module) -> dict[str, StoredTensor]:
         seen.add(id(tensor))
         if name in masked:
             mask = masked[name].mask.cpu()
-            found[name] = StoredTensor(masked[name].values().detach().cpu(), mask, mask.shape)
+            stored[name] = StoredTensor(masked[name].values().detach().cpu(), mask, mask.shape)
         else:
-            found[name] = StoredTensor(tensor.detach().cpu().reshape(-1), None, tensor.shape)
-    return found
+            stored[name] = StoredTensor(tensor.detach().cpu().reshape(-1), None, tensor.shape)
+    return stored
 
 
 def _newest(directory: Path) -> Path:
@@ -78,8 +78,8 @@ def _of_round(path: Path) -> dict[str, StoredTensor]:
     from fedmef_fx.federated.checkpoint import read_state_file  # noqa: PLC0415 -- as above
 
     state = read_state_file(path)
-    found = {name: StoredTensor(state.values[name], mask, mask.shape) for name, mask in state.masks.items()}
-    return found | {name: StoredTensor(t.reshape(-1), None, t.shape) for name, t in state.dense.items()}
+    stored = {name: StoredTensor(state.values[name], mask, mask.shape) for name, mask in state.masks.items()}
+    return stored | {name: StoredTensor(t.reshape(-1), None, t.shape) for name, t in state.dense.items()}
 
 
 def _is_of_federation(path: Path) -> bool:

@@ -121,8 +121,8 @@ def _product(region: Region, node: fx.Node, tensors: Tensors, out: TensorRecord)
 
 
 def _tensor(argument: object, tensors: Tensors) -> TensorRecord | None:
-    found = tensors.get(argument, ()) if isinstance(argument, fx.Node) else ()
-    return found[0] if len(found) == 1 else None
+    records = tensors.get(argument, ()) if isinstance(argument, fx.Node) else ()
+    return records[0] if len(records) == 1 else None
 
 
 def parameter_behind(region: Region, argument: object) -> nn.Parameter | None:

@@ -269,14 +269,14 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
     """A model that is not transformed: its graph, or those of its largest parts that can be traced."""
     signature = python_inspect.signature(model.forward)
     try:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        arguments = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         raise ConfigError(
             f"inspect: the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from error
     duplicate = copy.deepcopy(model)  # tracing may leave constants behind
     try:
-        return Program(duplicate, [Region("", duplicate, capture_graphs(duplicate, given=given))], _facts(()))
+        return Program(duplicate, [Region("", duplicate, capture_graphs(duplicate, given=arguments))], _facts(()))
     except CaptureError as error:
         duplicate = duplicate_of(model)
         captured = capture_model(duplicate, Call.of(duplicate, args, kwargs) if has_example else None)

@@ -71,8 +71,8 @@ def _payer(region: Region, node: fx.Node, observation: Observation, prunable: Co
     """Identity of the weight that pays for what a node keeps."""
     # What a node without a tensor for a value keeps, it keeps for its readers.
     readers = () if observation.tensors.get(node) else tuple(node.users)
-    found = (_weight(region, candidate, observation, prunable) for candidate in (node, *readers))
-    return next((weight for weight in found if weight is not None), None)
+    weights = (_weight(region, candidate, observation, prunable) for candidate in (node, *readers))
+    return next((weight for weight in weights if weight is not None), None)
 
 
 def _weight(region: Region, node: fx.Node, observation: Observation, prunable: Collection[int]) -> int | None:

@@ -137,8 +137,8 @@ class Table:
 
 def _sum(counts: Iterable[int | None]) -> int | None:
     """The sum of what is known; None where nothing is."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
+    counted = [count for count in counts if count is not None]
+    return sum(counted) if counted else None
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:
@@ -168,10 +168,10 @@ def layer_table(program: Program, observation: Observation) -> Table:
     model = program.model
     positions, counts = positions_by_parameter(program, observation.tensors), _active(model)
     shapes = _packed_shapes(model)
-    found = [(model.get_parameter(name), name, tier, reason) for name, tier, reason in _prunable(model)]
-    saved = saved_by_layer(program, observation, {id(parameter) for parameter, *_ in found})
+    prunables = [(model.get_parameter(name), name, tier, reason) for name, tier, reason in _prunable(model)]
+    saved = saved_by_layer(program, observation, {id(parameter) for parameter, *_ in prunables})
     rows = []
-    for parameter, name, tier, reason in found:
+    for parameter, name, tier, reason in prunables:
         shape = shapes.get(name, parameter.shape)
         active = counts.get(name, shape.numel())
         uses = positions.get(id(parameter))

@@ -63,12 +63,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         nbytes = storage.nbytes()
-        known = self._live.get(key)
-        if known is not None and known[1] == nbytes:
+        owned = self._live.get(key)
+        if owned is not None and owned[1] == nbytes:
             return
-        if known is not None:  # resized in place
-            self.current += nbytes - known[1]
-            self._live[key] = (known[0], nbytes)
+        if owned is not None:  # resized in place
+            self.current += nbytes - owned[1]
+            self._live[key] = (owned[0], nbytes)
         else:
             # The callback must not keep the tracker alive for as long as the tensors it saw.
             tracker = weakref.ref(self)

@@ -98,18 +98,18 @@ class SavedTensors:
 
     def by_node(self) -> dict[fx.Node | None, tuple[KeptStorage, ...]]:
         """What is held now, by node; a node that keeps what an earlier one keeps already shows it as well."""
-        found: dict[fx.Node | None, dict[int, tuple[SavedKind, int]]] = defaultdict(dict)
+        saved: dict[fx.Node | None, dict[int, tuple[SavedKind, int]]] = defaultdict(dict)
         for node, key, kind, nbytes in self._held():
-            found[node][key] = (kind, nbytes)
+            saved[node][key] = (kind, nbytes)
         order = {node: index for index, node in enumerate((None, *self._nodes))}
         numbers: dict[int, int] = {}
         return {
             node: tuple(
                 KeptStorage(numbers.setdefault(key, len(numbers)), kind, nbytes)
-                for key, (kind, nbytes) in found[node].items()
+                for key, (kind, nbytes) in saved[node].items()
                 if nbytes
             )
-            for node in sorted(found, key=order.__getitem__)
+            for node in sorted(saved, key=order.__getitem__)
         }
 
     def _held(self) -> Iterator[tuple[fx.Node | None, int, SavedKind, int]]:

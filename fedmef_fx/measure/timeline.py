@@ -254,15 +254,15 @@ class StepTimeline(TorchDispatchMode):
             return None
         untyped = tensor.untyped_storage()
         key, nbytes = untyped._cdata, untyped.nbytes()
-        known = self._storages.get(key)
-        if known is None:
+        storage = self._storages.get(key)
+        if storage is None:
             # The callback must not keep the timeline alive for as long as the tensors it saw.
             timeline = weakref.ref(self)
-            known = self._storages[key] = _Storage(weakref.ref(untyped, lambda _: _release(timeline, key)))
-        if known.nbytes != nbytes:  # new, or resized in place
-            self.current[known.category] += nbytes - known.nbytes
-            known.nbytes = nbytes
-        return known
+            storage = self._storages[key] = _Storage(weakref.ref(untyped, lambda _: _release(timeline, key)))
+        if storage.nbytes != nbytes:  # new, or resized in place
+            self.current[storage.category] += nbytes - storage.nbytes
+            storage.nbytes = nbytes
+        return storage
 
     def _move(self, storage: "_Storage", category: Category) -> None:
         self.current[storage.category] -= storage.nbytes

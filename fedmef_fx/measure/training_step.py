@@ -166,9 +166,9 @@ class TrainingStep:
         try:
             return self.model(*call[0], **call[1])
         except Exception as error:
-            what = "cannot be predicted, as it needs values" if _needs_values(error) else "fails"
+            outcome = "cannot be predicted, as it needs values" if _needs_values(error) else "fails"
             raise ConfigError(
-                f"memory: {type(self.model).__name__} {what} on the example inputs in train mode: "
+                f"memory: {type(self.model).__name__} {outcome} on the example inputs in train mode: "
                 f"{type(error).__name__}: {error}"
             ) from error
 

@@ -119,13 +119,13 @@ def choose_code(gaps: NDArray[np.int64], size: int, *, value_bytes: int, rice_pa
     active = int(gaps.size)
     for bits in _GAP_BITS:
         symbols = active + int(((lengths // ((1 << bits) - 1)) * counts).sum())
-        best = min(best, (Gaps(bits), plane_bytes(symbols, bits)), key=lambda found: found[1])
+        best = min(best, (Gaps(bits), plane_bytes(symbols, bits)), key=lambda choice: choice[1])
     simple, saved = best[1], rice_pays * (best[1] + value_bytes)
     for bits in _RICE_BITS:
         stream = active + int(((lengths >> bits) * counts).sum())
-        found = plane_bytes(active + 1, bits) + -(-stream // 8)
-        if found <= simple - saved:
-            best = min(best, (Rice(bits), found), key=lambda found: found[1])
+        nbytes = plane_bytes(active + 1, bits) + -(-stream // 8)
+        if nbytes <= simple - saved:
+            best = min(best, (Rice(bits), nbytes), key=lambda choice: choice[1])
     return best
 
 

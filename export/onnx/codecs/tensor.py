@@ -111,9 +111,9 @@ def encode_tensor(
     value_bytes = positions.size * itemsize(values)
     exponents = None
     if splits and values == "float32":
-        found, split_bytes = choose_exponents(flat[positions])
+        candidate, split_bytes = choose_exponents(flat[positions])
         if split_bytes < value_bytes:
-            exponents, value_bytes = found, split_bytes
+            exponents, value_bytes = candidate, split_bytes
     rice_pays = _RICE_PAYS if exponents is None else _RICE_PAYS_BESIDE_SPLIT
     code, position_bytes = choose_code(gaps, flat.size, value_bytes=value_bytes, rice_pays=rice_pays)
     overhead = _NODE_BYTES * math.ceil(flat.size / chunk_elements)

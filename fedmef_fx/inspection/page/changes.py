@@ -69,13 +69,13 @@ class Changes:
         if node.op in ("placeholder", "output"):
             return ()
         names = {node.name, node.target} if node.op in ("get_attr", "call_module") else {node.name}
-        found = {index for name in names for index in self.rewritten.get(name, ())}
+        places = {index for name in names for index in self.rewritten.get(name, ())}
         if when == "before":
-            found |= {index for name in names for index in self.made.get((graph.region, name), ())}
+            places |= {index for name in names for index in self.made.get((graph.region, name), ())}
         elif node.made_by is not None and node.made_by in self.order:
             origins = (node.origin or "", node.module)
-            found |= {self.order[node.made_by], *(index for name in origins for index in self.rewritten.get(name, ()))}
-        return sorted(found)
+            places |= {self.order[node.made_by], *(index for name in origins for index in self.rewritten.get(name, ()))}
+        return sorted(places)
 
 
 def _frozen(sets: Mapping[str, set[int]]) -> dict[str, frozenset[int]]:

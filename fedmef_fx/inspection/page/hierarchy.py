@@ -87,8 +87,8 @@ def fold(graph: GraphRecord) -> Folded:
     hosts: dict[str, tuple[str, ...]] = {}
     for node in reversed(graph.nodes):
         if node.name in constant:
-            found = (hosts.get(user, (user,)) for user in users[node.name])
-            hosts[node.name] = tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+            targets = (hosts.get(user, (user,)) for user in users[node.name])
+            hosts[node.name] = tuple(dict.fromkeys(itertools.chain.from_iterable(targets)))
     for node in graph.nodes:
         if _is_site(node) and users[node.name]:
             hosts[node.name] = hosts.get(node.inputs[0], (node.inputs[0],))
