@@ -46,6 +46,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     verify: bool = True,
     optimize: Optimize = "onnxscript",
     compact: bool = False,
+    target: str = "onnxruntime",
 ) -> ExportReport:
     """Write a model as ONNX, with masks, NSConv and BatchNorm folded, and prove that the file computes the same.
 
@@ -69,6 +70,9 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
             to be installed), "none".
         compact: Remove channels that contribute nothing first; see `fedmef_fx.compact`.
+        target: The runtime that the file is for: "onnxruntime" or "onnxruntime>=1.17"; "openvino", "opencv", "tract",
+            "portable", which run the file where they are installed and have to agree; "mnn", "ncnn", whose converters
+            take dense files alone.
 
     Returns:
         Sizes, agreement, and what was done differently from what was asked for.
@@ -89,7 +93,10 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     _check_option("weights", weights, get_args(Weights))
     _check_option("quantize", quantize, _QUANTIZATIONS)
     _check_option("optimize", optimize, get_args(Optimize))
-    target = check_target(path, error=_named_export_error)
+    from fedmef_fx.export.onnx.targets import check_format, read_target  # noqa: PLC0415 -- imports onnx
+
+    runtime_target = read_target(target, weights=weights)
+    destination = check_target(path, error=_named_export_error)
     examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes)
     check_runs(model, examples)
     calls = calibration_calls(model, quantize, calibration_data, examples)
@@ -122,20 +129,23 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         sizes=examples.sizes,
     )
     built = build(converted, plan, calibration, clock)
+    check_format(built.proto, runtime_target)
     nodes = len(built.proto.graph.node)
     parity, runtime = None, None
     with contextlib.ExitStack() as stack:
         with clock.stage("write"):
-            temporary = stack.enter_context(written(built.proto, built.manifest, target))
+            temporary = stack.enter_context(written(built.proto, built.manifest, destination))
         if verify:
             from fedmef_fx.export.onnx.verify_file import verify_file  # noqa: PLC0415 -- imports onnxruntime
 
             with clock.stage("verify"):
-                parity, runtime, more = verify_file(temporary, reference, converted, built, calibration or ())
+                parity, runtime, more = verify_file(
+                    temporary, reference, converted, built, calibration or (), target=runtime_target
+                )
             notices += more
     return ExportReport(
-        path=target,
-        bytes=total_bytes(target),
+        path=destination,
+        bytes=total_bytes(destination),
         dense_bytes=_dense_bytes(model),
         opset=built.opset,
         nodes=nodes,

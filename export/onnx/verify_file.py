@@ -14,12 +14,19 @@ from fedmef_fx.export.onnx.convert import Converted
 from fedmef_fx.export.onnx.parity import OutputMismatchError, check_parity
 from fedmef_fx.export.onnx.report import Parity, Runtime
 from fedmef_fx.export.onnx.sessions import Session, latency_ratio, open_session
+from fedmef_fx.export.onnx.targets import Target, check_target_runtime
 
 __all__ = ["verify_file"]
 
 
 def verify_file(
-    file: Path, model: nn.Module, converted: Converted, built: Built, more: Sequence[ExampleCall]
+    file: Path,
+    model: nn.Module,
+    converted: Converted,
+    built: Built,
+    more: Sequence[ExampleCall],
+    *,
+    target: Target,
 ) -> tuple[Parity, Runtime | None, list[str]]:
     """Compare a file with the model in torch, and with its plain weights in onnxruntime.
 
@@ -29,6 +36,7 @@ def verify_file(
         converted: What it became first.
         built: What was written.
         more: Further calls to compare with.
+        target: The runtime that the file is for.
 
     Returns:
         Agreement with the model, with the plain weights (None where nothing is encoded), and notices.
@@ -62,6 +70,9 @@ def verify_file(
         )
     except OutputMismatchError as mismatch:
         raise ExportError(f"{mismatch}. {explain(mismatch, model, converted, built)}") from mismatch
+    more_notices += check_target_runtime(
+        file, session, examples.call, target, is_int8=built.manifest.quantize is not None
+    )
     return parity, runtime, notices + more_notices
 
 

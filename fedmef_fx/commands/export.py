@@ -87,6 +87,10 @@ def export(  # noqa: PLR0913 -- one parameter per option
         bool, typer.Option("--verify/--no-verify", help="Compare the file with the model in onnxruntime.")
     ] = True,
     compact: Annotated[bool, typer.Option("--compact", help="Remove channels that contribute nothing first.")] = False,
+    target: Annotated[
+        str,
+        typer.Option(help="Runtime it is for: onnxruntime, onnxruntime>=1.17, openvino, opencv, tract, portable, ..."),
+    ] = "onnxruntime",
     as_json: AsJson = False,
     config: Config,
 ) -> Result:
@@ -107,6 +111,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
         dynamic_sizes={argument: sizes} if sizes else None,
         verify=verify,
         compact=compact,
+        target=target,
         optimize=optimize.value,
         **options,
     )
