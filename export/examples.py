@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
 
-__all__ = ["ExampleCall", "Examples", "evaluating", "read_examples", "run"]
+__all__ = ["ExampleCall", "Examples", "containers", "evaluating", "is_unknown_dataclass", "read_examples", "run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,5 +187,24 @@ def run(model: nn.Module, call: ExampleCall) -> list[Tensor]:
     """The tensors that a model returns in eval mode, in order; it may write into its inputs, not into the call's."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     with evaluating(model), torch.no_grad():
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
+        leaves = pytree.tree_leaves(containers(model(*args, **kwargs)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def containers(value: Any) -> Any:
+    """A result with dictionaries for dataclasses that torch cannot take apart, without their fields that are None."""
+    if isinstance(value, Tensor):
+        return value
+    if is_unknown_dataclass(type(value)):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: containers(part) for name, part in fields if part is not None}
+    if type(value) in (tuple, list):
+        return type(value)(map(containers, value))
+    if type(value) is dict:
+        return {name: containers(part) for name, part in value.items()}
+    return value
+
+
+def is_unknown_dataclass(kind: type) -> bool:
+    """Whether a class is a dataclass that torch's trees take for a leaf."""
+    return dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES

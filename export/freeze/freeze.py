@@ -22,6 +22,7 @@ from torch import fx, nn
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.freeze.batch_norm import fold_batch_norms
 from fedmef_fx.export.freeze.plain_ops import restore_plain_ops
+from fedmef_fx.export.freeze.plain_results import restore_plain_results
 from fedmef_fx.export.freeze.restore import restore_model
 from fedmef_fx.export.freeze.weights import erase_unread, fold_weights
 from fedmef_fx.graph.emit import program_of
@@ -90,6 +91,7 @@ def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.G
     inference = Region(region.path, region.owner, {"both": graph})
     FunctionalizeWeights().run(Program(program.model, [inference], program.transformation))
     restore_plain_ops(inference, graph)
+    restore_plain_results(graph)
     fold_weights(inference, graph)
     fold_batch_norms(inference, graph)
     erase_unread(graph)

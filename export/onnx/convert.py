@@ -2,21 +2,22 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
+from fedmef_fx.export.examples import ExampleCall, Examples, containers, evaluating, is_unknown_dataclass
 
 __all__ = ["Converted", "convert"]
 
@@ -88,9 +89,9 @@ def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic
     # Two inputs that are one tensor would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     shapes = examples.dynamic_shapes() if dynamic else None
-    with evaluating(model), torch.no_grad(), _quiet():
+    with evaluating(model), _returning_containers(model) as traced, torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever Python in the model's forward raises
             raise ExportError(
                 f"export_onnx: torch.export cannot trace {type(model).__name__}: {_reason(error)}. Control flow that "
@@ -120,6 +121,42 @@ def constant_size(program: torch.export.ExportedProgram) -> str | None:
             if isinstance(size, torch.SymInt) and size.node.expr.is_number:
                 return f"size {dim} of {node.name!r} the constant {size.node.expr}"
     return None
+
+
+@contextlib.contextmanager
+def _returning_containers(model: nn.Module) -> Iterator[nn.Module]:
+    """A model that returns dictionaries for dataclasses, which torch.export takes only once they are registered."""
+    if isinstance(model, fx.GraphModule):
+        yield _with_containers(model)  # torch.export interprets its graph
+        return
+    original = model.forward
+    is_own = "forward" in vars(model)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return containers(original(*args, **kwargs))
+
+    vars(model)["forward"] = forward
+    try:
+        yield model
+    finally:
+        if is_own:
+            vars(model)["forward"] = original
+        else:
+            del vars(model)["forward"]
+
+
+def _with_containers(model: fx.GraphModule) -> fx.GraphModule:
+    makers = [node for node in model.graph.nodes if isinstance(node.target, type) and is_unknown_dataclass(node.target)]
+    if not makers:
+        return model
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    graph.set_codegen(model.graph._codegen)
+    for node in graph.nodes:
+        if isinstance(node.target, type) and is_unknown_dataclass(node.target):
+            node.target, node.kwargs = dict, {name: part for name, part in node.kwargs.items() if part is not None}
+    return fx.GraphModule(model, graph, type(model).__name__)
 
 
 @contextlib.contextmanager

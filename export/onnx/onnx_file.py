@@ -18,7 +18,7 @@ from fedmef_fx.export.freeze.freeze import freeze
 from fedmef_fx.export.onnx.calibration import calibration_calls, check_batch_sizes
 from fedmef_fx.export.onnx.checks import check_finite, check_masked, check_runs
 from fedmef_fx.export.onnx.clock import Clock
-from fedmef_fx.export.onnx.precision import in_float32, low_precision, widened
+from fedmef_fx.export.onnx.precision import in_float32, other_precision, widened
 from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.files.atomic import check_target
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -103,11 +103,13 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
 
     clock = Clock()
     with clock.stage("freeze"):
-        plain = freeze(model) if is_transformed(model) else model
+        # Before freezing, so that what it folds is not rounded to 16 bits.
+        reference, arguments, notices = _in_float32(model, example_inputs, example_kwargs)
+        plain = freeze(reference) if is_transformed(reference) else reference
         check_finite(plain)
-        check_masked(model, plain)
-        plain = remove_dead_channels(plain, example_inputs, example_kwargs=example_kwargs) if compact else plain
-        reference, plain, arguments, notices = _in_float32(model, plain, example_inputs, example_kwargs)
+        check_masked(reference, plain)
+        if compact:
+            plain = remove_dead_channels(plain, arguments[0], example_kwargs=arguments[1])
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
         examples = read_examples(plain, *arguments, dynamic_sizes)
         calibration = None if calls is None else [ExampleCall(*widened(call.args, call.kwargs)) for call in calls]
@@ -173,17 +175,17 @@ def _check_option(name: str, value: object, allowed: tuple[object, ...]) -> None
 
 
 def _in_float32(
-    model: nn.Module, plain: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[nn.Module, nn.Module, tuple[Sequence[Any], Mapping[str, Any] | None], list[str]]:
-    """The model to compare with and the one to export, example arguments for both, and notices.
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, tuple[Sequence[Any], Mapping[str, Any] | None], list[str]]:
+    """The model to export, example arguments for it, and notices.
 
-    A model of 16-bit floats becomes one of float32: onnxruntime's CPU kernels know few operators for other types.
+    A model of other floats becomes one of float32: onnxruntime's CPU kernels know few operators for other types.
     """
-    low = low_precision(plain)
-    if not low:
-        return model, plain, (inputs, kwargs), []
-    notice = f"converted from {low} to float32: inputs and outputs of the file are float32"
-    return in_float32(model), in_float32(plain), widened(inputs, kwargs), [notice]
+    types = other_precision(model)
+    if not types:
+        return model, (inputs, kwargs), []
+    notice = f"converted from {types} to float32: inputs and outputs of the file are float32"
+    return in_float32(model), widened(inputs, kwargs), [notice]
 
 
 def _dense_bytes(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.examples import ExampleCall
@@ -49,6 +49,8 @@ def quantize_int8(proto: ModelProto, calibration: Sequence[ExampleCall]) -> tupl
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self._feeds, None)
 
+    # Its weights have output channels of one group in dimension 1, of which onnxruntime knows nothing.
+    grouped = [node for node in proto.graph.node if node.op_type == "ConvTranspose" and _groups(node) > 1]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, result = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(proto, source)
@@ -61,6 +63,7 @@ def quantize_int8(proto: ModelProto, calibration: Sequence[ExampleCall]) -> tupl
                 activation_type=ort.QuantType.QUInt8,
                 weight_type=ort.QuantType.QInt8,
                 per_channel=True,
+                nodes_to_exclude=[node.name for node in grouped],
                 extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
             )
         except Exception as error:  # onnxruntime's errors have no other common base
@@ -72,7 +75,12 @@ def quantize_int8(proto: ModelProto, calibration: Sequence[ExampleCall]) -> tupl
     strip(quantized)
     count = sum(node.op_type == "DequantizeLinear" for node in quantized.graph.node)
     notices = [] if count else ["no operator of the model has an int8 form: nothing was quantized"]
+    notices += [f"{node.name} stays float32: a grouped ConvTranspose has no int8 form" for node in grouped]
     return quantized, notices
+
+
+def _groups(node: NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 @contextlib.contextmanager

@@ -16,19 +16,21 @@ from torch import Tensor, fx, nn
 
 from fedmef_fx.errors import CaptureError
 
-__all__ = ["Rebuild"]
+__all__ = ["Constant", "Hole", "Made", "Rebuild"]
 
 _ATOMS: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, type)
 _DEPTH: Final = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class _Hole:
+class Hole:
+    """Where a tensor stands: its place among those that `Rebuild` takes."""
+
     index: int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Made:
+class Made:
     """An object: how it is made, and from what.
 
     Attributes:
@@ -43,7 +45,9 @@ class _Made:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Constant:
+class Constant:
+    """Something that no call changes."""
+
     value: Any
 
     def __repr__(self) -> str:
@@ -118,7 +122,7 @@ def _contains(value: object, depth: int) -> bool:
 
 def _take_apart(value: object, counter: Iterator[int], above: set[int]) -> Any:
     if _is_hole(value):
-        return _Hole(next(counter))
+        return Hole(next(counter))
     parts = _parts(value)
     if parts is None or not _contains(value, _DEPTH):
         # Nothing of it depends on the call, so the object itself is returned each time, as forward does.
@@ -128,14 +132,14 @@ def _take_apart(value: object, counter: Iterator[int], above: set[int]) -> Any:
     below = above | {id(value)}
     way, entries = parts
     made = tuple((name, _take_apart(part, counter, below)) for name, part in entries)
-    return _Made(type(value), way, made)
+    return Made(type(value), way, made)
 
 
 def _fresh(value: object, parts: tuple[str, tuple[tuple[Any, Any], ...]] | None) -> Any:
     # Containers are made again each time, because the caller may change them.
     if parts is not None and parts[0] in ("sequence", "items") and type(value) is not torch.Size:
-        return _Made(type(value), parts[0], tuple((name, _fresh(part, _parts(part))) for name, part in parts[1]))
-    return value if isinstance(value, _ATOMS) else _Constant(value)
+        return Made(type(value), parts[0], tuple((name, _fresh(part, _parts(part))) for name, part in parts[1]))
+    return value if isinstance(value, _ATOMS) else Constant(value)
 
 
 def _collect(value: object, found: list[Any]) -> None:
@@ -149,11 +153,11 @@ def _collect(value: object, found: list[Any]) -> None:
 
 
 def _make(skeleton: Any, tensors: tuple[Any, ...]) -> Any:
-    if isinstance(skeleton, _Hole):
+    if isinstance(skeleton, Hole):
         return tensors[skeleton.index]
-    if isinstance(skeleton, _Constant):
+    if isinstance(skeleton, Constant):
         return skeleton.value
-    if not isinstance(skeleton, _Made):
+    if not isinstance(skeleton, Made):
         return skeleton
     made = {name: _make(part, tensors) for name, part in skeleton.parts}
     kind: Any = skeleton.kind
