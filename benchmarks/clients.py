@@ -10,9 +10,10 @@ against onnxruntime's result within 5e-2. Times are minima of three, one process
 """
 
 import argparse
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
+import sys
 import tempfile
 import venv
 from collections.abc import Callable, Iterator
@@ -111,16 +112,21 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module], torch.Tensor]]:
     yield "ResNet18", resnet18, images
     yield "MobileNetV2", mobilenet_v2, images
     yield "ViT-tiny", vit_tiny, images
-    if importlib.util.find_spec("timm") is not None:
+    if _is_installed("timm"):
         import timm  # noqa: PLC0415 -- need not be there
 
         for name in ("mobilenetv3_small_100", "convnext_femto"):
             yield name, lambda name=name: timm.create_model(name), torch.randn(2, 3, 96, 96)  # type: ignore[misc]
-    if importlib.util.find_spec("transformers") is not None:
+    if _is_installed("transformers"):
+        sys.path.remove(str(Path(__file__).parent))  # where a script has that name
         from transformers import BertConfig, BertModel  # noqa: PLC0415 -- likewise
 
         config = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
         yield "BERT, small", lambda: BertModel(config), torch.randint(0, 1000, (2, 16))
+
+
+def _is_installed(package: str) -> bool:
+    return any(found.name == package for found in importlib.metadata.distributions())
 
 
 def exported(folder: Path) -> Iterator[tuple[str, str, Path, Path, np.ndarray[Any, Any]]]:

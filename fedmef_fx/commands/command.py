@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NoReturn, ParamSpec
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,10 +59,19 @@ def command(function: Callable[P, Result]) -> Callable[P, None]:
             raise  # the reader has gone: typer ends quietly
         except (FedmefError, OSError) as error:
             _fail(f"error: {error}", code=1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise  # a bug, whose traceback is wanted
+            _fail(f"error: not enough memory: {error}; expected smaller inputs, batches or models", code=1)
         if not result.is_success:
             raise typer.Exit(1)
 
     return call
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch's allocator for the CPU has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _print(result: Result, *, as_json: bool) -> None:

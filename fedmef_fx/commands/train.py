@@ -1,6 +1,7 @@
 """`fedmef-fx train`: a federation in one process, on data that is at hand."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -87,6 +88,7 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     )
     network = build_model(model or _MODELS[data], seed=config.seed)
     train_set, test_set, labels = _load(data, data_dir)
+    _check_fits(network, train_set, name=model or _MODELS[data], data=data)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
     output.mkdir(parents=True, exist_ok=True)
     with progress_bar("rounds", steps=rounds) as bar, _telling_of_restart():
@@ -132,6 +134,20 @@ def _load(data: Data, directory: Path | None) -> tuple[Dataset[Any], Dataset[Any
         return digits, digits_test, digits.tensors[1]
     images, images_test = load_cifar10(directory)
     return images, images_test, images.labels
+
+
+def _check_fits(network: torch.nn.Module, dataset: Dataset[Any], *, name: str, data: Data) -> None:
+    """Find out whether a model takes the images and gives scores for their classes, before anything is trained."""
+    image, label = dataset[0]
+    where = f"model {name!r} does not fit --data {data.value}, images of {list(image.shape)}"
+    try:
+        with torch.no_grad():
+            scores = copy.deepcopy(network).eval()(image[None])
+            torch.nn.functional.cross_entropy(scores, torch.as_tensor(label)[None])
+    except Exception as error:  # whatever the model raises
+        raise ConfigError(
+            f"{where}: {type(error).__name__}: {error!s:.300}; expected scores [batch, classes]"
+        ) from error
 
 
 def _device(name: str) -> torch.device:

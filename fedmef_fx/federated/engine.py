@@ -100,7 +100,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     method = method_of(method)
     sizes = _check_clients(clients, rounds=rounds, clients_per_round=clients_per_round, test=test)
     network = _prepare(model, config, method)
-    network = network if device is None else network.to(device)
+    network = network if device is None else _on(network, device)
     server = Server(network, method=method, rounds=rounds)
     settings = _settings(network, method, training, rounds=rounds, clients_per_round=clients_per_round, sizes=sizes)
     history = History(settings=settings, model=network)
@@ -236,6 +236,16 @@ def _settings(
         "clients_per_round": clients_per_round,
         "client_samples": list(sizes),
     }
+
+
+def _on(network: nn.Module, device: torch.device | str) -> nn.Module:
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without a kind of device
+        raise ConfigError(
+            f"federated.run: device: got {str(device)!r}, which this machine does not have: {error!s:.200}; expected "
+            "cpu, cuda, cuda:1, ..."
+        ) from error
 
 
 def _directory(checkpoint_dir: str | Path) -> Path:

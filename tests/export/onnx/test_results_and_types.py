@@ -81,7 +81,9 @@ def test_results_of_any_class_are_frozen_and_exported(tmp_path: Path, name: str)
     names = [value.name for value in session.get_outputs()]
     assert names[0] == "logits"
     assert all(name.startswith("hidden") for name in names[1:])
-    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0], logits.detach(), 1e-5, 1e-6)
+    np.testing.assert_allclose(
+        session.run(None, {session.get_inputs()[0].name: X.numpy()})[0], logits.detach(), 1e-5, 1e-6
+    )
 
 
 def test_a_plain_model_with_a_dataclass_is_exported_and_keeps_its_forward(tmp_path: Path) -> None:
