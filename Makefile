@@ -13,16 +13,19 @@ PYTEST_WORKERS ?= -n auto --dist worksteal
 BIN := .venv/bin
 # Newer than what it depends on: the environment is up to date and pip, which takes seconds to find that out, is not called.
 INSTALLED := .venv/.installed
+# The kernels in C; installing the project compiles them.
+KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native.py tests/ops/test_rows.py tests/ops/test_pointwise.py
+KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow lint format bench docs-images clean
+.PHONY: help install demo test test-fast test-slow test-native lint format bench docs-images clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py wheel_backend.py $(KERNELS)
 	test -x $(BIN)/pip || $(or $(PYTHON),$(error no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3)) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,fast,viz]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,viz]'
 	touch $@
 
 install: $(INSTALLED)  ## Make .venv and install the project into it
@@ -41,6 +44,14 @@ test-fast: $(INSTALLED)  ## Run only the tests that take a few seconds at most
 
 test-slow: $(INSTALLED)  ## Run only the slow tests
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m slow $(PYTEST_ARGS)
+
+# Leaks are not looked for: Python frees nothing when it ends. The sanitizers' runtime has to be there before Python starts.
+test-native: export FEDMEF_FX_KERNELS := build/sanitized
+test-native: export ASAN_OPTIONS := detect_leaks=0
+test-native: $(INSTALLED)  ## Run the kernels' tests with checks of addresses and undefined behaviour; needs gcc
+	CC=gcc $(BIN)/python fedmef_fx/native/compile_library.py --sanitize build/sanitized
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -p no:randomly $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check

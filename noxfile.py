@@ -17,7 +17,7 @@ OLDEST = "3.11"
 PYTHONS = (OLDEST, "3.12", "3.13", "3.14")
 PROJECT = Path(__file__).resolve().parent / "pyproject.toml"
 # Everything that a test may import: one that misses its package is skipped, and would hold nothing.
-ALL = ".[dev,fast,viz,bench,slim]"
+ALL = ".[dev,viz,bench,slim]"
 
 
 def floors(project: Mapping[str, Any]) -> list[str]:

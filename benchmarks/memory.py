@@ -63,8 +63,6 @@ def resident_growth(method: str, model: str, batch: int) -> int | None:
         return None
     command = [sys.executable, __file__, "--child", method, "--models", model, "--batch", str(batch)]
     environment = {**os.environ, **ALLOCATOR_SETTINGS}
-    # numpy: numba's compiler would be a part of the growth that no client has to have
-    environment.setdefault("FEDMEF_FX_BACKEND", "numpy")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)  # noqa: S603 -- itself
     return int(done.stdout.split()[-1])
 

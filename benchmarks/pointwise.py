@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with using_backend("numba"):
+    with using_backend("native"):
         table = Table(title=f"batch {options.batch}, ms dense / sparse = times faster; {machine()}")
         for column in ("layer", "density", "forward", "input", "weight"):
             table.add_column(column, justify="right")

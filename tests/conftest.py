@@ -7,14 +7,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fedmef_fx.native import why_missing
+
 # A first example can be slow because torch compiles or allocates something, so a deadline would fail at random.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
-
-# Also for the processes that tests start: numba compiles for seconds in each that has no cache yet. Its kernels give
-# the same bits, which tests/packing/test_backends.py holds.
-os.environ.setdefault("FEDMEF_FX_BACKEND", "numpy")
 
 
 def pytest_configure() -> None:
@@ -36,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_torch_seed() -> None:
     """Tests run in random order; what one draws must not change what the next one gets."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def native_kernels() -> None:
+    """For tests of the compiled kernels: they are skipped where these could not be compiled."""
+    reason = why_missing()
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LOADED_ON_DEMAND = ["matplotlib", "networkx", "numba", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "typer"]
+LOADED_ON_DEMAND = ["matplotlib", "networkx", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "typer"]
 
 
 @pytest.fixture(scope="module")

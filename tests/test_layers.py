@@ -19,6 +19,7 @@ ROOMS = [
     "data",
     "models",
     "sparsity",
+    "native",
     "packing",
     "records",
     "config",

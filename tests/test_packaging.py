@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from fedmef_fx.native.compile_library import find_compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 # Only for those who work in the repository; an installation or a test of the sdist needs none of it.
@@ -40,6 +42,7 @@ class Distributions(NamedTuple):
 
     sdist: set[str]
     wheel: set[str]
+    tag: str
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def distributions(repository_files: list[str], tmp_path_factory: pytest.TempPath
     (wheel,) = output.glob("*.whl")
     with tarfile.open(sdist) as packed, zipfile.ZipFile(wheel) as archive:
         files = {name.partition("/")[2] for name in packed.getnames()}
-        return Distributions(files, set(archive.namelist()))
+        return Distributions(files, set(archive.namelist()), wheel.stem.split("-", 2)[2])
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,14 @@ def test_wheel_holds_what_the_page_is_made_of(repository_files: list[str], wheel
 @pytest.mark.parametrize("suffix", ["fedmef_fx/py.typed", ".dist-info/licenses/LICENSE", ".dist-info/entry_points.txt"])
 def test_wheel_holds(suffix: str, wheel_files: set[str]) -> None:
     assert any(name.endswith(suffix) for name in wheel_files)
+
+
+@pytest.mark.slow
+def test_one_wheel_serves_every_python(distributions: Distributions) -> None:
+    assert distributions.tag.startswith("py3-none-")
+    assert distributions.tag != "py3-none-any"
+    if find_compiler() is not None:
+        assert "fedmef_fx/native/kernels_baseline.so" in distributions.wheel
 
 
 @pytest.mark.slow

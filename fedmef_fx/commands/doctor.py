@@ -19,6 +19,7 @@ from fedmef_fx.commands.reports import coverage_data, passes_data, show_coverage
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.config import Config
 from fedmef_fx.data import DATA_VARIABLE
+from fedmef_fx.native import loaded_isa, why_missing
 from fedmef_fx.packing import available_backends, backend
 from fedmef_fx.records.passes import PassReport
 from fedmef_fx.sparse_model.transformation import Coverage
@@ -26,7 +27,7 @@ from fedmef_fx.sparse_model.transformation import Coverage
 __all__ = ["doctor"]
 
 _REQUIRED: Final = ("torch", "numpy", "networkx", "safetensors", "onnx", "onnxscript", "onnxruntime", "scikit-learn")
-_OPTIONAL: Final = {"numba": "pip install 'fedmef-fx[fast]'", "matplotlib": "pip install 'fedmef-fx[viz]'"}
+_OPTIONAL: Final = {"matplotlib": "pip install 'fedmef-fx[viz]'"}
 _IMPORT_NAMES: Final = {"scikit-learn": "sklearn"}
 
 
@@ -44,7 +45,15 @@ def doctor(
 
     The exit code is 1 where something that is needed does not work.
     """
-    checks = [_python(), *map(_required, _REQUIRED), *map(_optional, _OPTIONAL), _backend(), _cuda(), _data()]
+    checks = [
+        _python(),
+        *map(_required, _REQUIRED),
+        *map(_optional, _OPTIONAL),
+        _kernels(),
+        _backend(),
+        _cuda(),
+        _data(),
+    ]
     data: dict[str, Any] = {"checks": [dict(zip(("what", "state", "found"), check, strict=True)) for check in checks]}
     coverage, passes = None, None
     if model is not None:
@@ -72,6 +81,13 @@ def _optional(package: str) -> tuple[str, str, str]:
         return (package, "ok", metadata.version(package))
     except metadata.PackageNotFoundError:
         return (package, "absent", _OPTIONAL[package])
+
+
+def _kernels() -> tuple[str, str, str]:
+    reason = why_missing()
+    if reason:
+        return ("native kernels", "absent", f"NumPy takes their place, several times as slow: {reason}")
+    return ("native kernels", "ok", f"compiled; this processor runs those for {loaded_isa()}")
 
 
 def _backend() -> tuple[str, str, str]:

@@ -17,16 +17,14 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
-import functools
-import importlib
-from types import ModuleType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops import native_rows
 from fedmef_fx.ops.backward import differentiable_once
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
@@ -49,7 +47,7 @@ __all__ = [
 
 EPS = 1e-6
 DEGENERATE = 1e-3
-_COMPILED_DTYPES: Final = (torch.float32, torch.float64)
+_NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 
 Statistics = Literal["active", "all"]
 
@@ -103,11 +101,10 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     Returns:
         The columns: w_hat = centred(values, rows, columns) * scale.
     """
-    kernels = _compiled(rows, values)
-    if kernels is not None and isinstance(rows, SegmentRows):
+    if _is_native(rows, values):
         over = rows.fan_in if statistics == "all" else None
         limits = (g, EPS, DEGENERATE**2)
-        return Columns(*kernels.statistics(values, rows.lengths, gain, limits=limits, fan_in=over).unbind())
+        return Columns(*native_rows.statistics(values, rows.lengths, gain, limits=limits, fan_in=over).unbind())
     base = rows.active(values)
     number = rows.counts(values)
     counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
@@ -140,10 +137,8 @@ def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
 
 def standardized(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     """w_hat, in the form of `rows`; a new tensor."""
-    kernels = _compiled(rows, values)
-    if kernels is not None and isinstance(rows, SegmentRows):
-        result: Tensor = kernels.scaled_values(values, rows.lengths, columns.mean, columns.scale)
-        return result
+    if _is_native(rows, values):
+        return native_rows.scaled_values(values, rows.lengths, torch.stack(columns))
     return centred(values, rows, columns).mul_(rows.spread(columns.scale))
 
 
@@ -168,10 +163,8 @@ def standardize_backward(
     Returns:
         The gradients of weight, in the form of `rows`, and gain, [out].
     """
-    kernels = _compiled(rows, values)
-    if kernels is not None and isinstance(rows, SegmentRows) and grad.dtype == values.dtype:
-        result, grad_gain = kernels.gradients(values, grad, rows.lengths, torch.stack(columns), g=g)
-        return result, grad_gain
+    if _is_native(rows, values) and grad.dtype == values.dtype:
+        return native_rows.gradients(values, grad, rows.lengths, torch.stack(columns), g=g)
     base = centred(values, rows, columns)
     inner = rows.inner(grad, base)  # b is 0 where masked: no mask on grad needed
     result = rows.active(grad)
@@ -182,19 +175,10 @@ def standardize_backward(
     return result, (inner * columns.normalizer).flatten() * g
 
 
-def _compiled(rows: Rows, values: Tensor) -> ModuleType | None:
-    """The compiled form of these equations, where there is one for such rows and values."""
-    if not isinstance(rows, SegmentRows) or values.device.type != "cpu" or values.dtype not in _COMPILED_DTYPES:
-        return None
-    if backend().name != "numba":
-        return None
-    return _kernels()
-
-
-@functools.cache
-def _kernels() -> ModuleType:
-    # Imported here: it imports numba.
-    return importlib.import_module("fedmef_fx.ops.compiled_rows")
+def _is_native(rows: Rows, values: Tensor) -> TypeGuard[SegmentRows]:
+    """Whether there is a native kernel for such rows and values."""
+    is_known = isinstance(rows, SegmentRows) and values.device.type == "cpu" and values.dtype in _NATIVE_DTYPES
+    return is_known and backend().name == "native"
 
 
 class KernelForm(NamedTuple):

@@ -176,8 +176,8 @@ def _shapes_backward(weight: Tensor, gain: Tensor | None, grad: Tensor) -> tuple
         announce_temporary(active.numel() * grad.dtype.itemsize + block_nbytes(grad))
     if gain is None:
         return active, None
-    # The compiled kernel makes nothing but its result; what else runs centres the values beside it.
-    made = [torch.empty_like(weight) for _ in range(1 if backend().name == "numba" else 2)]
+    # The native kernel makes nothing but its result; what else runs centres the values beside it.
+    made = [torch.empty_like(weight) for _ in range(1 if backend().name == "native" else 2)]
     return made[-1], torch.empty_like(gain)
 
 

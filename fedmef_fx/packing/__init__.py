@@ -1,7 +1,6 @@
 """Codes for tensors: what training keeps between forward and backward, small.
 
-Pure tensor code: it knows no graphs. Importing it imports neither numba nor a backend; see
-`fedmef_fx.packing.backends`.
+Pure tensor code: it knows no graphs. What computes it is chosen in `fedmef_fx.packing.backends`.
 """
 
 from fedmef_fx.packing.backends import Backend, available_backends, backend, backend_for, set_backend, using_backend

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fedmef_fx.packing.bitmap import bitmap_nbytes, check_bitmap, count_bits
 from fedmef_fx.packing.registry import announce_temporary
-from fedmef_fx.packing.spans import BLOCK
 from fedmef_fx.packing.words import Words, floats, magnitude_mask, nearest, round_down, word, words
 
 __all__ = ["NumpyBackend", "block_nbytes", "check_count"]
 
 _LITTLE: Final = "little"
+# Elements per block: 128 KiB of float32, so that what a block computes step by step stays in the second-level cache;
+# a multiple of 8, so that two blocks never write the same byte of a bitmap.
+BLOCK: Final = 32_768
 
 
 def check_count(bitmap: Tensor, values: Tensor) -> None:

@@ -1,15 +1,13 @@
 """The kernels behind packed activations, and which implementation runs them.
 
-Three implementations give the same bits: `"numpy"`, `"numba"` (the extra `fedmef-fx[fast]`) and `"torch"`.
+Three implementations give the same bits: `"native"` (C, compiled when the package is installed), `"numpy"`, `"torch"`.
 
-`"auto"` is, on the CPU, `"numba"` where it is installed and `"numpy"` elsewhere; on every other device it is `"torch"`.
-The choice is made when something is first packed, not at import. numba's kernels take a third of numpy's time
-(`benchmarks/packing.py`), but its compiler stays in memory with about 130 MB: clients whose memory is what counts leave
-the extra out, or choose `set_backend("numpy")` or `FEDMEF_FX_BACKEND=numpy` in the environment.
+`"auto"` is, on the CPU, `"native"` where its kernels were compiled and `"numpy"` elsewhere; on every other device it is
+`"torch"`. The choice is made when something is first packed, not at import; `set_backend` or `FEDMEF_FX_BACKEND` in the
+environment make another one. `"numba"`, the name of an implementation that is gone, stands for `"native"`.
 """
 
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -19,7 +17,11 @@ from typing import Final, Literal, Protocol, get_args
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.native import why_missing
 from fedmef_fx.packing.backend_meta import MetaBackend
+from fedmef_fx.packing.backend_native import NativeBackend
+from fedmef_fx.packing.backend_numpy import NumpyBackend
+from fedmef_fx.packing.backend_torch import TorchBackend
 from fedmef_fx.packing.layout import has_no_values
 
 __all__ = [
@@ -34,9 +36,10 @@ __all__ = [
     "using_backend",
 ]
 
-BackendName = Literal["auto", "numpy", "numba", "torch"]
+BackendName = Literal["auto", "native", "numpy", "torch", "numba"]
 ENVIRONMENT_VARIABLE: Final = "FEDMEF_FX_BACKEND"
 _NAMES: Final = get_args(BackendName)
+_FORMER: Final = "numba"
 
 
 class Backend(Protocol):
@@ -94,13 +97,8 @@ class Backend(Protocol):
 
 def available_backends() -> tuple[str, ...]:
     """The names that `backend` accepts on this machine."""
-    numba = ("numba",) if _has_numba() else ()
-    return ("numpy", *numba, "torch")
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    native = () if why_missing() else ("native",)
+    return (*native, "numpy", "torch")
 
 
 @functools.cache
@@ -111,20 +109,14 @@ def meta_backend() -> MetaBackend:
 
 @functools.cache
 def _load(name: str) -> Backend:
-    # Imported here: numba takes half a second and dozens of megabytes, which only its users should pay.
     if name == "numpy":
-        from fedmef_fx.packing.backend_numpy import NumpyBackend  # noqa: PLC0415
-
         return NumpyBackend()
     if name == "torch":
-        from fedmef_fx.packing.backend_torch import TorchBackend  # noqa: PLC0415
-
         return TorchBackend()
-    if not _has_numba():
-        raise ConfigError('backend: "numba" is not installed; pip install "fedmef-fx[fast]", or use "auto"')
-    from fedmef_fx.packing.backend_numba import NumbaBackend  # noqa: PLC0415
-
-    return NumbaBackend()
+    reason = why_missing()
+    if reason:
+        raise ConfigError(f'backend: there are no kernels for "native": {reason}; or use "auto", which is "numpy" here')
+    return NativeBackend()
 
 
 _chosen: str | None = None
@@ -132,21 +124,22 @@ _chosen: str | None = None
 
 def _checked(name: str, source: str) -> str:
     if name not in _NAMES:
-        allowed = " | ".join(map(repr, _NAMES))
+        allowed = " | ".join(repr(known) for known in _NAMES if known != _FORMER)
         raise ConfigError(f"{source}: got {name!r}; expected {allowed}")
-    return name
+    return "native" if name == _FORMER else name
 
 
 def set_backend(name: BackendName) -> None:
     """Choose the implementation for CPU tensors in this process.
 
     Raises:
-        ConfigError: An unknown name, or `"numba"` where it is not installed.
+        ConfigError: An unknown name, or `"native"` where its kernels were not compiled.
     """
     global _chosen  # noqa: PLW0603  # the one process-wide setting of this package
-    if _checked(name, "set_backend") != "auto":
-        _load(name)
-    _chosen = name
+    concrete = _checked(name, "set_backend")
+    if concrete != "auto":
+        _load(concrete)
+    _chosen = concrete
 
 
 @contextmanager
@@ -165,13 +158,13 @@ def backend(name: BackendName = "auto") -> Backend:
     """An implementation by name; `"auto"` is explained at the top of this file.
 
     Raises:
-        ConfigError: An unknown name, or `"numba"` where it is not installed.
+        ConfigError: An unknown name, or `"native"` where its kernels were not compiled.
     """
     concrete = _checked(name, "backend")
     if concrete == "auto":
         concrete = _chosen or _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
     if concrete == "auto":
-        concrete = "numba" if _has_numba() else "numpy"
+        concrete = "numpy" if why_missing() else "native"
     return _load(concrete)
 
 

@@ -118,6 +118,12 @@ def test_doctor() -> None:
     assert states["torch"] == states["onnxruntime"] == "ok"
 
 
+def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmef_fx.commands.doctor.why_missing", lambda: "no C compiler")
+    states = {check["what"]: (check["state"], check["found"]) for check in json_of("doctor")["checks"]}
+    assert states["native kernels"] == ("absent", "NumPy takes their place, several times as slow: no C compiler")
+
+
 def test_doctor_tells_a_directory_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMEF_FX_DATA", str(tmp_path))
     result = invoke("doctor")

@@ -11,7 +11,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import REFERENCE_MODELS, digits_cnn
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.packing.backends import BackendName, using_backend
+from fedmef_fx.packing.backends import BackendName, available_backends, using_backend
 
 IMAGES = torch.ones(8, 1, 8, 8)
 
@@ -45,7 +45,7 @@ def test_layers_and_prediction(name: str, transformed: bool) -> None:
         assert predicted.layers == report.layers
 
 
-@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+@pytest.mark.parametrize("kernels", ["numpy", "native"])
 @pytest.mark.parametrize("density", [0.1, 0.9])
 @pytest.mark.parametrize(
     "config",
@@ -58,8 +58,8 @@ def test_layers_and_prediction(name: str, transformed: bool) -> None:
     ids=["packed", "bfloat16", "int8", "all"],
 )
 def test_predictions_of_packed_weights_and_formats(config: Config, density: float, kernels: BackendName) -> None:
-    if kernels == "numba":
-        pytest.importorskip("numba", reason="numba is an optional dependency")
+    if kernels not in available_backends():
+        pytest.skip("the kernels could not be compiled")
     model = fedmef_fx.transform(digits_cnn(), config.replace(density=density))
     images = torch.randn(8, 1, 8, 8)
     with using_backend(kernels):

@@ -6,18 +6,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmef_fx.measure.live import LiveBytes
+from fedmef_fx.native import library
 from fedmef_fx.ops import pointwise
 from fedmef_fx.ops.gradient_collector import Request, collecting
 from fedmef_fx.ops.layers import pruned_convolution
 from fedmef_fx.packing import PackedTensor, using_backend
 from fedmef_fx.packing.bitmap import pack_bits
 
-pytest.importorskip("numba")
-
 
 @pytest.fixture(autouse=True)
-def _numba():
-    with using_backend("numba"):
+def _on_native_kernels(native_kernels):
+    with using_backend("native"):
         yield
 
 
@@ -57,7 +56,7 @@ def count_sparse(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_outputs_and_gradients_equal_the_dense_product(size, batch, has_bias, threads, monkeypatch):
     sparse = count_sparse(monkeypatch)
-    monkeypatch.setattr(pointwise, "_SMALLEST_PART", 1)
+    monkeypatch.setattr(library, "_SMALLEST_PART", 1)
     monkeypatch.setattr(pointwise, "_FEWEST_PIXELS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     dense, values, bitmap = packed(13, 21, 0.25)
@@ -84,12 +83,13 @@ def test_standardised_weights_train_as_on_numpy(dims):
     x = torch.randn(4, 12, *(16,) * dims, dtype=torch.float64, requires_grad=True)
     gain = torch.rand(8, dtype=torch.float64).requires_grad_()
     results = []
-    for name in ("numba", "numpy"):
+    for name in ("native", "numpy"):
         with using_backend(name):
             out = convolve(x, None, values, bitmap, dense.shape, gain=gain, g=1.7)
             results.append((out, *torch.autograd.grad(out.square().sum(), (values, gain, x))))
     for have, want in zip(*results, strict=True):
-        assert torch.allclose(have, want, rtol=1e-11, atol=1e-11)
+        # Up to 16,384 products of about 10 are summed in another order, and cancel in rows of few weights.
+        assert torch.allclose(have, want, rtol=1e-11, atol=1e-10)
 
 
 def test_everything_masked_gives_the_bias():

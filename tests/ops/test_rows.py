@@ -75,15 +75,15 @@ def test_standardising_equals_that_of_dense_rows(shape, transposed, groups, dens
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("statistics", ["active", "all"])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-def test_compiled_equations_give_what_the_others_give(density, statistics, dtype) -> None:
-    pytest.importorskip("numba")
+@pytest.mark.usefixtures("native_kernels")
+def test_native_equations_give_what_the_others_give(density, statistics, dtype) -> None:
     weight, mask = _weight((9, 5, 3, 3), density, 2)
     weight[1] *= 1e-5  # the guard EPS acts
     weight[2, 0, 0, 0] = float("nan")
     mask[2, 0, 0, 0], mask[3] = True, False
     values, gain, grad = weight[mask].to(dtype), torch.rand(9).to(dtype), torch.randn_like(weight[mask], dtype=dtype)
     found = []
-    for name in ("numpy", "numba"):
+    for name in ("numpy", "native"):
         with using_backend(name):
             rows = packed_rows(pack_bits(mask), mask.shape)
             columns = standardize(values, rows, gain, g=1.7, statistics=statistics)
