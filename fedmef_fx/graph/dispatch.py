@@ -15,6 +15,7 @@ from fedmef_fx.graph.compiled import (
     original_class,
     original_forward,
 )
+from fedmef_fx.graph.containers import container_methods
 from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
 from fedmef_fx.records.graphs import GraphMode
@@ -67,6 +68,12 @@ class RegionTable:
                 return
         self.entries.append(_Entry(signature, region.by_name, region.role, graphs))
 
+    @property
+    def only_graph(self) -> CompiledGraph | None:
+        """The graph that serves all calls in both modes, if there is one."""
+        entry = self.entries[0] if len(self.entries) == 1 else None
+        return entry.graphs.get("both") if entry is not None and isinstance(entry.signature, AnyCall) else None
+
     def find(self, owner: nn.Module, call: Call) -> tuple[CompiledGraph, bool] | None:
         """The graph that serves a call in the owner's mode, and whether it takes the arguments by name."""
         for entry in self.entries:
@@ -99,6 +106,24 @@ def _may_capture() -> bool:
     return not is_traced and not torch._C._functorch.maybe_current_level()
 
 
+class _OfOneGraph:
+    """`.graph` and `.code` of a model that one graph serves; attributes and children of that name come first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module]) -> Any:
+        if module is None:
+            return self
+        state = vars(module)
+        is_own = any(self._name in state[stored] for stored in ("_modules", "_parameters", "_buffers"))
+        table: RegionTable | None = state.get(_TABLE)
+        only = table.only_graph if table is not None and not is_own else None
+        if only is None:  # the module's own lookup goes on from here
+            raise AttributeError(f"{kind.__name__!r} object has no attribute {self._name!r}")
+        return only.graph if self._name == "graph" else only.graph.python_code("self").src
+
+
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -115,7 +140,14 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _run(self, args, kwargs)
 
-    body = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "__reduce_ex__": _reduce}
+    body: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        "forward": forward,
+        "__reduce_ex__": _reduce,
+    }
+    body |= container_methods(kind)
+    body |= {name: _OfOneGraph(name) for name in ("graph", "code") if not hasattr(kind, name)}
     return type(f"Transformed{kind.__name__}", (TransformedModule, kind), body)
 
 

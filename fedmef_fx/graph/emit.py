@@ -1,9 +1,8 @@
 """Emit: from a program back to a module that runs its graphs.
 
-One graph for the whole model and all calls becomes a `torch.fx.GraphModule` over the copy's own module tree, so that
-containers, unused layers and names stay. Everything else stays the model it was: the class of each region's owner
-becomes a subclass whose forward picks the graph for the mode and the kind of call, and runs the original forward where
-there is none. Names, `isinstance`, hooks, `deepcopy` and pickling keep working.
+The model stays the model it was: the class of each region's owner becomes a subclass whose forward picks the graph for
+the mode and the kind of call, and runs the original forward where there is none. Methods, names, `isinstance`, hooks,
+`deepcopy` and pickling keep working.
 """
 
 from typing import Final
@@ -46,40 +45,20 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
         extend: Captures kinds of calls that come up later; see `RegionTable`.
 
     Returns:
-        A GraphModule where one graph runs the whole model in both modes, otherwise the model with classes changed.
+        The model, with the classes of the regions' owners changed.
     """
     program.model.add_module(CHILD_NAME, program.transformation)
-    if program.is_one_graph:
-        result: nn.Module = _graph_module(program.model, program.regions[0].graphs["both"])
-    else:
-        result = program.model
-        for region in program.regions:
-            _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)
-        for path in program.pending:
-            _table_of(program.model.get_submodule(path), path, extend)
+    result = program.model
+    for region in program.regions:
+        _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)
+    for path in program.pending:
+        _table_of(program.model.get_submodule(path), path, extend)
     keep_gradients_masked(result)
     return result
 
 
-def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(model, graph, class_name=f"Transformed{type(model).__name__}")
-    # GraphModule rebuilds the tree from what the graph refers to; the model's own tree has everything.
-    module._modules = model._modules
-    module._parameters = model._parameters
-    module._buffers = model._buffers
-    module._non_persistent_buffers_set = model._non_persistent_buffers_set
-    for name in _KEPT_BY_ROOT:
-        getattr(module, name).update(getattr(model, name))
-    for name, value in vars(model).items():
-        if name not in vars(module) and name != "forward" and not hasattr(type(module), name):
-            vars(module)[name] = value
-    module._register_deepcopy_hook(_CarryHooks(module))
-    module.train(model.training)
-    return module
-
-
 class _CarryHooks:
-    """Gives a copy of a GraphModule the hooks of the module itself, which torch.fx leaves behind."""
+    """Gives a copy of a GraphModule of an earlier version, read from a file, the hooks that torch.fx leaves behind."""
 
     def __init__(self, module: nn.Module) -> None:
         self._hooks = {name: getattr(module, name) for name in _KEPT_BY_ROOT if name.startswith(("_forward", "_back"))}
@@ -96,7 +75,7 @@ def program_of(model: nn.Module) -> Program:
         ConfigError: Not a transformed model.
     """
     transformation = transformation_of(model)
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule):  # unpickled from a file of an earlier version
         return Program(model, [Region("", model, {"both": model.graph})], transformation)
     regions = []
     for path, module in model.named_modules():

@@ -72,8 +72,9 @@ def transform(
         printer: Called with each text; None prints on stderr.
 
     Returns:
-        A `torch.fx.GraphModule` where one graph serves both modes and all calls, otherwise a module of the model's own
-        class (a subclass of it) that holds traced regions and keeps its Python forward for the rest.
+        The model as an instance of its own
+        class (a subclass of it) that runs traced regions and keeps its Python forward for the rest. Where one graph
+        serves both modes and all calls, it also has `.graph` and `.code`.
 
     Raises:
         ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, a
