@@ -17,7 +17,7 @@ def container_methods(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """The methods that the subclass of a container's class needs; those that the user's class wrote stay."""
     if not issubclass(kind, nn.Sequential):
         return {}
-    ours = {"__len__": _length, "__iter__": _iterate, "__getitem__": _item}
+    ours: dict[str, Any] = {"__len__": _length, "__iter__": _iterate, "__getitem__": _item}
     return {name: method for name, method in ours.items() if getattr(kind, name) is getattr(nn.Sequential, name)}
 
 
