@@ -45,6 +45,8 @@ def reading_regions(program: Program) -> dict[int, Region]:
     """The best region that reads each weight that graphs read, by identity of the parameter."""
     found: dict[int, Region] = {}
     for region, _, graph in program.graphs():
+        if region.role == "fallback" and program.is_one_graph:
+            continue  # forward reads what the graph shows, and opaque modules the rest
         for parameter in _weights_of(region, graph):
             known = found.get(id(parameter))
             if known is None or (region.role == "region" and known.role != "region"):
@@ -127,7 +129,7 @@ def _originals(module: nn.Module) -> Iterator[str]:
 
 def _called_modules(program: Program) -> set[int] | None:
     """Modules that graphs call and what they hold; None where Python code may call any."""
-    if not all(region.serves_all for region in program.regions) and not _covers_model(program):
+    if not program.is_one_graph and not _covers_model(program):
         return None
     called = [region.module(node) for region, _, graph in program.graphs() for node in graph.nodes]
     return {id(child) for module in called if module is not None for child in module.modules()}

@@ -60,7 +60,8 @@ class FunctionalizeWeights:
                     refusals[match.where] = match
                 elif match is not None:
                     self._rewrite(region, node, match)
-                    rewrites[region.full_name(node.name if is_layer(node) else str(node.target))] = None
+                    name = node.name if is_layer(node) else str(node.target)
+                    rewrites[region.path if region.role == "fallback" else region.full_name(name)] = None
         return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
 
     def _match(self, region: Region, node: fx.Node) -> "nn.Module | _Arguments | Refusal | None":

@@ -236,9 +236,12 @@ class _Reads:
 
 def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:
     """Note which parameters need their gradients masked: all that code outside of graphs may read."""
-    everything = not program.is_one_graph
-    guarded = [name for name, prunable in chosen.items() if everything or prunable.tier == "hook"]
     parameters = dict(program.model.named_parameters())
+    fallbacks = [region for region in program.regions if region.role == "fallback"] if program.is_one_graph else []
+    by_graphs = {id(parameter) for region in fallbacks for parameter in region.owner._parameters.values()}
+    if program.is_one_graph and not fallbacks:  # then nothing but the graph is meant to run
+        by_graphs = {id(parameter) for parameter in parameters.values()}
+    guarded = [n for n, prunable in chosen.items() if prunable.tier == "hook" or id(parameters[n]) not in by_graphs]
     guarded += [
         n for prunable in chosen.values() if prunable.channels for n in prunable.channels.dependents if n in parameters
     ]

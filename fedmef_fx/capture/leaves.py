@@ -1,16 +1,19 @@
 """Leaves: regions of a single convolution or linear layer."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fedmef_fx.capture.symbolic import capture_graphs
+from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.graph.compiled import original_class
 from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import AnyTensors
+from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["leaf_regions"]
 
@@ -35,13 +38,33 @@ def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) ->
     """
     inside = {id(module): region for region in regions for module in region.owner.modules()}
     owners = {id(region.owner) for region in regions}
-    skipped = {identity for identity, region in inside.items() if not (fallbacks and region.may_run_python)}
+    tied = _held_twice(model)
     for path, module in model.named_modules():
-        if not _is_plain_layer(module) or id(module) in owners or id(module) in skipped:
+        if not _is_plain_layer(module) or id(module) in owners:
             continue
-        graphs = capture_graphs(module)
+        if id(module) in inside and (not fallbacks or id(module._parameters["weight"]) in tied):
+            continue  # the mask of a tied weight stands beside one of its layers only
+        graphs = _layer_graphs(module)
         role = "fallback" if id(module) in inside else "leaf"
         yield Region(path, module, graphs, AnyTensors(frozenset({"input"})), role=role)  # type: ignore[arg-type]
+
+
+def _held_twice(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules hold."""
+    held = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return {identity for identity, number in held.items() if number > 1}
+
+
+def _layer_graphs(module: nn.Module) -> dict[GraphMode, fx.Graph]:
+    """The graph of a plain layer, which needs none of what `capture_graphs` guards against."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):  # has an optional argument
+        return capture_graphs(module)
+    tracer = BaseTracer()
+    tracer.prepare(module)
+    graph = tracer.trace(module)
+    for node in graph.nodes:
+        node.type = None
+    return {"both": graph}
 
 
 def _is_plain_layer(module: nn.Module) -> bool:

@@ -22,18 +22,23 @@ class CompiledGraph:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.recompile()
+        self._forward: Callable[..., Any] | None = None
 
     def recompile(self) -> None:
-        """Make the function from the graph again."""
+        """Make the function from the graph again, at the next call."""
+        self._forward = None
+
+    def _compiled(self) -> Callable[..., Any]:
         code = self.graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, "<fedmef_fx graph>", "exec"), namespace)  # noqa: S102 -- how torch.fx runs graphs
-        self._forward: Callable[..., Any] = namespace["forward"]
+        forward: Callable[..., Any] = namespace["forward"]
+        self._forward = forward
+        return forward
 
     def __call__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the graph, resolving its targets against a module."""
-        return self._forward(owner, *args, **kwargs)
+        return (self._forward or self._compiled())(owner, *args, **kwargs)
 
     def __reduce__(self) -> tuple[type["CompiledGraph"], tuple[fx.Graph]]:
         return CompiledGraph, (self.graph,)

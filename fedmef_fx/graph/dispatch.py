@@ -51,12 +51,14 @@ class RegionTable:
         entries: Graphs by kind of call.
         extend: Captures another kind of call when it is first made, and adds it here; None for layers.
         attempts: How many more kinds of call may be tried.
+        only_graph: The graph that serves all calls in both modes, if there is one.
     """
 
     path: str
     entries: list[_Entry] = dataclasses.field(default_factory=list)
     extend: Extend | None = None
     attempts: int = 4
+    only_graph: CompiledGraph | None = None
 
     def add(self, region: Region) -> None:
         """Take in a region; graphs of a known signature gain its mode."""
@@ -66,13 +68,9 @@ class RegionTable:
             if entry.signature == signature and entry.by_name == region.by_name and not entry.graphs.keys() & graphs:
                 entry.graphs |= graphs
                 return
+        if not self.entries and isinstance(signature, AnyCall):
+            self.only_graph = graphs.get("both")
         self.entries.append(_Entry(signature, region.by_name, region.role, graphs))
-
-    @property
-    def only_graph(self) -> CompiledGraph | None:
-        """The graph that serves all calls in both modes, if there is one."""
-        entry = self.entries[0] if len(self.entries) == 1 else None
-        return entry.graphs.get("both") if entry is not None and isinstance(entry.signature, AnyCall) else None
 
     def find(self, owner: nn.Module, call: Call) -> tuple[CompiledGraph, bool] | None:
         """The graph that serves a call in the owner's mode, and whether it takes the arguments by name."""
@@ -86,9 +84,12 @@ class RegionTable:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the graph that serves a call, or the original forward."""
     table: RegionTable = module.__dict__[_TABLE]
-    original = original_forward(module)
     # A trace sees the code that the model was written in, not the graphs that were made from it.
-    call = None if torch.fx._symbolic_trace.is_fx_symbolic_tracing() else Call.of(module, args, kwargs)
+    is_traced = torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    if table.only_graph is not None and not is_traced:
+        return table.only_graph(module, *args, **kwargs)
+    original = original_forward(module)
+    call = None if is_traced else Call.of(module, args, kwargs)
     if call is None:
         return original(*args, **kwargs)
     found = table.find(module, call)
@@ -107,7 +108,7 @@ def _may_capture() -> bool:
 
 
 class _OfOneGraph:
-    """`.graph` and `.code` of a model that one graph serves; attributes and children of that name come first."""
+    """`.graph`, `.code` and `.recompile()` of a model that one graph serves; its own of that name come first."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -121,7 +122,9 @@ class _OfOneGraph:
         only = table.only_graph if table is not None and not is_own else None
         if only is None:  # the module's own lookup goes on from here
             raise AttributeError(f"{kind.__name__!r} object has no attribute {self._name!r}")
-        return only.graph if self._name == "graph" else only.graph.python_code("self").src
+        if self._name == "code":
+            return only.graph.python_code("self").src
+        return getattr(only, self._name)
 
 
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
@@ -147,7 +150,7 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
     }
     body |= container_methods(kind)
-    body |= {name: _OfOneGraph(name) for name in ("graph", "code") if not hasattr(kind, name)}
+    body |= {name: _OfOneGraph(name) for name in ("graph", "code", "recompile") if not hasattr(kind, name)}
     return type(f"Transformed{kind.__name__}", (TransformedModule, kind), body)
 
 

@@ -34,7 +34,8 @@ class Region:
         signature: The calls that the graphs serve; None for all.
         by_name: Whether placeholders are the arguments of forward; otherwise they are the tensors of a call, in order.
         role: A "region" is as large as tracing allows; a "leaf" is a single layer that Python calls; a "fallback" is a
-            layer inside a region, for the calls in which Python runs instead of the region's graph.
+            layer inside a region, for the calls in which Python runs instead of the region's graph: those that no
+            graph serves, and other methods than forward.
     """
 
     path: str
@@ -54,7 +55,7 @@ class Region:
 
     @property
     def serves_all(self) -> bool:
-        """Whether one graph serves all calls of the whole model, so that Python never runs."""
+        """Whether one graph serves all calls of the whole model, so that its forward never runs in Python."""
         return not self.path and self.signature is None and "both" in self.graphs
 
     @property
@@ -116,7 +117,8 @@ class Program:
     @property
     def is_one_graph(self) -> bool:
         """Whether a single graph runs the whole model, in both modes and for all calls."""
-        return len(self.regions) == 1 and self.regions[0].serves_all
+        regions = [region for region in self.regions if region.role != "fallback"]
+        return len(regions) == 1 and regions[0].serves_all
 
     def graphs(self) -> Iterator[tuple[Region, GraphMode, fx.Graph]]:
         """Every graph with its region and mode."""

@@ -43,6 +43,9 @@ def record_graphs(program: Program, observation: "Observation | None" = None) ->
         program: The program; it is only read. It may be on its way through the passes.
         observation: What example inputs showed.
     """
+    shown = list(program.graphs())
+    if program.is_one_graph:  # forward calls no other
+        shown = [entry for entry in shown if entry[0].role != "fallback"]
     densities = _densities(program)
     saved = _saved_records(program, observation) if observation is not None else {}
     tensors = observation.tensors if observation is not None else {}
@@ -52,7 +55,7 @@ def record_graphs(program: Program, observation: "Observation | None" = None) ->
             mode,
             tuple(_record_node(region, n, tensors.get(n, ()), densities, saved.get(n)) for n in graph.nodes),
         )
-        for region, mode, graph in program.graphs()
+        for region, mode, graph in shown
     )
 
 

@@ -72,9 +72,9 @@ def transform(
         printer: Called with each text; None prints on stderr.
 
     Returns:
-        The model as an instance of its own
-        class (a subclass of it) that runs traced regions and keeps its Python forward for the rest. Where one graph
-        serves both modes and all calls, it also has `.graph` and `.code`.
+        The model as an instance of its own class (a subclass of it) that runs traced regions and keeps its Python code
+        for the rest, other methods included. Where one graph serves both modes and all calls, it also has `.graph` and
+        `.code`.
 
     Raises:
         ConfigError: No prunable weights, an unknown name in `ignore`, example inputs that the model itself refuses, a
@@ -122,11 +122,12 @@ def _transformed(
 ) -> nn.Module:
     """A transformed copy of a model that was checked, with the reports of capture and passes."""
     steps = (*passes_of(config), *own_passes)
+    masks = any(isinstance(step, InsertMasks) and step.density < 1 for step in steps)
     original_mode = {name: module.training for name, module in model.named_modules()}
     duplicate = duplicate_of(model)
     call = example_call(duplicate, *examples)
     materialize(duplicate, call)
-    if any(isinstance(step, InsertMasks) and step.density < 1 for step in steps):
+    if masks:
         keep_weight_norms_finite(duplicate)
     start = time.perf_counter()
     captured = capture_model(duplicate, call)
@@ -138,12 +139,13 @@ def _transformed(
         tuple(captured.failures),
         pending=captured.pending,
     )
-    if not program.is_one_graph:
-        normalizes = any(isinstance(step, NormalizeKernels) for step in steps)
-        program.regions += leaf_regions(duplicate, program.regions, fallbacks=normalizes)
+    normalizes = any(isinstance(step, NormalizeKernels) for step in steps)
+    # Python code that calls layers gets their masks from hooks where it may run forward, from graphs elsewhere.
+    fallbacks = normalizes or (masks and program.is_one_graph)
+    program.regions += leaf_regions(duplicate, program.regions, fallbacks=fallbacks)
     capture = PassResult(
         "capture",
-        tuple(dict.fromkeys(region.path or type(model).__name__ for region in captured.regions)),
+        tuple(dict.fromkeys(r.path or type(model).__name__ for r in captured.regions if r.role != "fallback")),
         tuple(captured.failures),
         time.perf_counter() - start,
     )

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx import Config, freeze, masks, transform
 from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.graph.emit import program_of, recompile
+from fedmef_fx.graph.emit import program_of
 from fedmef_fx.ops.relu import sign_relu
 from tests.models import ZOO, build
 
@@ -220,7 +220,7 @@ def test_an_unusual_bound_becomes_a_clamp() -> None:
     model = transform(_Activations(nn.ReLU6()), Config(density=0.5))
     (node,) = model.graph.find_nodes(op="call_function", target=sign_relu)
     node.kwargs = {**node.kwargs, "high": 0.5}
-    recompile(model)
+    model.recompile()
 
     plain = freeze(model)
 
