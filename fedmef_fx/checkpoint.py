@@ -23,6 +23,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.packing import pack_bits
 from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
@@ -62,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(restored.get_parameter("0.weight"), sparse.get_parameter("0.weight"))
         True
     """
+    model = uncompiled_model(model)
     config = transformation_of(model).config
     target = check_target(path, error=_named_error("save"))
     state, ties = _state(model)
@@ -116,6 +118,7 @@ def load(
         CheckpointError: No checkpoint, a damaged one, a newer format, or one of another architecture or configuration.
             The model is as it was.
     """
+    model = uncompiled_model(model)
     tensors, metadata = read_file(Path(path))
     config = _config(metadata)
     known_thresholds = thresholds_from_json(metadata.get("thresholds", "[]"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-__all__ = ["duplicate_of", "join", "owner_of", "tensors_of"]
+__all__ = ["duplicate_of", "join", "owner_of", "tensors_of", "uncompiled_model"]
 
 
 def duplicate_of(model: nn.Module) -> nn.Module:
@@ -50,6 +50,11 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter or buffer, and the name it has there."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def uncompiled_model(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given, where this is what it returned; any other model itself."""
+    return vars(model).get("_modules", {}).get("_orig_mod") or model
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ from fedmef_fx.export.freeze.weights import erase_unread
 from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import Call as TracedCall
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.sparse_model.transformation import Transformation, is_transformed
 
@@ -77,6 +78,7 @@ def compact(
         >>> compact(net, (torch.randn(2, 8),)).get_parameter("0.weight").shape
         torch.Size([2, 8])
     """
+    model = uncompiled_model(model)
     read_examples(model, example_inputs, example_kwargs, where="compact")
     plain = freeze(model) if is_transformed(model) else copy.deepcopy(model).eval()
     examples = read_examples(plain, example_inputs, example_kwargs, where="compact")

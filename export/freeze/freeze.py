@@ -27,6 +27,7 @@ from fedmef_fx.export.freeze.restore import restore_model
 from fedmef_fx.export.freeze.weights import erase_unread, fold_weights
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
@@ -63,6 +64,7 @@ def freeze(model: nn.Module) -> nn.Module:
         >>> int((plain.get_parameter("0.weight") != 0).sum())
         16
     """
+    model = uncompiled_model(model)
     if not is_transformed(model):
         raise ConfigError(
             f"freeze: {type(model).__name__} is not a transformed model; expected the result of "

@@ -21,6 +21,7 @@ from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.precision import in_float32, other_precision, widened
 from fedmef_fx.export.onnx.report import ExportReport
 from fedmef_fx.files.atomic import check_target
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import is_transformed
 
@@ -97,6 +98,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
 
     runtime_target = read_target(target, weights=weights)
     destination = check_target(path, error=_named_export_error)
+    model = uncompiled_model(model)
     examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes)
     check_runs(model, examples)
     calls = calibration_calls(model, quantize, calibration_data, examples)

@@ -7,7 +7,9 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from fedmef_fx.errors import FedmefError
 from fedmef_fx.graph.compiled import (
     ORIGINAL_FORWARD,
     CompiledGraph,
@@ -18,6 +20,7 @@ from fedmef_fx.graph.compiled import (
 from fedmef_fx.graph.containers import container_methods
 from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
+from fedmef_fx.packing.tracers import is_traced, refuse_tracers
 from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["RegionTable", "tables_in"]
@@ -84,16 +87,17 @@ class RegionTable:
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the graph that serves a call, or the original forward."""
     table: RegionTable = module.__dict__[_TABLE]
-    # A trace sees the code that the model was written in, not the graphs that were made from it.
-    is_traced = torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    if table.only_graph is not None and not is_traced:
-        return table.only_graph(module, *args, **kwargs)
     original = original_forward(module)
-    call = None if is_traced else Call.of(module, args, kwargs)
+    if _is_captured(module, args, kwargs):
+        return original(*args, **kwargs)
+    refuse_tracers(module, *args, *kwargs.values())
+    if table.only_graph is not None:
+        return table.only_graph(module, *args, **kwargs)
+    call = Call.of(module, args, kwargs)
     if call is None:
         return original(*args, **kwargs)
     found = table.find(module, call)
-    if found is None and table.extend is not None and table.attempts > 0 and _may_capture():
+    if found is None and table.extend is not None and table.attempts > 0 and not is_traced():
         table.extend(module, table, call)
         found = table.find(module, call)
     if found is None:
@@ -102,9 +106,22 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return graph(module, **call.arguments) if by_name else graph(module, *call.tensors)
 
 
-def _may_capture() -> bool:
-    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return not is_traced and not torch._C._functorch.maybe_current_level()
+def _is_captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this package traces a module: it has to see the code that the model was written in, not its graphs.
+
+    Raises:
+        FedmefError: Somebody else traces it with torch.fx.
+    """
+    if not torch.fx._symbolic_trace.is_fx_symbolic_tracing() or is_traced():
+        return False
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if issubclass(type(leaf), torch.fx.Proxy) and not getattr(leaf.tracer, "sees_original_code", False):
+            raise FedmefError(
+                f"{type(module).__name__}: got traced by torch.fx, which cannot tell the graphs of a transformed model "
+                "apart; expected a plain model: freeze first: torch.fx.symbolic_trace(fedmef_fx.freeze(model)). To see "
+                "its graphs, use fedmef_fx.inspect(model)"
+            )
+    return True
 
 
 class _OfOneGraph:
@@ -127,6 +144,11 @@ class _OfOneGraph:
         return getattr(only, self._name)
 
 
+_NOT_COMPILED: Final = (
+    "fedmef_fx: transformed graphs run as they are, between what is compiled, because they keep packed tensors for "
+    "their backward; to compile a whole model for inference, freeze first: fedmef_fx.freeze(model)"
+)
+
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -146,7 +168,7 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
-        "forward": forward,
+        "forward": torch.compiler.disable(forward, reason=_NOT_COMPILED),  # type: ignore[no-untyped-call]  # torch's
         "__reduce_ex__": _reduce,
     }
     body |= container_methods(kind)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.graph.compiled import ORIGINAL_FORWARD
+from fedmef_fx.ops.autocast import autocast_dtype
 
 __all__ = ["AnyCall", "AnyTensors", "Call", "Signature"]
 
@@ -136,8 +137,7 @@ def _key(call: Call, *, exact: bool) -> _Key:
             # The type as well: True == 1. An opaque object equals only itself, so no other call matches it.
             kinds.append((type(leaf), repr(leaf) if isinstance(leaf, slice | float) else leaf))
     device = call.tensors[0].device.type if call.tensors else "cpu"
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return (*kinds, autocast)
+    return (*kinds, autocast_dtype(device))
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:

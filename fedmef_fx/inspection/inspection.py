@@ -27,6 +27,7 @@ from fedmef_fx.inspection.plots import plot_sparsity
 from fedmef_fx.inspection.shapes import observe
 from fedmef_fx.inspection.table import Table, layer_table
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.records.graphs import GraphRecord
 from fedmef_fx.records.passes import PassReport, PassResult, Refusal
 from fedmef_fx.sparse_model.transformation import Transformation, is_transformed
@@ -246,7 +247,7 @@ def inspect(
         raise ConfigError(f"inspect: got {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(example_inputs, Tensor):
         raise ConfigError("inspect: example_inputs is a tensor; expected a tuple of arguments: inspect(model, (x,))")
-    model = vars(model)["_modules"].get("_orig_mod", model)  # out of torch.compile
+    model = uncompiled_model(model)
     has_example = example_inputs is not None or example_kwargs is not None
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
     is_original = not is_transformed(model)

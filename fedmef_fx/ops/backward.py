@@ -9,8 +9,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fedmef_fx.errors import FedmefError
+from fedmef_fx.packing.tracers import is_traced, refuse_batched, uncompiled
 
-__all__ = ["differentiable_once", "taken"]
+__all__ = ["differentiable_once", "needs_backward", "taken"]
+
+
+def needs_backward(*tensors: object) -> bool:
+    """Whether an operation on these arguments keeps something for a backward of this package.
+
+    While it is traced it does not: then it is one of torch's, with torch's gradients.
+    """
+    needs = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    return needs and not is_traced()
 
 
 def taken(ctx: Any, name: str) -> Any:
@@ -57,8 +67,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     depend on weights and inputs: a gradient penalty would lose its own gradient without a word.
     """
 
+    @uncompiled
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> Any:
+        refuse_batched(gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():

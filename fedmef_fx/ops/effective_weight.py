@@ -12,6 +12,7 @@ from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops import packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 from fedmef_fx.ops.packed_weight import Recipe
+from fedmef_fx.packing.bitmap import unpack_bits
 from fedmef_fx.packing.layout import has_no_values
 
 __all__ = ["Recipe", "StoredWeight", "effective_weight", "effective_weight_backward", "recipe_of"]
@@ -38,6 +39,17 @@ class StoredWeight(NamedTuple):
     def shape(self) -> torch.Size:
         """Shape of the dense weight."""
         return self.weight.shape if self.packed_shape is None else self.packed_shape
+
+    def as_dense(self) -> "StoredWeight":
+        """The same weight as if it were stored dense, by operations that autograd can follow."""
+        if self.packed_shape is None or self.mask is None:
+            return self
+        active = unpack_bits(self.mask, self.packed_shape.numel())
+        # By places rather than torch.masked_scatter, whose gradient has a size that depends on values.
+        places = (active.long().cumsum(0) - 1).clamp_min(0)
+        values = self.weight if self.weight.numel() else self.weight.new_zeros(1)
+        dense = torch.where(active, values[places], 0.0).view(self.packed_shape)
+        return StoredWeight(dense, self.gain, active.view(self.packed_shape), self.form)
 
 
 def recipe_of(stored: StoredWeight) -> Recipe | None:

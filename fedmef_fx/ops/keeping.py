@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
+from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "remasked", "value_of"]
 
@@ -40,7 +41,7 @@ class KeepActivation(nn.Module):
 
     def forward(self, x: Tensor) -> BlockwiseTensor | None:
         """Encode x, of any shape; None where no gradient is recorded or 8 bits would not save memory."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or is_traced():
             return None
         kept, self.reason = encoded(x)
         return kept

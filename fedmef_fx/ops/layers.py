@@ -6,7 +6,6 @@ weight is made again in backward instead of being kept.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +15,14 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, taken
-from fedmef_fx.ops.effective_weight import StoredWeight, recipe_of
+from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recipe_of
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import PackedTensor
+from fedmef_fx.packing.tracers import is_traced, weights_as_constants
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
 
@@ -138,15 +139,7 @@ class _Linear:
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The type a layer computes in: autocast's where it is on, else the weight's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """A block without autocast; entering torch's costs as much as a small layer, so only where there is any."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(x.device.type) or weight.dtype
 
 
 class _PrunedLayer(Function):
@@ -165,7 +158,7 @@ class _PrunedLayer(Function):
     ) -> Tensor:
         dtype = _compute_dtype(x, weight)
         ctx.layer = layer
-        computed = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
+        computed = x if autocast_dtype(x.device.type) is None else x.to(dtype)
         if any(ctx.needs_input_grad):
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
             ctx.mask, ctx.form, ctx.packed_shape = stored.mask, stored.form, stored.packed_shape
@@ -173,7 +166,7 @@ class _PrunedLayer(Function):
             ctx.packed = packed if ctx.reads_input else None
             keep_input = packed is None and ctx.reads_input
             ctx.save_for_backward(weight, gain, x if keep_input else None)
-        with _without_autocast(x.device.type):
+        with under_autocast(x.device.type, None):
             ctx.recipe = recipe_of(stored)
             ctx.is_sparse = is_sparse(layer, stored, computed, dtype)
             product = _product(ctx, stored, dtype)
@@ -216,10 +209,22 @@ def _apply(layer: Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | 
             f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "
             f"tensor: convert it first, e.g. x.to({stored.weight.dtype})"
         )
+    if is_traced():
+        return _recorded(layer, x, bias, stored)
     result: Tensor = _PrunedLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         x, stored.weight, stored.gain, bias, packed, layer, stored
     )
     return result
+
+
+def _recorded(layer: Layer, x: Tensor, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+    """The layer for who traces it: operations of torch alone, which keep what torch keeps."""
+    dtype = _compute_dtype(x, stored.weight)
+    computed = x if autocast_dtype(x.device.type) is None else x.to(dtype)
+    with under_autocast(x.device.type, None):
+        with weights_as_constants():
+            weight = effective_weight(stored.as_dense(), dtype)
+        return layer.forward(computed, weight, None if bias is None else bias.to(dtype))
 
 
 @overridable

@@ -29,6 +29,7 @@ from fedmef_fx.ops.backward import differentiable_once
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
 from fedmef_fx.packing import backend
+from fedmef_fx.packing.tracers import is_traced, weights_as_constants
 
 __all__ = [
     "DEGENERATE",
@@ -108,17 +109,16 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     base = rows.active(values)
     number = rows.counts(values)
     counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
-    mean = rows.sum(base).div_(counted)
+    mean = rows.sum(base) / counted
     energy = rows.square_norm(base)
     degenerate = (number <= 1) | (energy - counted * mean.square() <= DEGENERATE**2 * energy)
-    mean.masked_fill_(degenerate, 0.0)
-    base.sub_(rows.spread(mean))
-    rows.clear_(base)
+    mean = mean.masked_fill(degenerate, 0.0)
+    base = rows.minus_(base, mean)
     # Summed anew over the centred values: the difference above cancels when the mean dominates.
     square = rows.square_norm(base)
     if statistics == "all":
-        square.add_((rows.fan_in - number) * mean.square())
-    normalizer = square.clamp_min(EPS).rsqrt_()
+        square = square + (rows.fan_in - number) * mean.square()
+    normalizer = square.clamp_min(EPS).rsqrt()
     return Columns(
         mean=mean,
         scale=g * rows.column(gain) * normalizer,
@@ -130,16 +130,15 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
 
 def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     """The weights without their mean, b of the module docstring; a new tensor in the form of `rows`."""
-    base = rows.active(values).sub_(rows.spread(columns.mean))
-    rows.clear_(base)
-    return base
+    return rows.minus_(rows.active(values), columns.mean)
 
 
 def standardized(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     """w_hat, in the form of `rows`; a new tensor."""
     if _is_native(rows, values):
         return native_rows.scaled_values(values, rows.lengths, torch.stack(columns))
-    return centred(values, rows, columns).mul_(rows.spread(columns.scale))
+    base, scale = centred(values, rows, columns), rows.spread(columns.scale)
+    return base * scale if is_traced() else base.mul_(scale)
 
 
 def standardize_backward(
@@ -288,6 +287,9 @@ def nsconv_weight(
         w_hat, of the weight's shape, exactly 0 where masked.
     """
     form = KernelForm(g, groups, transposed, statistics)
+    if is_traced():
+        with weights_as_constants():
+            return nsconv_kernel(weight, gain, mask, form)
     result: Tensor = _NSConvWeight.apply(weight, gain, mask, form)  # type: ignore[no-untyped-call]  # torch's own
     return result
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.packing import PackedTensor, ThresholdEstimator, why_dense
 from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["PackActivation"]
 
@@ -37,9 +38,9 @@ class PackActivation(nn.Module):
     def forward(self, x: Tensor) -> PackedTensor | None:
         """Pack x, of any shape; None where no gradient is recorded, x is not floating point, or x takes fewer bytes.
 
-        Under `torch.no_grad()` nothing is kept and the threshold stays as it is.
+        Under `torch.no_grad()` and while traced nothing is kept and the threshold stays as it is.
         """
-        if not torch.is_grad_enabled() or not x.is_floating_point():
+        if not torch.is_grad_enabled() or not x.is_floating_point() or is_traced():
             return None
         if has_no_values(x):
             packed = PackedTensor.predicted(x, kept=self.estimator.expected_kept)

@@ -63,9 +63,9 @@ def unpack(values: Tensor, bitmap: Tensor, shape: torch.Size) -> Tensor:
         bitmap: uint8, one bit per element of the dense tensor in row-major order.
         shape: Of the dense tensor.
     """
-    dense = values.new_empty(shape)
-    backend_for(dense).unpack(bitmap, values.detach().contiguous(), out=dense.view(-1))
-    return dense
+    flat = values.new_empty(shape.numel())
+    backend_for(flat).unpack(bitmap, values.detach().contiguous(), out=flat)
+    return flat.view(shape)
 
 
 def gather(dense: Tensor, bitmap: Tensor) -> Tensor:

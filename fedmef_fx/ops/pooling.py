@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing.registry import announce
 
@@ -170,7 +170,7 @@ def max_pool(
     Returns:
         What torch's max pooling returns; its gradient is exact.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not needs_backward(x):
         pooled: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
         return pooled
     result: Tensor = _MaxPool.apply(x, _Window(kernel, stride, padding, dilation), ceil_mode)  # type: ignore[no-untyped-call]  # torch's
@@ -203,7 +203,7 @@ def avg_pool(
         What torch's average pooling returns; its gradient is exact.
     """
     options = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not needs_backward(x):
         return _avg_pool(x, options)
     result: Tensor = _AvgPool.apply(x, options)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     return result
@@ -220,7 +220,7 @@ def adaptive_avg_pool(x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
     Returns:
         What torch's adaptive average pooling returns; its gradient is exact.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not needs_backward(x):
         return _adaptive_avg_pool(x, output_size)
     result: Tensor = _AdaptiveAvgPool.apply(x, output_size)  # type: ignore[no-untyped-call]  # torch leaves it so
     return result

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.autocast import under_autocast
+from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.ops.recompute import needs_backward, recompute
+from fedmef_fx.ops.recompute import recompute
 from fedmef_fx.packing import KeptTensor
 
 __all__ = ["compressed_attention", "compressed_matmul", "compressed_mul"]
@@ -49,7 +50,7 @@ class _Product(Function):
         kept_a, kept_b = taken(ctx, "kept")
         exact_a, exact_b = ctx.saved_tensors
         gradients: list[Tensor | None] = [None, None, None]
-        with torch.autocast(grad.device.type, enabled=False):
+        with under_autocast(grad.device.type, None):
             if ctx.needs_input_grad[0]:
                 b = value_of(kept_b, exact_b)
                 gradients[0] = grad @ b.to(grad.dtype).mT if ctx.is_matmul else grad * b

@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
+from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.packing import KeptTensor
 
-__all__ = ["needs_backward", "recompute"]
+__all__ = ["recompute"]
 
 TensorFunction = Callable[..., Tensor]
-
-
-def needs_backward(*tensors: object) -> bool:
-    """Whether autograd would record an operation on these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 class _Recompute(Function):
@@ -37,7 +33,7 @@ class _Recompute(Function):
     ) -> Tensor:
         device = next(t.device for t in tensors if t is not None)
         ctx.again, ctx.kept, ctx.device = again, tuple(kept), device
-        ctx.autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        ctx.autocast = autocast_dtype(device.type)
         ctx.random_state = _random_state(device) if is_random else None
         exact = [t if k is None else None for t, k in zip(tensors, kept, strict=True)]
         ctx.save_for_backward(*exact)
@@ -54,10 +50,9 @@ class _Recompute(Function):
             for k, exact, need in zip(kept, ctx.saved_tensors, needed, strict=True)
         ]
         del kept
-        enabled, dtype = ctx.autocast
         with (
             torch.enable_grad(),
-            torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled),
+            under_autocast(ctx.device.type, ctx.autocast),
             _replaying(ctx.device, ctx.random_state),
         ):
             result = ctx.again(*values)

@@ -7,12 +7,11 @@ convolution's copy saves nothing.
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits, clamp
 from fedmef_fx.packing.layout import is_same_memory
@@ -62,7 +61,7 @@ def sign_relu(
     Returns:
         `min(max(x, slope * x), high)`; its gradient is exact.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not needs_backward(x):
         return F.leaky_relu(x, slope) if slope else x.clamp(0.0, None if high == math.inf else high)
     result: Tensor = _SignReLU.apply(x, high, slope, inplace, inplace_gradient)  # type: ignore[no-untyped-call]  # torch's own
     return result

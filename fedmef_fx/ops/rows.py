@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.packing.bitmap import count_rows, unpack_bits
+from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["DenseRows", "IndexedRows", "Rows", "SegmentRows", "packed_rows"]
 
@@ -43,6 +44,9 @@ class Rows(Protocol):
 
     def clear_(self, values: Tensor) -> None:
         """Set masked values to 0, in place."""
+
+    def minus_(self, values: Tensor, column: Tensor) -> Tensor:
+        """Active values minus a column, 0 where masked; in place, except while it is traced."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Column: sum of each row."""
@@ -87,6 +91,14 @@ class DenseRows:
         if self.mask is not None:
             values.mul_(self.mask)
 
+    def minus_(self, values: Tensor, column: Tensor) -> Tensor:
+        """See `Rows.minus_`."""
+        if is_traced():  # exporters lose track of what is changed in place
+            return self.active(values - column)
+        values.sub_(column)
+        self.clear_(values)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         """See `Rows.sum`."""
         return values.sum(1, keepdim=True)
@@ -94,7 +106,7 @@ class DenseRows:
     def square_norm(self, values: Tensor) -> Tensor:
         """See `Rows.square_norm`."""
         norm: Tensor = torch.linalg.vector_norm(values, dim=1, keepdim=True)
-        return norm.square_()
+        return norm.square()
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """See `Rows.inner`."""
@@ -118,6 +130,14 @@ class _PackedRows(abc.ABC):
 
     def clear_(self, values: Tensor) -> None:  # noqa: B027 -- nothing is masked: there is nothing to do
         """See `Rows.clear_`."""
+
+    def minus_(self, values: Tensor, column: Tensor) -> Tensor:
+        """See `Rows.minus_`; nobody traces packed rows."""
+        return values.sub_(self.spread(column))
+
+    @abc.abstractmethod
+    def spread(self, column: Tensor) -> Tensor:
+        """See `Rows.spread`."""
 
     @abc.abstractmethod
     def sum(self, values: Tensor) -> Tensor:

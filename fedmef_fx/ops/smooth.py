@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.keeping import kept_in_8_bits, value_of
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.ops.recompute import needs_backward
 from fedmef_fx.packing import KeptTensor
 
 __all__ = ["compressed_activation", "compressed_result"]

@@ -23,6 +23,8 @@ from fedmef_fx.packing.backend_native import NativeBackend
 from fedmef_fx.packing.backend_numpy import NumpyBackend
 from fedmef_fx.packing.backend_torch import TorchBackend
 from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.operators import define_operators
+from fedmef_fx.packing.tracers import is_exported, is_traced
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -169,7 +171,20 @@ def backend(name: BackendName = "auto") -> Backend:
 
 
 def backend_for(x: Tensor) -> Backend:
-    """The implementation for a tensor: the chosen one on the CPU, torch on other devices, sizes only without values."""
+    """The implementation for a tensor: the chosen one on the CPU, torch on other devices, sizes only without values.
+
+    While it is traced: operators of torch, or torch alone where the trace leaves this process.
+    """
+    if is_traced():
+        return _load("torch") if is_exported() else _OPERATORS
     if has_no_values(x):
         return meta_backend()
+    return _kernels_for(x)
+
+
+def _kernels_for(x: Tensor) -> Backend:
     return backend() if x.device.type == "cpu" else _load("torch")
+
+
+# At import, so that programs that were traced elsewhere and call them can be read.
+_OPERATORS: Final = define_operators(_kernels_for)

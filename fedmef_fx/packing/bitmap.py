@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.registry import announce_temporary
+from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["bitmap_nbytes", "check_bitmap", "count_bits", "count_rows", "pack_bits", "unpack_bits"]
 
@@ -57,6 +58,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ConfigError(f"pack_bits: got {mask.dtype}; expected torch.bool, e.g. pack_bits(x > 0)")
     flat = mask.detach().reshape(-1)
+    if is_traced():
+        return _pack_on_device(flat)
     if has_no_values(flat):
         return flat.new_empty(bitmap_nbytes(flat.numel()), dtype=torch.uint8)
     if flat.device.type == "cpu":
@@ -70,8 +73,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 def _pack_on_device(flat: Tensor) -> Tensor:
     """`pack_bits` where there is no numpy; gives the same on the CPU, more slowly."""
     padded = F.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
-    return (padded * powers).sum(1, dtype=torch.uint8)
+    return (padded * _powers(flat.device)).sum(1, dtype=torch.uint8)
+
+
+def _powers(device: torch.device) -> Tensor:
+    """The value of each bit of a byte."""
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
 def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:
@@ -88,6 +95,8 @@ def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:
         ConfigError: The bitmap is not one of `numel` elements.
     """
     check_bitmap(bitmap, numel)
+    if is_traced():
+        return _unpack_on_device(bitmap, numel)
     if has_no_values(bitmap):
         return bitmap.new_empty(numel, dtype=torch.bool)
     if bitmap.device.type == "cpu":
@@ -100,8 +109,8 @@ def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:
 
 def _unpack_on_device(bitmap: Tensor, numel: int) -> Tensor:
     """`unpack_bits` where there is no numpy."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
-    return ((bitmap[:, None] >> shifts) & 1).view(-1)[:numel].bool()
+    # In operators that ONNX has, for exporters.
+    return torch.bitwise_and(bitmap[:, None], _powers(bitmap.device)).view(-1)[:numel].bool()
 
 
 def count_bits(bitmap: NDArray[np.uint8]) -> int:

@@ -22,10 +22,10 @@ from typing import Final, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fedmef_fx.packing.layout import MemoryLayout
+from fedmef_fx.packing.layout import MemoryLayout, has_no_values
 from fedmef_fx.packing.registry import announce, announce_temporary
+from fedmef_fx.packing.tracers import is_traced
 from fedmef_fx.packing.words import check_float
 
 __all__ = ["BLOCK", "BlockwiseTensor", "Rounding", "blockwise_nbytes"]
@@ -101,7 +101,7 @@ class BlockwiseTensor:
         layout = MemoryLayout.of(x)
         codes = x.new_empty(layout.numel, dtype=torch.uint8, requires_grad=False)
         ranges = x.new_empty(-(-layout.numel // BLOCK), 2, dtype=_range_dtype(x.dtype), requires_grad=False)
-        if x.is_meta or isinstance(x, FakeTensor):
+        if has_no_values(x) and not is_traced():
             # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
             gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
             announce_temporary(gathered + _chunk_nbytes(x, ranges.dtype))
@@ -118,7 +118,7 @@ class BlockwiseTensor:
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         dense = self.codes.new_empty_strided(self.layout.shape, self.layout.stride, dtype=self.dtype)
-        if dense.is_meta or isinstance(dense, FakeTensor):
+        if has_no_values(dense) and not is_traced():
             if dense.dtype != self.ranges.dtype:  # decoded elsewhere, and then rounded
                 announce_temporary(_chunk_nbytes(dense, self.ranges.dtype))
             return dense

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for
 from fedmef_fx.packing.bitmap import pack_bits
-from fedmef_fx.packing.layout import MemoryLayout, is_same_memory
+from fedmef_fx.packing.layout import MemoryLayout
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["GradientBits", "clamp"]
@@ -44,8 +45,8 @@ class GradientBits:
         """
         flat = self.layout.flatten(grad)
         # Where flatten had to reorder, its copy is free to be overwritten anyway.
-        reuse = inplace or not is_same_memory(flat, grad)
-        out = flat if reuse else self.layout.flatten(self.layout.empty(dtype=grad.dtype, device=grad.device))
+        reuse = inplace or not self.layout.describes(grad)
+        out = flat if reuse else torch.empty_like(flat)
         backend_for(flat).mask_by_bits(self.bitmap, flat, out=out, scale_off=scale_off)
         return out.as_strided(self.layout.shape, self.layout.stride)
 
@@ -69,12 +70,7 @@ def clamp(x: Tensor, *, low: float = 0.0, high: float = math.inf, inplace: bool 
     """
     layout = MemoryLayout.of(x)
     flat = layout.flatten(x)
-    out = _output(x, flat, layout, inplace=inplace)
+    # Where flatten had to reorder, its copy is free to be overwritten anyway.
+    out = flat if inplace or not layout.describes(x) else torch.empty_like(flat)
     bits = backend_for(flat).clamp_bits(flat, out=out, low=low, high=high)
     return out.as_strided(layout.shape, layout.stride), GradientBits(bits, layout)
-
-
-def _output(x: Tensor, flat: Tensor, layout: MemoryLayout, *, inplace: bool) -> Tensor:
-    if inplace or not is_same_memory(flat, x):
-        return flat
-    return layout.flatten(layout.empty(dtype=x.dtype, device=x.device))

@@ -1,12 +1,15 @@
 """The order of a tensor's elements in memory, so that any dense tensor can be treated as flat without a copy."""
 
 import dataclasses
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["MemoryLayout", "has_no_values", "is_same_memory"]
+
+_FAKE: Final = torch._C._TorchDispatchModeKey.FAKE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class MemoryLayout:
     def of(cls, x: Tensor) -> "MemoryLayout":
         """The layout of `x`; for a tensor with gaps or overlaps (slices, expanded ones) that of its contiguous copy."""
         shape = tuple(x.shape)
+        if torch.compiler.is_compiling():  # torch.compile knows no strides that depend on sizes
+            return cls(shape, _contiguous(shape))
         expected = 1
         for size, stride in sorted(zip(shape, x.stride(), strict=True), key=lambda axis: (axis[1], axis[0])):
             if size != 1 and stride != expected:
@@ -52,12 +57,10 @@ class MemoryLayout:
             x = torch.empty_strided(self.shape, self.stride, dtype=x.dtype, device=x.device).copy_(x)
         return x.as_strided((self.numel,), (1,))
 
-    def empty(self, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor of this layout."""
-        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
-
     def describes(self, x: Tensor) -> bool:
         """Whether `x` has these strides; that of an axis of size 1 is never used."""
+        if torch.compiler.is_compiling():
+            return x.is_contiguous() and self.stride == _contiguous(self.shape)
         axes = zip(self.shape, x.stride(), self.stride, strict=True)
         return self.numel == 0 or all(size == 1 or got == wanted for size, got, wanted in axes)
 
@@ -72,8 +75,14 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether a tensor has a shape only: it is on the meta device, or a fake that stands in for one elsewhere."""
-    return isinstance(x, FakeTensor) or x.device.type == "meta"
+    """Whether a tensor has a shape only: it is on the meta device, or a fake that stands in for one elsewhere.
+
+    What a real tensor leads to under `FakeTensorMode` is fake, too.
+    """
+    if isinstance(x, FakeTensor) or x.device.type == "meta":
+        return True
+    core = torch._C
+    return core._len_torch_dispatch_stack() > 0 and core._get_dispatch_mode(_FAKE) is not None
 
 
 def is_same_memory(first: Tensor, second: Tensor) -> bool:

@@ -69,9 +69,9 @@ class PackedTensor:
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
-        dense = self.layout.empty(dtype=self.dtype, device=self.device)
-        backend_for(dense).unpack(self.bitmap, self.values.to(self.dtype), out=self.layout.flatten(dense))
-        return dense
+        flat = self.values.new_empty(self.layout.numel, dtype=self.dtype)
+        backend_for(flat).unpack(self.bitmap, self.values.to(self.dtype), out=flat)
+        return flat.as_strided(self.layout.shape, self.layout.stride)
 
     def narrowed(self, dtype: torch.dtype) -> "PackedTensor":
         """The same with values of 16 bits, rounded; `unpack` restores the dtype of the packed tensor.

@@ -18,6 +18,8 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedmef_fx.packing.tracers import is_traced
+
 __all__ = [
     "BufferKind",
     "HeldBuffer",
@@ -65,7 +67,9 @@ _listeners: Final[list[Listener]] = []
 
 
 def announce(buffer: Tensor, kind: BufferKind) -> None:
-    """Register the storage of a buffer until it is freed."""
+    """Register the storage of a buffer until it is freed; what is traced has none."""
+    if is_traced():
+        return
     storage = buffer.untyped_storage()
     key = storage._cdata  # the address of the C++ object, which is unique while it lives
     _held[key] = HeldBuffer(kind, next(_serials), weakref.ref(storage, lambda _: _held.pop(key, None)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
 from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.transformation import transformation_of
 
@@ -32,6 +33,7 @@ class _GradientMask:
         owner = self._owner()
         return None if owner is None else owner._buffers.get(mask_name(self._leaf))
 
+    @uncompiled
     def __call__(self, gradient: Tensor) -> Tensor:
         mask = self.mask()
         if mask is None:
@@ -51,15 +53,22 @@ def keep_gradients_masked(model: nn.Module) -> None:
     attach_gradient_masks(model)
 
 
+@uncompiled
 def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
     """Put the hooks on the guarded parameters of a transformed model where they are missing."""
+    refuse_tracers(model)
+    if is_traced():  # its parameters stand in for the model's
+        return
     for name in transformation_of(model).guarded:
         path, _, leaf = name.rpartition(".")
         _attach(model.get_submodule(path), leaf)
 
 
+@uncompiled
 def attach_own_gradient_masks(module: nn.Module, _: Any = None) -> None:
     """Put the hooks on the masked parameters that a module itself holds where they are missing."""
+    if is_traced():
+        return
     for leaf in module._parameters:
         if mask_name(leaf) in module._buffers:
             _attach(module, leaf)

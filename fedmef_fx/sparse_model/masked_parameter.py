@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx.packing.backends import backend_for
+from fedmef_fx.ops.packed_weight import unpack
 from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
 from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state
 
@@ -87,9 +87,7 @@ class MaskedParameter:
         tensor = tensor.detach()
         if not self.is_packed:
             return torch.where(self.buffer, tensor, 0.0)
-        dense = tensor.new_empty(self.shape)
-        backend_for(dense).unpack(self.buffer, tensor.contiguous(), out=dense.view(-1))
-        return dense
+        return unpack(tensor, self.buffer, self.shape)
 
     def places(self, positions: Tensor) -> Tensor:
         """Where positions of the dense weight stand in the parameter as it is stored, -1 for those it does not hold.

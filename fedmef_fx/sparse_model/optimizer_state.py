@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing.tracers import uncompiled
 
 __all__ = ["StateUpdate", "forget_state", "trust_loaded_state", "update_state", "watch_optimizers"]
 
@@ -121,6 +122,7 @@ class _Optimizers:
             if parameter in self._changed:
                 del self._changed[parameter]
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if optimizer in self._known:
             return

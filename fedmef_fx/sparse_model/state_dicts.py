@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.sparse_model.mask_digest import DIGEST, check_digest, mask_digest
@@ -61,6 +62,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: tuple(value.shape) for name, value in dense_state_dict(sparse).items()}
         {'0.weight': (4, 8), '0.bias': (4,)}
     """
+    model = uncompiled_model(model)
     parameters = masked_parameters(model).values()
     masked = {id(parameter.parameter): parameter for parameter in parameters}
     buffers = {id(parameter.buffer) for parameter in parameters}

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing.tracers import uncompiled
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
@@ -194,6 +195,7 @@ class Extrusion:
         stop = 1 if self._stop is None else self._stop
         return adjustment_count(active, inactive, round_index=self._round_index, stop=stop, rate=self._rate)
 
+    @uncompiled
     def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
         positions = places.now()
@@ -205,6 +207,7 @@ class Extrusion:
         # Out of place: autograd may hand the same gradient tensor to other parts of the graph.
         return gradient.flatten().index_add(0, positions, term.to(gradient.dtype)).view_as(gradient)
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         self._restore_rates()
         if self.strength > 0 and self.step < self.budget_steps:
@@ -220,6 +223,7 @@ class Extrusion:
                     self._replaced.append((group, scheduled, group["lr"]))
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
 
+    @uncompiled
     def _after_step(self, *_: object) -> None:
         self.step += 1
         self._restore_rates()

@@ -15,6 +15,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.graph.signature import Call
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.passes.catalogue import PASSES
 from fedmef_fx.records.passes import Refusal
 from fedmef_fx.sparse_model.transformation import is_transformed
@@ -88,8 +89,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[Refusal, ...]]:
             f"transform: got a model wrapped in {kind}; expected the model itself, wrapped afterwards: "
             f"model = {kind}(fedmef_fx.transform(model.module))"
         )
-    inner = vars(model).get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
-    if inner is None:
+    inner = uncompiled_model(model) if isinstance(model, nn.Module) else model
+    if inner is model:
         return model, ()
     notice = Refusal(type(model).__name__, "unwrapped from torch.compile; compile the result: torch.compile(result)")
     return inner, (notice,)
