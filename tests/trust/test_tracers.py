@@ -230,7 +230,7 @@ def test_torch_fx_is_refused_rather_than_shown_other_code(kind: type[nn.Module])
 
 def test_tensors_with_operations_of_their_own_are_refused():
     model, x = sparse_model()
-    with pytest.raises(FedmefError, match="TwoTensor.*freeze first"):
+    with pytest.raises(FedmefError, match=r"TwoTensor.*freeze first"):
         model(TwoTensor(x, x))
 
     class Tagged(Tensor):
