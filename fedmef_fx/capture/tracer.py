@@ -44,12 +44,10 @@ class BaseTracer(fx.Tracer):
     """The tracer of this module; see the module docstring for what it does beyond torch.fx.
 
     Attributes:
-        sees_original_code: Whether transformed modules show the code that they were written in.
         looks_inside: Whether the composite modules of torch.nn (attention, transformer layers) are traced through.
     """
 
     proxy_buffer_attributes = True
-    sees_original_code = True
     looks_inside = False
 
     def __init__(self, *, own_hooks: Collection[int] = ()) -> None:

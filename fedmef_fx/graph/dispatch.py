@@ -7,9 +7,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from fedmef_fx.errors import FedmefError
 from fedmef_fx.graph.compiled import (
     ORIGINAL_FORWARD,
     CompiledGraph,
@@ -88,7 +86,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """Run the graph that serves a call, or the original forward."""
     table: RegionTable = module.__dict__[_TABLE]
     original = original_forward(module)
-    if _is_captured(module, args, kwargs):
+    # torch.fx sees the code that the model was written in, not the graphs that were made from it.
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing() and not is_traced():
         return original(*args, **kwargs)
     refuse_tracers(module, *args, *kwargs.values())
     if table.only_graph is not None:
@@ -104,24 +103,6 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return original(*args, **kwargs)
     graph, by_name = found
     return graph(module, **call.arguments) if by_name else graph(module, *call.tensors)
-
-
-def _is_captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this package traces a module: it has to see the code that the model was written in, not its graphs.
-
-    Raises:
-        FedmefError: Somebody else traces it with torch.fx.
-    """
-    if not torch.fx._symbolic_trace.is_fx_symbolic_tracing() or is_traced():
-        return False
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if issubclass(type(leaf), torch.fx.Proxy) and not getattr(leaf.tracer, "sees_original_code", False):
-            raise FedmefError(
-                f"{type(module).__name__}: got traced by torch.fx, which cannot tell the graphs of a transformed model "
-                "apart; expected a plain model: freeze first: torch.fx.symbolic_trace(fedmef_fx.freeze(model)). To see "
-                "its graphs, use fedmef_fx.inspect(model)"
-            )
-    return True
 
 
 class _OfOneGraph:

@@ -221,11 +221,10 @@ def test_derivatives_that_are_no_backward_are_refused(kind: str, training: bool)
     DERIVATIVES[kind](frozen, x)  # the remedy works
 
 
-@pytest.mark.parametrize("kind", [Net, Branching])
-def test_torch_fx_is_refused_rather_than_shown_other_code(kind: type[nn.Module]):
-    model, _ = sparse_model(kind)
-    with pytest.raises(FedmefError, match="freeze first"):
-        torch.fx.symbolic_trace(model)
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_torch_fx_shows_layers_that_have_the_masks(storage: str):
+    model, x = sparse_model(storage=storage)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), **CLOSE)
 
 
 def test_tensors_with_operations_of_their_own_are_refused():
