@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import fx, nn
 
@@ -40,10 +41,19 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return (self._forward or self._compiled())(owner, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[type["CompiledGraph"], tuple[fx.Graph]]:
-        return CompiledGraph, (self.graph,)
+    def __reduce__(self) -> tuple[Callable[..., "CompiledGraph"], tuple[fx.Graph]]:
+        # Some functions of torch, such as F.max_pool2d, say that they are local ones, which no pickle finds.
+        local = [n for n in self.graph.nodes if "<locals>" in getattr(n.target, "__qualname__", "")]
+        if not local:
+            return CompiledGraph, (self.graph,)
+        graph = copy.deepcopy(self).graph
+        for node in graph.nodes:
+            if "<locals>" in getattr(node.target, "__qualname__", ""):
+                node.target = _Reference(node.target.__module__, node.target.__name__)
+        # Another copy: the first one still lists the old targets.
+        return _restored, (copy.deepcopy(CompiledGraph(graph)).graph,)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledGraph":
+    def __deepcopy__(self, _: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, values))
@@ -52,13 +62,38 @@ class CompiledGraph:
         return CompiledGraph(graph)
 
 
+class _Reference(NamedTuple):
+    """A function by the module and the name under which it is found."""
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function."""
+        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
+        return found
+
+
+def _restored(graph: fx.Graph) -> CompiledGraph:
+    for node in graph.nodes:
+        if isinstance(node.target, _Reference):
+            node.target = node.target.function
+    return CompiledGraph(graph)
+
+
 class TransformedModule(nn.Module):
     """Mixin of modules that run traced graphs, one per mode and kind of call, or their original forward."""
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, for a transformed module that which it was made from."""
-    return type(module).__mro__[2] if isinstance(module, TransformedModule) else type(module)
+    bases = type(module).__mro__
+    return bases[bases.index(TransformedModule) + 1] if TransformedModule in bases else type(module)
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
