@@ -1,134 +1,156 @@
-"""`BlockwiseTensor`: a tensor at 8 bits per element, with a scale and an offset per block of 256 elements.
+"""`BlockwiseTensor`: a tensor in 1, 2, 3, 4 or 8 bits per element, in blocks of the order of memory.
 
-For tensors that must not be pruned: inputs of normalisations and of GELU, results of softmax, operands of products.
-Blocks follow the order of memory. A block with smallest value lo and largest value hi stores
+For what must not be pruned, and for what need not be exact: 8 bits for inputs of normalisations and of GELU, results of
+softmax, operands of products; 2 for the inputs that layers keep for their weight gradients.
 
-    scale = (hi - lo) / 255,    code = round((x - lo) / scale),    decoded = lo + scale * code
+Layout, for kernels in other languages (`fedmef_fx.packing.block_code` has the arithmetic, in this order of operations;
+float64 for float64 tensors, float32 for all others, products and sums rounded one by one):
 
-so that data which is not centred (a softmax, a GELU's input) loses no codes to a sign it does not have.
+- Elements are numbered in the order of memory (`MemoryLayout`); block b holds elements `[b * block, (b + 1) * block)`,
+  the last one those that are left.
+- `codes`: the planes of block 0, then those of block 1, ... (`fedmef_fx.packing.bit_planes`).
+- `parameters` `[blocks, 2]`: offset and scale of each block, bfloat16 for up to 4 bits; for centroids
+  `[blocks, 2 ** bits]`, the levels.
+- Stochastic rounding takes the noise of an element's number (`fedmef_fx.packing.noise`) under the tensor's key:
+  code = floor((x - offset) * (1 / scale) + noise), at most 2 ** bits - 1. Nearest rounding is that with noise 1/2.
 
-Error of nearest rounding: |x - decoded| <= scale / 2, up to rounding in the block's own precision; 0 for a block of
-equal values. Where scale falls below the smallest normal number the block decodes to lo, which is off by less than 255
-such numbers. Stochastic rounding: unbiased, and off by at most scale.
+NaN and infinities survive unchanged. Of a tensor that holds any, and of one with a range that overflows, the finite
+elements are encoded in float64, quartered, and the kind of each element (0 finite, 1 NaN, 2 and 3 the infinities) is
+kept next to the codes, in 2 bits: `kinds`, one block of planes for the whole tensor.
 
-NaN and infinities survive unchanged. A block that holds one has 3 codes less for its finite values: scale is
-(hi - lo) / 252 over the finite ones.
+Where scale falls below the smallest normal number a block decodes to its offset. Up to 4 bits, finite values of float64
+beyond what bfloat16 holds become its largest ones.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
+from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode, decode_levels, encode_levels
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
-from fedmef_fx.packing.registry import announce, announce_temporary
+from fedmef_fx.packing.noise import noise_at, noise_key
+from fedmef_fx.packing.registry import BufferKind, announce, announce_temporary
 from fedmef_fx.packing.tracers import is_traced
 from fedmef_fx.packing.words import check_float
 
-__all__ = ["BLOCK", "BlockwiseTensor", "Rounding", "blockwise_nbytes"]
-
-BLOCK: Final = 256
-"""Elements per block."""
-
-Rounding = Literal["nearest", "stochastic"]
+__all__ = ["BlockwiseTensor"]
 
 # Bytes of input that are worked on at a time: three temporaries of this size stay far below 1 MB, and in the cache.
 _CHUNK_BYTES: Final = 1 << 18
 # Elsewhere a kernel launch costs more than memory does.
 _CHUNK_BYTES_ON_DEVICE: Final = 1 << 24
-_LEVELS: Final = 255
-_NAN, _POSITIVE, _NEGATIVE = 253, 254, 255
-_FINITE_LEVELS: Final = 252
-
-
-def blockwise_nbytes(numel: int, dtype: torch.dtype) -> int:
-    """Bytes of a `BlockwiseTensor`: 1 per element, and scale and offset of each block.
-
-    Args:
-        numel: Number of elements.
-        dtype: Of the tensor; scale and offset are float64 for float64, float32 otherwise.
-    """
-    return numel + -(-numel // BLOCK) * 2 * _range_dtype(dtype).itemsize
+_KINDS: Final = (math.nan, math.inf, -math.inf)  # of kind 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BlockwiseTensor:
-    """A tensor at 8 bits per element; see the module docstring for format and error.
+    """A tensor in a few bits per element; see the module docstring for its layout.
 
-    Bytes: n + 8 * ceil(n / 256), 1.03 per element against 4 in float32.
+    Bytes of n elements in blocks of 256: n * bits / 8, and 4 per block (8 for 8 bits): 1.03 per element at 8 bits, 0.27
+    at 2, against 4 in float32.
 
     Attributes:
-        codes: uint8 `[n]`, in the order of memory of the tensor.
-        ranges: `[ceil(n / 256), 2]`, offset and scale of each block.
+        codes: uint8, the codes.
+        parameters: `[blocks, code.parameters]`, what each block's codes stand for.
         layout: Shape and memory order to restore.
         dtype: Dtype to restore.
-        has_exceptions: Whether any block holds NaN or an infinity, or a range that overflows.
+        code: How it was encoded.
+        kinds: uint8, which elements those are; None without exceptions.
 
     Example:
         >>> kept = BlockwiseTensor.encode(torch.tensor([0.0, 0.25, 1.0]))
         >>> kept.unpack(), kept.nbytes
         (tensor([0.0000, 0.2510, 1.0000]), 11)
+        >>> BlockwiseTensor.encode(torch.rand(1024), BlockCode(bits=2)).nbytes
+        272
     """
 
     codes: Tensor
-    ranges: Tensor
+    parameters: Tensor
     layout: MemoryLayout
     dtype: torch.dtype
-    has_exceptions: bool = False
+    code: BlockCode
+    kinds: Tensor | None = None
 
     def __post_init__(self) -> None:
-        announce(self.codes, "8-bit")
-        announce(self.ranges, "8-bit")
+        kind: BufferKind = "8-bit" if self.code.bits == 8 else "packed values"
+        for buffer in (self.codes, self.parameters, self.kinds):
+            if buffer is not None:
+                announce(buffer, kind)
 
     @classmethod
     def encode(
-        cls, x: Tensor, *, rounding: Rounding = "nearest", generator: torch.Generator | None = None
+        cls,
+        x: Tensor,
+        code: BlockCode = EIGHT_BITS,
+        *,
+        key: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> "BlockwiseTensor":
         """Encode a tensor; on meta and fake tensors the buffers have the right sizes and no content.
 
         Args:
             x: Any shape and strides; float16, bfloat16, float32 or float64.
-            rounding: To the nearest code, or at random to one of the two around it, without bias.
-            generator: Of stochastic rounding; None for torch's default one.
+            code: How.
+            key: Of the noise of stochastic rounding, 64 bits; None draws one.
+            generator: That draws it; None for torch's default one.
 
         Raises:
             ConfigError: Another dtype.
         """
         check_float(x.dtype)
         layout = MemoryLayout.of(x)
-        codes = x.new_empty(layout.numel, dtype=torch.uint8, requires_grad=False)
-        ranges = x.new_empty(-(-layout.numel // BLOCK), 2, dtype=_range_dtype(x.dtype), requires_grad=False)
+        codes = x.new_empty(code.codes_nbytes(layout.numel), dtype=torch.uint8, requires_grad=False)
+        shape = (code.blocks(layout.numel), code.parameters)
+        parameters = x.new_empty(shape, dtype=code.parameter_dtype(x.dtype), requires_grad=False)
         if has_no_values(x) and not is_traced():
             # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
             gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
-            announce_temporary(gathered + _chunk_nbytes(x, ranges.dtype))
-            return cls(codes, ranges, layout, x.dtype)
-        has_exceptions, start = False, 0
+            announce_temporary(gathered + _chunk_nbytes(x, _wide(x.dtype)))
+            return cls(codes, parameters, layout, x.dtype, code)
+        if code.rounding == "nearest":
+            key = None
+        elif key is None:
+            key = noise_key(int(torch.randint(2**62, (), generator=generator)))
         with torch.no_grad():
-            for chunk in _chunks(x.detach(), layout):
-                stop = start + chunk.numel()
-                for values, out, into in _in_blocks(chunk, codes[start:stop], ranges[start // BLOCK :]):
-                    has_exceptions |= _encode(values, out, into, rounding=rounding, generator=generator)
-                start = stop
-        return cls(codes, ranges, layout, x.dtype, has_exceptions)
+            kinds = None
+            if not _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key):
+                _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key, wide=True)
+                kinds = _kinds(layout.flatten(x))
+        return cls(codes, parameters, layout, x.dtype, code, kinds)
 
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         dense = self.codes.new_empty_strided(self.layout.shape, self.layout.stride, dtype=self.dtype)
         if has_no_values(dense) and not is_traced():
-            if dense.dtype != self.ranges.dtype:  # decoded elsewhere, and then rounded
-                announce_temporary(_chunk_nbytes(dense, self.ranges.dtype))
+            if dense.dtype != _wide(dense.dtype) or self.code.bits < 8:  # codes, or a chunk that is rounded afterwards
+                announce_temporary(_chunk_nbytes(dense, _wide(dense.dtype)))
             return dense
-        flat, step = self.layout.flatten(dense), _chunk_elements(dense)
-        for start in range(0, flat.numel(), step):
-            stop = start + step
-            parts = _in_blocks(flat[start:stop], self.codes[start:stop], self.ranges[start // BLOCK :])
-            for values, codes, ranges in parts:
-                _decode(codes, ranges, values, has_exceptions=self.has_exceptions)
+        flat = self.layout.flatten(dense)
+        for values, codes, parameters in self._in_blocks(flat):
+            _decode(codes, self.code, parameters, values, has_exceptions=self.has_exceptions)
+        if self.kinds is not None:
+            kinds = unpack_planes(self.kinds.view(1, -1), flat.numel(), 2)[0]
+            for kind, value in enumerate(_KINDS, start=1):
+                flat.masked_fill_(kinds == kind, value)
         return dense
+
+    def _in_blocks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        step, first = _chunk_elements(flat), 0
+        for start in range(0, flat.numel(), step):
+            chunk = flat[start : start + step]
+            yield from _in_blocks(chunk, self.code, self.codes[first:], self.parameters[start // self.code.block :])
+            first += self.code.codes_nbytes(chunk.numel())
+
+    @property
+    def has_exceptions(self) -> bool:
+        """Whether an element is NaN or infinite, or a range overflows."""
+        return self.kinds is not None
 
     @property
     def shape(self) -> torch.Size:
@@ -142,15 +164,16 @@ class BlockwiseTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and ranges."""
-        return self.codes.nbytes + self.ranges.nbytes
+        """Bytes of everything that is kept."""
+        return self.codes.nbytes + self.parameters.nbytes + (0 if self.kinds is None else self.kinds.nbytes)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"BlockwiseTensor({dtype}{list(self.shape)}, {self.nbytes} bytes)"
+        return f"BlockwiseTensor({dtype}{list(self.shape)}, {self.code.bits} bits, {self.nbytes} bytes)"
 
 
-def _range_dtype(dtype: torch.dtype) -> torch.dtype:
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a type are computed in."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -201,71 +224,71 @@ def _rows(x: Tensor, limit: int) -> Iterator[Tensor]:
         yield from _rows(x[start : start + count] if count else x[start], limit)
 
 
-def _in_blocks(flat: Tensor, codes: Tensor, ranges: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A chunk as `[blocks, 256]`, and what remains of it as `[1, rest]`, each with its codes and `[blocks, 2]`."""
-    whole = flat.numel() // BLOCK
-    end = whole * BLOCK
+def _in_blocks(
+    flat: Tensor, code: BlockCode, codes: Tensor, parameters: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A chunk as `[blocks, block]`, and what remains of it as `[1, rest]`, each with its codes and parameters."""
+    whole, rest = divmod(flat.numel(), code.block)
+    end, width = whole * code.block, planes_nbytes(code.block, code.bits)
     if whole:
-        yield flat[:end].view(whole, BLOCK), codes[:end].view(whole, BLOCK), ranges[:whole]
-    if end < flat.numel():
-        yield flat[end:].view(1, -1), codes[end : flat.numel()].view(1, -1), ranges[whole : whole + 1]
+        yield flat[:end].view(whole, -1), codes[: whole * width].view(whole, -1), parameters[:whole]
+    if rest:
+        last = codes[whole * width : whole * width + planes_nbytes(rest, code.bits)]
+        yield flat[end:].view(1, -1), last.view(1, -1), parameters[whole : whole + 1]
 
 
-def _encode(x: Tensor, codes: Tensor, ranges: Tensor, *, rounding: Rounding, generator: torch.Generator | None) -> bool:
-    """Encode `[blocks, size]` in place; returns whether it holds exceptions."""
-    low, high = x.amin(1, keepdim=True).to(ranges.dtype), x.amax(1, keepdim=True).to(ranges.dtype)
-    # Twice, so that rounding cannot carry the decoded values of the largest magnitudes to infinity either.
-    if not bool(torch.isfinite(2 * high - 2 * low).all()):
-        _encode_exceptions(x, codes, ranges, rounding=rounding, generator=generator)
-        return True
-    scale = (high - low).div_(_LEVELS)
-    scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 0.0)
-    ranges[:, :1], ranges[:, 1:] = low, scale
-    steps = torch.sub(x, low).mul_(scale.reciprocal_().masked_fill_(scale.isinf(), 0.0))
-    codes.copy_(_rounded(steps, _LEVELS, rounding, generator))
-    return False
+def _encode(
+    chunks: Iterator[Tensor], code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None, wide: bool = False
+) -> bool:
+    """Encode chunk after chunk; returns False where one has exceptions, unless these are treated (`wide`)."""
+    start = first = 0
+    for chunk in chunks:
+        noise, at = None, 0
+        if key is not None:
+            dtype = torch.float64 if wide else _wide(chunk.dtype)
+            noise = noise_at(key, start, chunk.numel(), dtype=dtype, device=chunk.device)
+        for part, out, into in _in_blocks(chunk, code, codes[first:], parameters[start // code.block :]):
+            share = None if noise is None else noise[at : at + part.numel()].view_as(part)
+            found = (_encode_wide if wide else encode_levels)(part, code, into, share)
+            if found is None:
+                return False
+            pack_planes(found, code.bits, out)
+            at += part.numel()
+        start, first = start + chunk.numel(), first + code.codes_nbytes(chunk.numel())
+    return True
 
 
-def _rounded(steps: Tensor, levels: int, rounding: Rounding, generator: torch.Generator | None) -> Tensor:
-    """Codes as floats, of which the conversion to an integer drops the fraction; in place."""
-    if rounding == "nearest":
-        return steps.add_(0.5)
-    noise = torch.rand(steps.shape, dtype=steps.dtype, device=steps.device, generator=generator)
-    return steps.add_(noise).clamp_(max=levels)
+def _encode_wide(x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None) -> Tensor | None:
+    """The codes of blocks with NaN, infinities or a range that overflows: of quarters in float64."""
+    quarter = x.to(torch.float64) / 4
+    finite = quarter.isfinite()
+    low = torch.where(finite, quarter, math.inf).amin(1, keepdim=True)
+    values = torch.where(finite, quarter, torch.where(low.isfinite(), low, 0.0))
+    quarters = torch.empty_like(parameters)
+    codes = encode_levels(values, code, quarters, noise)
+    limit = torch.finfo(parameters.dtype).max
+    parameters.copy_(quarters.to(torch.float64).mul_(4).clamp_(-limit, limit))
+    return codes
 
 
-def _encode_exceptions(
-    x: Tensor, codes: Tensor, ranges: Tensor, *, rounding: Rounding, generator: torch.Generator | None
-) -> None:
-    """Blocks with NaN or infinities, or with a range that overflows; marked by a scale with a negative sign."""
-    x = x.to(torch.float64)
-    finite = x.isfinite()
-    low = torch.where(finite, x, math.inf).amin(1, keepdim=True)
-    high = torch.where(finite, x, -math.inf).amax(1, keepdim=True)
-    low = torch.where(low.isfinite(), low, 0.0)
-    high = torch.where(high.isfinite(), high, 0.0)
-    scale = high / _FINITE_LEVELS - low / _FINITE_LEVELS
-    scale = torch.where(scale < torch.finfo(ranges.dtype).tiny, 0.0, scale)
-    ranges[:, :1], ranges[:, 1:] = low, -scale
-    # Halves, because the difference of the largest values would overflow.
-    steps = (x / 2 - low / 2) / torch.where(scale == 0, math.inf, scale / 2)
-    steps = _rounded(steps, _FINITE_LEVELS, rounding, generator).clamp_(max=_FINITE_LEVELS)
-    codes.copy_(torch.where(finite, steps, 0.0))
-    codes.masked_fill_(x.isnan(), _NAN).masked_fill_(x == math.inf, _POSITIVE).masked_fill_(x == -math.inf, _NEGATIVE)
+def _kinds(flat: Tensor) -> Tensor:
+    """The kind of every element, 2 bits each."""
+    kinds = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
+    for kind, found in enumerate((flat.isnan(), flat == math.inf, flat == -math.inf), start=1):
+        kinds.masked_fill_(found, kind)
+    packed = kinds.new_empty(1, planes_nbytes(kinds.numel(), 2))
+    pack_planes(kinds.view(1, -1), 2, packed)
+    return packed[0]
 
 
-def _decode(codes: Tensor, ranges: Tensor, out: Tensor, *, has_exceptions: bool) -> None:
+def _decode(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor, *, has_exceptions: bool) -> None:
     """Decode `[blocks, size]` into `out`."""
-    low, scale = ranges[:, :1], ranges[:, 1:]
-    if has_exceptions:
-        marked = scale.signbit()
-        # In float64 and halves: the product with a range that overflows its format must not.
-        values = codes.to(torch.float64).mul_(scale.abs() / 2).add_(low / 2).mul_(2)
-        values.clamp_(torch.finfo(out.dtype).min, torch.finfo(out.dtype).max)
-        for code, value in ((_NAN, math.nan), (_POSITIVE, math.inf), (_NEGATIVE, -math.inf)):
-            values.masked_fill_((codes == code) & marked, value)
-        out.copy_(values)
-    elif out.dtype == ranges.dtype:
-        out.copy_(codes).mul_(scale).add_(low)
-    else:
-        out.copy_(codes.to(ranges.dtype).mul_(scale).add_(low))
+    levels = unpack_planes(codes, out.shape[1], code.bits)
+    if not has_exceptions:
+        decode_levels(levels, code, parameters.to(_wide(out.dtype)), out)
+        return
+    # In quarters: the product with a range that overflows its format must not.
+    values = torch.empty(out.shape, dtype=torch.float64, device=out.device)
+    decode_levels(levels, code, parameters.to(torch.float64).div_(4), values)
+    limit = torch.finfo(out.dtype).max
+    out.copy_(values.mul_(4).clamp_(-limit, limit))

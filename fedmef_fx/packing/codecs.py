@@ -4,7 +4,7 @@
 |-----------|-----------------------------------------|----------------------------------|
 | exact     | the tensor                              | n * itemsize                     |
 | packed    | values above a threshold, and a bitmap  | n / 8 + kept * n * value itemsize |
-| blockwise | 8 bits per element, a range per block   | n + 8 * n / 256                  |
+| blockwise | 1 to 8 bits per element, in blocks      | n * bits / 8 + 4 * n / block; 8 bits: n + 8 * n / 256 |
 | bits      | 1 bit per element                       | n / 8                            |
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.packing.bitmap import bitmap_nbytes
-from fedmef_fx.packing.blockwise import blockwise_nbytes
+from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode
 
 __all__ = ["Codec", "KeptTensor", "codec_nbytes", "why_dense"]
 
@@ -33,7 +33,13 @@ class KeptTensor(Protocol):
 
 
 def codec_nbytes(
-    codec: Codec, numel: int, dtype: torch.dtype, *, kept: float = 1.0, value_dtype: torch.dtype | None = None
+    codec: Codec,
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    kept: float = 1.0,
+    value_dtype: torch.dtype | None = None,
+    code: BlockCode | None = None,
 ) -> int:
     """Bytes that a codec takes.
 
@@ -43,6 +49,7 @@ def codec_nbytes(
         dtype: Of the tensor.
         kept: Share of elements that "packed" stores, 0-1.
         value_dtype: In which "packed" stores them; None for the tensor's own.
+        code: Of "blockwise", 8 bits if None; in which "packed" stores them instead.
 
     Example:
         >>> [codec_nbytes(codec, 1024, torch.float32, kept=0.1) for codec in ("exact", "packed", "blockwise", "bits")]
@@ -51,8 +58,10 @@ def codec_nbytes(
     if codec == "exact":
         return numel * dtype.itemsize
     if codec == "packed":
-        return bitmap_nbytes(numel) + round(kept * numel) * (value_dtype or dtype).itemsize
-    return bitmap_nbytes(numel) if codec == "bits" else blockwise_nbytes(numel, dtype)
+        count = round(kept * numel)
+        values = count * (value_dtype or dtype).itemsize if code is None else code.nbytes(count, dtype)
+        return bitmap_nbytes(numel) + values
+    return bitmap_nbytes(numel) if codec == "bits" else (code or EIGHT_BITS).nbytes(numel, dtype)
 
 
 def why_dense(nbytes: int, numel: int, dtype: torch.dtype) -> str:

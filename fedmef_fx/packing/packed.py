@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for, meta_backend
+from fedmef_fx.packing.block_code import BlockCode
+from fedmef_fx.packing.blockwise import BlockwiseTensor
 from fedmef_fx.packing.layout import MemoryLayout
 from fedmef_fx.packing.registry import announce
 
@@ -21,7 +23,7 @@ class PackedTensor:
 
     Attributes:
         bitmap: uint8 `[ceil(n / 8)]`, in the order of memory of the packed tensor.
-        values: `[kept]`, the kept elements bit for bit.
+        values: `[kept]`, the kept elements bit for bit, or in a code.
         layout: Shape and memory order to restore, channels last included.
         dense_dtype: Dtype to restore; None for that of the values.
 
@@ -32,13 +34,14 @@ class PackedTensor:
     """
 
     bitmap: Tensor
-    values: Tensor
+    values: Tensor | BlockwiseTensor
     layout: MemoryLayout
     dense_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         announce(self.bitmap, "bitmap")
-        announce(self.values, "packed values")
+        if isinstance(self.values, Tensor):
+            announce(self.values, "packed values")
 
     @classmethod
     def pack(cls, x: Tensor, *, threshold: float = 0.0) -> "PackedTensor":
@@ -69,8 +72,9 @@ class PackedTensor:
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
-        flat = self.values.new_empty(self.layout.numel, dtype=self.dtype)
-        backend_for(flat).unpack(self.bitmap, self.values.to(self.dtype), out=flat)
+        values = self.values.to(self.dtype) if isinstance(self.values, Tensor) else self.values.unpack()
+        flat = values.new_empty(self.layout.numel, dtype=self.dtype)
+        backend_for(flat).unpack(self.bitmap, values, out=flat)
         return flat.as_strided(self.layout.shape, self.layout.stride)
 
     def narrowed(self, dtype: torch.dtype) -> "PackedTensor":
@@ -81,12 +85,29 @@ class PackedTensor:
         Args:
             dtype: torch.bfloat16 or torch.float16; nothing changes where the values take no more already.
         """
-        if self.values.dtype.itemsize <= dtype.itemsize:
+        if not isinstance(self.values, Tensor) or self.values.dtype.itemsize <= dtype.itemsize:
             return self
         limit = torch.finfo(dtype).max
         clamped = self.values.clamp(-limit, limit).to(dtype)
         values = torch.where(self.values.isinf(), self.values.to(dtype), clamped)
         return PackedTensor(self.bitmap, values, self.layout, self.dtype)
+
+    def coded(self, code: BlockCode, *, key: int | None = None) -> "PackedTensor":
+        """The same with values in a code of few bits.
+
+        Args:
+            code: How.
+            key: Of the noise of stochastic rounding; None draws one.
+        """
+        if not isinstance(self.values, Tensor):
+            return self
+        values = BlockwiseTensor.encode(self.values, code, key=key)
+        return PackedTensor(self.bitmap, values, self.layout, self.dense_dtype)
+
+    @property
+    def count(self) -> int:
+        """Number of elements that are stored."""
+        return self.values.shape.numel()
 
     @property
     def shape(self) -> torch.Size:
@@ -106,7 +127,7 @@ class PackedTensor:
     @property
     def kept(self) -> float:
         """Share of elements that are stored, 0-1; 0 for an empty tensor."""
-        return self.values.numel() / max(self.layout.numel, 1)
+        return self.count / max(self.layout.numel, 1)
 
     @property
     def nbytes(self) -> int:

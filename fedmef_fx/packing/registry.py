@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 BufferKind = Literal["packed values", "bitmap", "8-bit"]
-"""What a buffer holds; window offsets of a max pooling count as bitmaps, which tell positions, too."""
+"""What a buffer holds; codes of fewer than 8 bits count as packed values, and window offsets
+of a max pooling as bitmaps, which tell positions, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.measure.meter import SavedTensors
-from fedmef_fx.packing import BlockwiseTensor, blockwise_nbytes, codec_nbytes, why_dense
-from fedmef_fx.packing.blockwise import BLOCK
+from fedmef_fx.packing import BlockCode, BlockwiseTensor, codec_nbytes, why_dense
 from fedmef_fx.packing.registry import held_buffers
 
+BLOCK = 256
+STOCHASTIC = BlockCode(rounding="stochastic")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -50,7 +51,7 @@ def test_no_element_is_off_by_more_than_half_a_scale(numel, scale, offset, seed)
     x = torch.randn(numel, generator=generator) * torch.tensor(scale)[per_element] + torch.tensor(offset)[per_element]
     kept = BlockwiseTensor.encode(x)
     assert_within(kept.unpack(), x)
-    assert kept.nbytes == blockwise_nbytes(numel, x.dtype) == numel + 8 * -(-numel // BLOCK)
+    assert kept.nbytes == BlockCode().nbytes(numel, x.dtype) == numel + 8 * -(-numel // BLOCK)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,11 +102,11 @@ def test_a_range_that_overflows_its_format_stays_finite(dtype):
 def test_stochastic_rounding_is_unbiased_and_repeatable():
     x = torch.linspace(-1, 1, 200)
     generator = torch.Generator().manual_seed(3)
-    first = BlockwiseTensor.encode(x, rounding="stochastic", generator=generator).unpack()
-    again = BlockwiseTensor.encode(x, rounding="stochastic", generator=generator.manual_seed(3)).unpack()
+    first = BlockwiseTensor.encode(x, STOCHASTIC, generator=generator).unpack()
+    again = BlockwiseTensor.encode(x, STOCHASTIC, generator=generator.manual_seed(3)).unpack()
     assert torch.equal(first, again)
     assert_within(first, x, factor=1.0)
-    total = sum(BlockwiseTensor.encode(x, rounding="stochastic").unpack() for _ in range(400))
+    total = sum(BlockwiseTensor.encode(x, STOCHASTIC).unpack() for _ in range(400))
     # The mean of 400 draws deviates by scale / 2 / 20 (one sigma at most); five of them, of 200 elements.
     assert (total / 400 - x).abs().max() < 5 * (2 / 255) / 40
 
@@ -127,7 +128,7 @@ def test_any_strides(make):
     kept = BlockwiseTensor.encode(x)
     decoded = kept.unpack()
     assert decoded.shape == x.shape
-    assert kept.nbytes == blockwise_nbytes(x.numel(), x.dtype)
+    assert kept.nbytes == BlockCode().nbytes(x.numel(), x.dtype)
     if x.numel():
         assert (decoded - x).abs().max() <= (x.max() - x.min()) / 510 + 1e-6
     contiguous = BlockwiseTensor.encode(x.contiguous()).unpack()
@@ -154,7 +155,7 @@ def test_python_keeps_nothing_beside_the_buffers():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000
-    assert kept.codes.untyped_storage().nbytes() + kept.ranges.untyped_storage().nbytes() == kept.nbytes
+    assert kept.codes.untyped_storage().nbytes() + kept.parameters.untyped_storage().nbytes() == kept.nbytes
 
 
 def test_the_meter_sees_the_buffers_until_they_go():
@@ -175,7 +176,7 @@ def test_fake_and_meta_tensors_have_buffers_of_the_right_sizes():
             fake = BlockwiseTensor.encode(torch.empty(shape, dtype=dtype))
         outside = BlockwiseTensor.encode(mode.from_tensor(torch.empty(shape, dtype=dtype)))
         for kept in (meta, fake, outside):
-            assert kept.nbytes == blockwise_nbytes(math.prod(shape), dtype)
+            assert kept.nbytes == BlockCode().nbytes(math.prod(shape), dtype)
             assert kept.unpack().shape == shape
             assert type(kept.codes) is type(kept.unpack())
 
@@ -199,4 +200,4 @@ def test_other_dtypes_are_refused():
 
 
 def test_text():
-    assert repr(BlockwiseTensor.encode(torch.zeros(2, 300))) == "BlockwiseTensor(float32[2, 300], 624 bytes)"
+    assert repr(BlockwiseTensor.encode(torch.zeros(2, 300))) == "BlockwiseTensor(float32[2, 300], 8 bits, 624 bytes)"
