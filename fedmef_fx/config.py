@@ -12,6 +12,8 @@ from torch import nn
 
 from fedmef_fx.display.sizes import parse_bytes
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing.bit_planes import BITS, Bits
+from fedmef_fx.packing.block_code import Levels, Rounding
 from fedmef_fx.sparsity.granularity import parse_granularity
 
 __all__ = ["Config", "is_ignored"]
@@ -57,8 +59,16 @@ class Config:
         nsconv_statistics: Mean and deviation of an NSConv kernel over its `"active"` weights or over `"all"` of them.
         residual: `"rescale"` divides the sum of two NSConv branches by sqrt(2), so that variance stays bounded with
             depth; `"none"` leaves the sum. Only graphs in which an NSConv was made are touched.
-        activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1); 0 leaves all saved
-            tensors alone. Forward and the gradients of inputs stay exact; weight gradients become approximate.
+        activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1); 0, without
+            `activation_bits`, leaves all saved tensors alone. Forward and the gradients of inputs stay exact; weight
+            gradients become approximate.
+        activation_bits: 1, 2, 3, 4 or 8: what a layer keeps of its input is coded in that many bits an element, in
+            blocks: all of it where nothing is dropped (of a ReLU's result the positive part, as its mask is kept
+            anyway), else what is not dropped. None keeps values, in `packed_dtype`.
+        activation_block: Elements per block of that code, a multiple of 8: each block has its own scale and offset.
+        activation_levels: What its codes stand for: numbers that lie evenly between the block's ends (`"range"`), or
+            means of the values next to them (`"centroids"`), of which 2 ** bits are stored per block.
+        activation_rounding: `"stochastic"`, so that weight gradients are unbiased, or `"nearest"`.
         threshold_sample: Elements sampled to estimate a pruning threshold.
         threshold_interval: Training steps between two estimates of the same threshold.
         granularity: What masks switch on and off: single weights (`"weight"`), whole output channels (`"channel"`),
@@ -114,6 +124,10 @@ class Config:
     threshold_interval: int = 8
     granularity: str = "weight"
     channel_multiple: int = 8
+    activation_bits: Bits | None = None
+    activation_block: int = 256
+    activation_levels: Levels = "range"
+    activation_rounding: Rounding = "stochastic"
     packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
     saved_precision: Literal["exact", "int8"] = "exact"
     weight_storage: Literal["dense", "packed"] = "dense"
@@ -140,6 +154,7 @@ class Config:
         self._check_number("activation_sparsity", low=0.0, high=1.0, open_high=True)
         self._check_number("adjustment_rate", low=0.0, high=1.0, open_low=True)
         self._check_number("extrusion_strength", low=0.0)
+        self._check_code()
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
         object.__setattr__(self, "layer_sparsity", _pairs(self.layer_sparsity))
@@ -162,6 +177,21 @@ class Config:
             if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
                 allowed = " | ".join(map(repr, choices))
                 raise ConfigError(f"Config.{name}: got {getattr(self, name)!r}; expected {allowed}")
+
+    def _check_code(self) -> None:
+        bits = self.activation_bits
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            allowed = ", ".join(map(str, BITS))
+            raise ConfigError(f"Config.activation_bits: got {bits!r}; expected {allowed}, or None for values")
+        self._check_integer("activation_block", low=8)
+        if self.activation_block % 8:
+            raise ConfigError(
+                f"Config.activation_block: got {self.activation_block!r}; expected a multiple of 8, such as 64 or 256"
+            )
+        if bits == 8 and self.activation_levels == "centroids":
+            raise ConfigError(
+                "Config.activation_levels: got 'centroids' with activation_bits=8; expected at most 4 bits, or 'range'"
+            )
 
     def _check_number(
         self, name: str, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False

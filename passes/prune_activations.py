@@ -3,8 +3,9 @@
 Rules
 1. `layer(x, weight, bias)` -> `pruned_convolution` / `pruned_linear`, which make their weight (dense, masked or
    NSConv) again in backward instead of keeping it.
-2. x is packed right after it is made, by one `PackActivation` site that all layers reading x share. Where
-   `compress-saved` keeps x already, or x is a cheap function of what it keeps, the layers take that instead.
+2. x is packed, or put in a code of few bits, right after it is made, by one `PackActivation` site that all layers
+   reading x share. Where `compress-saved` keeps x already, or x is a cheap function of what it keeps, the layers take
+   that instead.
 
 Not packed, with the reason: an x that stays dense anyway because another node keeps it (the layer then keeps that same
 tensor, at no cost and with exact gradients), and inputs of the model, which its caller holds.
@@ -13,6 +14,7 @@ Refused: ignored layers; geometry that is not static; asymmetric `padding="same"
 """
 
 import dataclasses
+import zlib
 from typing import Any, ClassVar, Literal
 
 from torch import fx
@@ -23,6 +25,9 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.packing.bit_planes import Bits
+from fedmef_fx.packing.block_code import BlockCode, Levels, Rounding
+from fedmef_fx.packing.noise import noise_key
 from fedmef_fx.passes._handles import add_8_bit_site, handle_of
 from fedmef_fx.passes._pruned_layers import match_layer, prune_layer
 from fedmef_fx.records.graphs import GraphMode
@@ -36,11 +41,17 @@ class PruneActivations:
     """The pass of this module; see the module docstring for its rules.
 
     Attributes:
-        activation_sparsity: gamma, the share of an activation that is dropped, in [0, 1). 0 keeps all of it in 8 bits.
+        activation_sparsity: gamma, the share of an activation that is dropped, in [0, 1). 0 keeps all of it, in 8 bits
+            or in `activation_bits`.
         threshold_sample: Elements sampled to estimate a threshold.
         threshold_interval: Training steps between estimates.
         ignore: Modules that are left alone, as in `Config.ignore`.
         packed_dtype: Type in which the kept values are stored; "same" as the activation's.
+        activation_bits: Bits of the code for what is kept; None for values.
+        activation_block: Elements per block of that code.
+        activation_levels: What its codes stand for.
+        activation_rounding: How it rounds.
+        seed: Of the noise of stochastic rounding.
     """
 
     name: ClassVar[str] = "prune-activations"
@@ -49,6 +60,11 @@ class PruneActivations:
     threshold_interval: int = 8
     ignore: tuple[str | type, ...] = ()
     packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
+    activation_bits: Bits | None = None
+    activation_block: int = 256
+    activation_levels: Levels = "range"
+    activation_rounding: Rounding = "stochastic"
+    seed: int = 0
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
@@ -107,14 +123,21 @@ class PruneActivations:
         prune_layer(node, None if x is None else packed[x], geometry, by=self.name)
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
-        if self.activation_sparsity == 0:
+        if self.activation_sparsity == 0 and self.activation_bits is None:
             return add_8_bit_site(region, mode, x, by=self.name)
         name = x.name if mode == "both" else f"{x.name}_{mode}"
+        code = None
+        if self.activation_bits is not None:
+            code = BlockCode(
+                self.activation_bits, self.activation_block, self.activation_levels, self.activation_rounding
+            )
         site = PackActivation(
             self.activation_sparsity,
             sample=self.threshold_sample,
             interval=self.threshold_interval,
             value_dtype=self.packed_dtype,
+            code=code,
+            seed=noise_key(self.seed, zlib.crc32(region.full_name(name).encode())),
         )
         target = add_site(region, name, site)
         with x.graph.inserting_after(x):

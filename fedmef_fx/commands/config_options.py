@@ -29,6 +29,9 @@ _TRANSFORM: Final[dict[str, Any]] = {
         float | None,
         typer.Option("--activation-sparsity", "--gamma", help="Share of saved activations that is dropped, [0, 1)."),
     ],
+    "activation_bits": Annotated[
+        int | None, typer.Option("--activation-bits", "--bits", help="Bits of what layers keep: 1, 2, 3, 4 or 8.")
+    ],
     "saved_precision": Annotated[
         str | None, typer.Option(help="What must not be pruned is saved exact, or as int8: 8 bits per element.")
     ],

@@ -145,7 +145,7 @@ def train_locally(
     device = next(model.parameters()).device
     for module in model.modules():
         if isinstance(module, PackActivation):
-            module.estimator.reset()
+            module.reset(draws=seed % 2**32)
     model.train()
     with _seeded(seed, device):
         loss, peak_saved_bytes = _epochs(model, dataset, options, task=task, client=client, loss_fn=loss_fn)

@@ -21,7 +21,7 @@ from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recip
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.packing import PackedTensor
+from fedmef_fx.packing import KeptTensor
 from fedmef_fx.packing.tracers import is_traced, weights_as_constants
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
@@ -152,7 +152,7 @@ class _PrunedLayer(Function):
         weight: Tensor,
         gain: Tensor | None,
         bias: Tensor | None,
-        packed: PackedTensor | None,
+        packed: KeptTensor | None,
         layer: Layer,
         stored: StoredWeight,
     ) -> Tensor:
@@ -203,7 +203,7 @@ def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct
     return DenseProduct(ctx.layer, stored, ctx.recipe, dtype)
 
 
-def _apply(layer: Layer, x: Tensor, packed: PackedTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+def _apply(layer: Layer, x: Tensor, packed: KeptTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
     if not x.is_floating_point():
         raise FedmefError(
             f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "
@@ -230,7 +230,7 @@ def _recorded(layer: Layer, x: Tensor, bias: Tensor | None, stored: StoredWeight
 @overridable
 def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     x: Tensor,
-    packed: PackedTensor | None,
+    packed: KeptTensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
@@ -284,7 +284,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
 @overridable
 def pruned_linear(
     x: Tensor,
-    packed: PackedTensor | None,
+    packed: KeptTensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     gain: Tensor | None = None,

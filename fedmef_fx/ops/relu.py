@@ -5,7 +5,7 @@ convolution's copy saves nothing.
 """
 
 import math
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 from torch.autograd import Function
@@ -14,15 +14,27 @@ from torch.nn import functional as F
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits, clamp
-from fedmef_fx.packing.layout import is_same_memory
+from fedmef_fx.packing.layout import MemoryLayout, is_same_memory
 
-__all__ = ["sign_relu"]
+__all__ = ["Rectified", "rectified", "sign_relu"]
+
+# Backward nodes of views that show all elements of what they view.
+_VIEWS: Final = frozenset(
+    {
+        "ReshapeAliasBackward0",
+        "SqueezeBackward0",
+        "SqueezeBackward1",
+        "SqueezeBackward2",
+        "UnsqueezeBackward0",
+        "ViewBackward0",
+    }
+)
 
 
 class _SignReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, high: float, slope: float, inplace: bool, inplace_gradient: bool) -> Tensor:
-        ctx.slope, ctx.inplace_gradient = slope, inplace_gradient
+        ctx.high, ctx.slope, ctx.inplace_gradient = high, slope, inplace_gradient
         if slope:
             ctx.bits = GradientBits.of(x > 0)
             out = F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
@@ -31,6 +43,7 @@ class _SignReLU(Function):
             out = x if is_same_memory(out, x) else out
         if out is x:
             ctx.mark_dirty(x)
+        ctx.storage = out.untyped_storage()._cdata
         return out
 
     @staticmethod
@@ -38,6 +51,42 @@ class _SignReLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         result = taken(ctx, "bits").apply(grad, scale_off=ctx.slope, inplace=ctx.inplace_gradient)
         return result, None, None, None, None
+
+
+_BACKWARD: Final[type] = _SignReLU._backward_cls
+
+
+class Rectified(NamedTuple):
+    """What a `sign_relu` keeps of its result, and its form.
+
+    Attributes:
+        bits: Where its gradient passes.
+        high: Upper bound.
+        slope: Slope below 0.
+    """
+
+    bits: GradientBits
+    high: float
+    slope: float
+
+
+def rectified(x: Tensor) -> Rectified | None:
+    """What the `sign_relu` that made x keeps until its backward, for others to use.
+
+    Args:
+        x: Its result, or a dense view of all of it, so that both have the same elements in the order of memory.
+
+    Returns:
+        None where another operation made x, or where that `sign_relu` keeps nothing.
+    """
+    node: Any = x.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    bits = getattr(node, "bits", None) if isinstance(node, _BACKWARD) else None
+    if bits is None or x.numel() != bits.layout.numel or not MemoryLayout.of(x).describes(x):
+        return None
+    # A reshape may have copied, into another order.
+    return Rectified(bits, node.high, node.slope) if x.untyped_storage()._cdata == node.storage else None
 
 
 @overridable

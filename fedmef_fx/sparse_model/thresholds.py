@@ -1,4 +1,7 @@
-"""The thresholds of packed activations as state: without them a resumed training drops other elements at first."""
+"""The thresholds and the noise of packed activations as state.
+
+Without it a resumed training drops other elements at first, and rounds others up.
+"""
 
 import json
 
@@ -14,7 +17,8 @@ __all__ = ["THRESHOLDS", "set_thresholds", "thresholds", "thresholds_from_json",
 THRESHOLDS = f"{CHILD_NAME}.thresholds"
 """The entry of a state dictionary."""
 
-_COLUMNS = 4
+_COLUMNS = 5
+_WITHOUT_DRAWS = 4  # as written before there was noise
 _UNKNOWN = -1.0  # a share; NaN would equal nothing, not even itself
 
 
@@ -22,11 +26,11 @@ def thresholds(model: nn.Module) -> Tensor:
     """What the estimators of a model know, in the order of its modules.
 
     Returns:
-        float64 `[sites, 4]`: threshold, calls since it was estimated, whether it has drifted, and the share last kept,
-        -1 where nothing was packed yet.
+        float64 `[sites, 5]`: threshold, calls since it was estimated, whether it has drifted, the share last kept (-1
+        where nothing was packed yet), and how often noise was drawn.
     """
-    states = [site.estimator.state for site in _sites(model)]
-    rows = [(*known, _UNKNOWN if kept is None else kept) for *known, kept in states]
+    states = [site.state for site in _sites(model)]
+    rows = [(*known, _UNKNOWN if kept is None else kept, draws) for *known, kept, draws in states]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), _COLUMNS)
 
 
@@ -37,10 +41,12 @@ def set_thresholds(model: nn.Module, state: object) -> None:
     at their tensors when they are first called, as always.
     """
     sites = _sites(model)
-    if not isinstance(state, Tensor) or state.shape != (len(sites), _COLUMNS):
+    shapes = [(len(sites), columns) for columns in (_COLUMNS, _WITHOUT_DRAWS)]
+    if not isinstance(state, Tensor) or state.shape not in shapes:
         return
-    for site, (threshold, calls, drifted, kept) in zip(sites, state.double().tolist(), strict=True):
-        site.estimator.state = threshold, round(calls), drifted > 0, None if kept < 0 else kept
+    for site, (threshold, calls, drifted, kept, *draws) in zip(sites, state.double().tolist(), strict=True):
+        drawn = round(draws[0]) if draws else 0
+        site.state = threshold, round(calls), drifted > 0, None if kept < 0 else kept, drawn
 
 
 def thresholds_to_json(model: nn.Module) -> str:
@@ -56,10 +62,11 @@ def thresholds_from_json(text: str) -> Tensor:
     """
     try:
         rows = json.loads(text)
-        state = torch.tensor(rows, dtype=torch.float64).view(len(rows), _COLUMNS)
+        width = _WITHOUT_DRAWS if all(len(row) == _WITHOUT_DRAWS for row in rows) else _COLUMNS
+        state = torch.tensor(rows, dtype=torch.float64).view(len(rows), width)
     except (ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"load: damaged: the thresholds of activations cannot be read: {error}") from error
-    known, kept = state[:, : _COLUMNS - 1], state[:, _COLUMNS - 1]
+    kept, known = state[:, 3], state[:, [column for column in range(width) if column != 3]]
     if not bool((known >= 0).all() & known.isfinite().all()) or bool(
         ((kept < 0) & (kept != _UNKNOWN) | (kept > 1)).any()
     ):

@@ -1,7 +1,6 @@
 """Where new weights would help most: the largest gradients at coordinates that the masks switch off."""
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -181,17 +180,15 @@ def _unchanged(model: nn.Module, parameters: Mapping[str, MaskedParameter]) -> I
         for name, buffer in module.named_buffers(recurse=False)
         if id(buffer) not in masks
     ]
-    sites = [(module, module.estimator) for module in model.modules() if isinstance(module, PackActivation)]
-    for site, estimator in sites:
-        site.estimator = copy.copy(estimator)
+    sites = [(module, module.state) for module in model.modules() if isinstance(module, PackActivation)]
     devices = {parameter.parameter.device for parameter in parameters.values()} - {torch.device("cpu")}
     device_type = next((device.type for device in devices), "cuda")
     try:
         with torch.random.fork_rng(devices=sorted(device.index for device in devices), device_type=device_type):
             yield
     finally:
-        for site, estimator in sites:
-            site.estimator = estimator
+        for site, state in sites:
+            site.state = state
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)

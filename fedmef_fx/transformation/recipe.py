@@ -1,5 +1,6 @@
 """The passes that a configuration asks for, in order."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,14 +43,15 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
 def memory_passes(config: Config) -> tuple[Pass, ...]:
     """The passes that shrink what autograd keeps.
 
-    With 8-bit codecs and nothing pruned, layers keep their inputs in 8 bits, too.
+    With 8-bit codecs and layers' inputs neither pruned nor coded, layers keep these in 8 bits, too.
     """
     compressing = config.saved_precision == "int8"
-    if config.activation_sparsity == 0 and not compressing:
+    if config.activation_sparsity == 0 and config.activation_bits is None and not compressing:
         return ()
-    options = (config.activation_sparsity, config.threshold_sample, config.threshold_interval, config.ignore)
+    fields = [field.name for field in dataclasses.fields(PruneActivations)]
+    pruning = PruneActivations(**{name: getattr(config, name) for name in fields})
     first = (CompressSaved(config.ignore),) if compressing else ()
-    return (*first, ShrinkSaved(), PruneActivations(*options, config.packed_dtype))
+    return (*first, ShrinkSaved(), pruning)
 
 
 def config_after(config: Config, passes: Iterable[Pass]) -> Config:
