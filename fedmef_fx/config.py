@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from torch import nn
@@ -16,7 +17,10 @@ from fedmef_fx.packing.bit_planes import BITS, Bits
 from fedmef_fx.packing.block_code import Levels, Rounding
 from fedmef_fx.sparsity.granularity import parse_granularity
 
-__all__ = ["Config", "is_ignored"]
+__all__ = ["SAVED_BITS", "Config", "is_ignored"]
+
+SAVED_BITS: Final[Mapping[str, Bits]] = MappingProxyType({"int8": 8, "int4": 4, "int2": 2})
+"""Bits per element of the values of `Config.saved_precision` but "exact"."""
 
 _TYPE_PREFIX: Final = "type:"
 
@@ -78,8 +82,9 @@ class Config:
         packed_dtype: Type of the values that activation pruning keeps: the `"same"` as the activation's, or
             `"bfloat16"` or `"float16"`, where they are rounded, and clamped to what the format holds.
         saved_precision: How what must not be pruned is saved (inputs of normalisations and smooth activations,
-            results of softmax, operands of products and attention): `"exact"`, or `"int8"`, 8 bits per element with a
-            scale and an offset per 256. Forward stays exact; gradients become approximate.
+            results of softmax, operands of products and attention): `"exact"`, or `"int8"`, `"int4"` or `"int2"`, so
+            many bits per element, with a scale and an offset per 256. Forward stays exact; gradients become
+            approximate.
         weight_storage: `"dense"`: parameters keep their shape, with a boolean mask next to them. `"packed"`: of a
             masked weight only the active values exist, as a parameter `[active]` with a bitmap next to it, and so do
             its gradient and its optimizer state; it is dense for one layer at a time. Weights that Python code may
@@ -129,7 +134,7 @@ class Config:
     activation_levels: Levels = "range"
     activation_rounding: Rounding = "stochastic"
     packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
-    saved_precision: Literal["exact", "int8"] = "exact"
+    saved_precision: Literal["exact", "int8", "int4", "int2"] = "exact"
     weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     adjustment_rate: float = 0.4

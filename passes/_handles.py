@@ -1,4 +1,4 @@
-"""How an activation is kept, as a node: 8-bit sites, results that are kept by what makes them, and recomputation.
+"""How an activation is kept, as a node: sites of few bits, results that are kept by what makes them, and recomputation.
 
 One handle per tensor serves everything that reads it.
 """
@@ -17,9 +17,10 @@ from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.norms import compressed_norm
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
+from fedmef_fx.packing.bit_planes import Bits
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["add_8_bit_site", "handle_of"]
+__all__ = ["add_keeping_site", "handle_of"]
 
 _Recipe: TypeAlias = tuple[Callable[..., Any], tuple[Argument, ...], dict[str, Argument]]
 
@@ -58,9 +59,9 @@ def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
     return node
 
 
-def add_8_bit_site(region: Region, mode: GraphMode, x: fx.Node, *, by: str) -> fx.Node:
-    """Keep x in 8 bits, from where it is made."""
-    target = add_site(region, x.name if mode == "both" else f"{x.name}_{mode}", KeepActivation())
+def add_keeping_site(region: Region, mode: GraphMode, x: fx.Node, *, by: str, bits: Bits = 8) -> fx.Node:
+    """Keep x in few bits, from where it is made."""
+    target = add_site(region, x.name if mode == "both" else f"{x.name}_{mode}", KeepActivation(bits))
     with x.graph.inserting_after(x):
         node = x.graph.call_module(target, (x,))
     set_provenance(node, by=by, origin=x.name)

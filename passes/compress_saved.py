@@ -1,12 +1,12 @@
-"""Compress saved: what must not be pruned is kept at 8 bits per element.
+"""Compress saved: what must not be pruned is kept in 8, 4 or 2 bits per element.
 
 Rules
-1. GELU, SiLU, Hardswish, Hardsigmoid, Mish, Softplus, squares, cubes -> `compressed_activation`: the input in 8 bits.
-2. Sigmoid, tanh, softmax and log-softmax -> `compressed_result`: the result in 8 bits.
+1. GELU, SiLU, Hardswish, Hardsigmoid, Mish, Softplus, squares, cubes -> `compressed_activation`: the input in few bits.
+2. Sigmoid, tanh, softmax and log-softmax -> `compressed_result`: the result in few bits.
 3. LayerNorm, GroupNorm, RMSNorm, InstanceNorm -> `compressed_norm`, BatchNorm -> `compressed_batch_norm`: the input in
-   8 bits, no statistics.
-4. Products of two activations -> `compressed_mul`, `compressed_matmul`: each operand in 8 bits.
-5. `F.scaled_dot_product_attention` -> `compressed_attention`: query, key and value in 8 bits; backward runs it again.
+   few bits, no statistics.
+4. Products of two activations -> `compressed_mul`, `compressed_matmul`: each operand in few bits.
+5. `F.scaled_dot_product_attention` -> `compressed_attention`: query, key and value in few bits; backward runs it again.
 6. A tensor is encoded once, right after it is made, by one `KeepActivation` site for all that read it. It gets none
    where it is kept anyway: as the result of rule 2, or as a cheap function of what is kept (rule 1, LayerNorm,
    GroupNorm), which is computed again. `prune-activations` gives layers the same handles.
@@ -22,18 +22,19 @@ take no fewer bytes than the tensor is decided when its size is known, in each s
 import dataclasses
 import operator
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 from torch.fx.node import Argument
 
+from fedmef_fx.config import SAVED_BITS
 from fedmef_fx.graph.gradients import differentiable
 from fedmef_fx.graph.nodes import without_views
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.passes._compressible import Compression, compression_of
-from fedmef_fx.passes._handles import add_8_bit_site, handle_of
+from fedmef_fx.passes._handles import add_keeping_site, handle_of
 from fedmef_fx.passes._pruned_layers import prunable_layers
 from fedmef_fx.passes._shrinkable import shrinkable
 from fedmef_fx.records.graphs import GraphMode
@@ -48,10 +49,12 @@ class CompressSaved:
 
     Attributes:
         ignore: Modules whose layers `prune-activations` leaves alone, as in `Config.ignore`.
+        saved_precision: Bits per element, as in `Config.saved_precision`.
     """
 
     name: ClassVar[str] = "compress-saved"
     ignore: tuple[str | type, ...] = ()
+    saved_precision: Literal["int8", "int4", "int2"] = "int8"
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
@@ -98,7 +101,7 @@ class CompressSaved:
     def _match_tensors(
         self, region: Region, node: fx.Node, compression: Compression, kept: dict[fx.Node, str]
     ) -> list[fx.Node | Refusal | None]:
-        """Which of the tensors that backward needs are kept in 8 bits; why others stay dense; None for a weight.
+        """Which of the tensors that backward needs are kept in few bits; why others stay dense; None for a weight.
 
         There is one for each operand; where the result is kept instead, it is here only if it stays dense.
         """
@@ -124,7 +127,7 @@ class CompressSaved:
         operands: tuple[fx.Node | None, ...],
     ) -> fx.Node:
         """Put the compression in the node's place; each operand but None gets a handle, if it has none yet."""
-        graph = node.graph
+        graph, bits = node.graph, SAVED_BITS[self.saved_precision]
         handles: tuple[fx.Node | None, ...] = ()
         if not compression.keeps_result:
             handles = tuple(None if x is None else self._handle(region, mode, x) for x in operands)
@@ -138,7 +141,10 @@ class CompressSaved:
             extra: list[Any] = [read(compression.module)] if compression.module is not None else []
             extra += [None if target is None else read(target) for target in compression.parameters]
             args: tuple[Argument, ...] = (*compression.call(handles), *extra)
-            result = new = graph.call_function(compression.op, args, compression.options)
+            options = compression.options
+            if compression.keeps_result and bits != 8:
+                options = {**options, "bits": bits}
+            result = new = graph.call_function(compression.op, args, options)
             if compression.keeps_result:
                 result = graph.call_function(operator.getitem, (new, 0))
         node.replace_all_uses_with(result)
@@ -149,4 +155,6 @@ class CompressSaved:
         return result
 
     def _handle(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
-        return handle_of(region, x, by=self.name) or add_8_bit_site(region, mode, x, by=self.name)
+        return handle_of(region, x, by=self.name) or add_keeping_site(
+            region, mode, x, by=self.name, bits=SAVED_BITS[self.saved_precision]
+        )

@@ -28,7 +28,7 @@ from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.packing.bit_planes import Bits
 from fedmef_fx.packing.block_code import BlockCode, Levels, Rounding
 from fedmef_fx.packing.noise import noise_key
-from fedmef_fx.passes._handles import add_8_bit_site, handle_of
+from fedmef_fx.passes._handles import add_keeping_site, handle_of
 from fedmef_fx.passes._pruned_layers import match_layer, prune_layer
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import PassResult, Refusal
@@ -124,7 +124,7 @@ class PruneActivations:
 
     def _pack(self, region: Region, mode: GraphMode, x: fx.Node) -> fx.Node:
         if self.activation_sparsity == 0 and self.activation_bits is None:
-            return add_8_bit_site(region, mode, x, by=self.name)
+            return add_keeping_site(region, mode, x, by=self.name)
         name = x.name if mode == "both" else f"{x.name}_{mode}"
         code = None
         if self.activation_bits is not None:

@@ -23,7 +23,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "nsconv_statistics": ["none", None],
     "residual": ["sqrt2", None],
     "packed_dtype": ["float32", "int8", None],
-    "saved_precision": ["int4", "bfloat16", None],
+    "saved_precision": ["int3", "bfloat16", None],
     "activation_sparsity": [-0.1, 1, 1.0, 1.5, *NOT_NUMBERS],
     "activation_bits": [0, 5, 16, 2.0, "2", True, [2]],
     "activation_block": [0, 4, 100, -64, None, *NOT_INTEGERS],

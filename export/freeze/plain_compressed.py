@@ -1,4 +1,4 @@
-"""Ops that keep 8-bit copies for backward become the torch functions and modules that they stand for.
+"""Ops that keep copies in few bits for backward become the torch functions and modules that they stand for.
 
 1. `compressed_activation`, `compressed_result`, `compressed_norm` -> the torch function that they name.
 2. `compressed_batch_norm` -> F.batch_norm, `compressed_batch_norm_module` -> the call of the module.
@@ -47,7 +47,7 @@ def restore_compressed(graph: fx.Graph) -> None:
 
 def _named(node: fx.Node) -> fx.Node:
     plain = {**_NAMED, **{row.name: row.function for row in rows()}}
-    options = {name: value for name, value in node.kwargs.items() if name != "function"}
+    options = {name: value for name, value in node.kwargs.items() if name not in ("function", "bits")}
     return node.graph.call_function(plain[str(node.kwargs["function"])], (node.args[0],), options)
 
 

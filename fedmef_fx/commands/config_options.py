@@ -33,7 +33,7 @@ _TRANSFORM: Final[dict[str, Any]] = {
         int | None, typer.Option("--activation-bits", "--bits", help="Bits of what layers keep: 1, 2, 3, 4 or 8.")
     ],
     "saved_precision": Annotated[
-        str | None, typer.Option(help="What must not be pruned is saved exact, or as int8: 8 bits per element.")
+        str | None, typer.Option(help="What must not be pruned is saved exact, or as int8, int4, int2.")
     ],
     "packed_dtype": Annotated[
         str | None, typer.Option(help="Values of pruned activations: same, bfloat16 or float16.")

@@ -267,6 +267,7 @@ def _resume(directory: Path, server: Server, history: History) -> None:
         return
     for key, wanted in history.settings.items():
         found = checkpoint.settings.get(key)
+        found = _with_later_fields(found) if key == "config" else found
         if found != wanted:
             raise CheckpointError(
                 f"{directory}: the checkpoint belongs to another run: {key}: got {wanted!r:.200}, the checkpoint has "
@@ -274,6 +275,14 @@ def _resume(directory: Path, server: Server, history: History) -> None:
             )
     server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known)
     history.rounds.extend(checkpoint.rounds)
+
+
+def _with_later_fields(config: object) -> object:
+    """A configuration from a checkpoint, with the fields that came after it was written."""
+    try:
+        return json.loads(Config.from_json(json.dumps(config)).to_json())
+    except ConfigError:  # no configuration of this version
+        return config
 
 
 def _seed(model: nn.Module) -> int:

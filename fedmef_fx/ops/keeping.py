@@ -1,4 +1,4 @@
-"""Sites and handles of tensors that are kept in 8 bits for the backward of the operations that read them."""
+"""Sites and handles of tensors that are kept in few bits for the backward of the operations that read them."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,46 +9,48 @@ from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.packing import BlockwiseTensor, KeptTensor, codec_nbytes, why_dense
+from fedmef_fx.packing import BlockCode, BlockwiseTensor, KeptTensor, why_dense
+from fedmef_fx.packing.bit_planes import Bits
 from fedmef_fx.packing.tracers import is_traced
 
-__all__ = ["KeepActivation", "encoded", "kept_in_8_bits", "recomputed", "remasked", "value_of"]
+__all__ = ["KeepActivation", "encoded", "recomputed", "remasked", "value_of"]
 
 
-def encoded(x: Tensor) -> tuple[BlockwiseTensor | None, str]:
-    """A tensor in 8 bits, or None and the reason: it would take no fewer bytes, or has no such format."""
+def encoded(x: Tensor, bits: Bits = 8) -> tuple[BlockwiseTensor | None, str]:
+    """A tensor in few bits, or None and the reason: it would take no fewer bytes, or has no such format."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return None, f"keeps dense: {x.dtype} has no 8-bit form"
-    reason = why_dense(codec_nbytes("blockwise", x.numel(), x.dtype), x.numel(), x.dtype)
-    return (None, reason) if reason else (BlockwiseTensor.encode(x.detach()), "")
-
-
-def kept_in_8_bits(x: Tensor) -> BlockwiseTensor | None:
-    """`encoded`, without the reason."""
-    return encoded(x)[0]
+        return None, f"keeps dense: {x.dtype} has no {bits}-bit form"
+    code = BlockCode(bits)
+    reason = why_dense(code.nbytes(x.numel(), x.dtype), x.numel(), x.dtype)
+    return (None, reason) if reason else (BlockwiseTensor.encode(x.detach(), code), "")
 
 
 class KeepActivation(nn.Module):
-    """Keeps an activation in 8 bits for the backward of everything that reads it.
+    """Keeps an activation in few bits for the backward of everything that reads it.
 
     Attributes:
+        bits: How many.
         reason: Why the last tensor was left to be kept as it is; empty where it was encoded.
     """
 
-    def __init__(self) -> None:
+    bits: Bits = 8  # that of a model that was pickled when there were no others
+
+    def __init__(self, bits: Bits = 8) -> None:
         super().__init__()
+        self.bits = bits
         self.reason = ""
 
     def forward(self, x: Tensor) -> BlockwiseTensor | None:
-        """Encode x, of any shape; None where no gradient is recorded or 8 bits would not save memory."""
+        """Encode x, of any shape; None where no gradient is recorded or the bits would not save memory."""
         if not torch.is_grad_enabled() or is_traced():
             return None
-        kept, self.reason = encoded(x)
+        kept, self.reason = encoded(x, self.bits)
         return kept
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
-        return self.reason
+        few = "" if self.bits == 8 else f"bits={self.bits}"
+        return ", ".join(filter(None, (few, self.reason)))
 
 
 class _Recomputed:

@@ -1,4 +1,4 @@
-"""Normalisations that keep their input in 8 bits and no statistics.
+"""Normalisations that keep their input in few bits and no statistics.
 
 Forward is exact, running statistics included. Backward normalises what was kept again, so that mean, deviation and
 gradient belong to the same tensor.

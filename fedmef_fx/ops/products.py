@@ -1,4 +1,4 @@
-"""Products of two activations, and attention, that keep their operands in 8 bits.
+"""Products of two activations, and attention, that keep their operands in few bits.
 
 Forward is exact; the gradient of one operand is computed from what was kept of the other.
 """
@@ -132,7 +132,7 @@ def compressed_attention(  # noqa: PLR0913 -- as many as torch's
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention that keeps its operands in 8 bits and runs again in backward.
+    """Scaled dot-product attention that keeps its operands in few bits and runs again in backward.
 
     Neither probabilities nor the result are kept. Dropout drops the same in backward: its random state is kept, 5 kB on
     the CPU.

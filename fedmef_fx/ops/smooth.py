@@ -1,4 +1,4 @@
-"""Smooth activations that keep their input in 8 bits, and functions that keep their result so.
+"""Smooth activations that keep their input in few bits, and functions that keep their result so.
 
 Forward is exact. The gradient is the function's exact derivative at the kept input or result.
 """
@@ -12,9 +12,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
-from fedmef_fx.ops.keeping import kept_in_8_bits, value_of
+from fedmef_fx.ops.keeping import encoded, value_of
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import KeptTensor
+from fedmef_fx.packing.bit_planes import Bits
 
 __all__ = ["compressed_activation", "compressed_result"]
 
@@ -60,18 +61,20 @@ class _Activation(Function):
 
 class _Result(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: str, options: dict[str, Any]) -> tuple[Tensor, KeptTensor | None]:
+    def forward(
+        ctx: Any, x: Tensor, function: str, bits: Bits, options: dict[str, Any]
+    ) -> tuple[Tensor, KeptTensor | None]:
         out = _RESULTS[function][0](x, **options)
-        kept = kept_in_8_bits(out)
+        kept, _ = encoded(out, bits)
         ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
         ctx.save_for_backward(out if kept is None else None)
         return out, kept
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         out = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
-        return _RESULTS[ctx.function][1](grad, out, **ctx.options).to(ctx.dtype), None, None
+        return _RESULTS[ctx.function][1](grad, out, **ctx.options).to(ctx.dtype), None, None, None
 
 
 @overridable
@@ -94,19 +97,20 @@ def compressed_activation(x: Tensor, kept: KeptTensor | None, *, function: str, 
 
 
 @overridable
-def compressed_result(x: Tensor, *, function: str, **options: Any) -> tuple[Tensor, KeptTensor | None]:
-    """A function whose backward needs its result, which it keeps in 8 bits.
+def compressed_result(x: Tensor, *, function: str, bits: Bits = 8, **options: Any) -> tuple[Tensor, KeptTensor | None]:
+    """A function whose backward needs its result, which it keeps in few bits.
 
     Args:
         x: Any shape.
         function: "log_softmax", "sigmoid", "softmax" or "tanh".
+        bits: In how many the result is kept.
         **options: Its options in torch: `dim` and `dtype` of the softmaxes.
 
     Returns:
         What torch returns, and how it is kept, for other operations that read it; None where nothing is, or where
-        8 bits would not save memory.
+        the bits would not save memory.
     """
     if not needs_backward(x):
         return _RESULTS[function][0](x, **options), None
-    result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, options)  # type: ignore[no-untyped-call]  # torch's
+    result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, bits, options)  # type: ignore[no-untyped-call]  # torch's
     return result

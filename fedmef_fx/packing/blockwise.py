@@ -9,7 +9,7 @@ float64 for float64 tensors, float32 for all others, products and sums rounded o
 - Elements are numbered in the order of memory (`MemoryLayout`); block b holds elements `[b * block, (b + 1) * block)`,
   the last one those that are left.
 - `codes`: the planes of block 0, then those of block 1, ... (`fedmef_fx.packing.bit_planes`).
-- `parameters` `[blocks, 2]`: offset and scale of each block, bfloat16 for up to 4 bits; for centroids
+- `ranges` `[blocks, 2]`: offset and scale of each block, bfloat16 for up to 4 bits; for centroids
   `[blocks, 2 ** bits]`, the levels.
 - Stochastic rounding takes the noise of an element's number (`fedmef_fx.packing.noise`) under the tensor's key:
   code = floor((x - offset) * (1 / scale) + noise), at most 2 ** bits - 1. Nearest rounding is that with noise 1/2.
@@ -56,7 +56,7 @@ class BlockwiseTensor:
 
     Attributes:
         codes: uint8, the codes.
-        parameters: `[blocks, code.parameters]`, what each block's codes stand for.
+        ranges: `[blocks, code.parameters]`, what each block's codes stand for.
         layout: Shape and memory order to restore.
         dtype: Dtype to restore.
         code: How it was encoded.
@@ -71,7 +71,7 @@ class BlockwiseTensor:
     """
 
     codes: Tensor
-    parameters: Tensor
+    ranges: Tensor
     layout: MemoryLayout
     dtype: torch.dtype
     code: BlockCode
@@ -79,7 +79,7 @@ class BlockwiseTensor:
 
     def __post_init__(self) -> None:
         kind: BufferKind = "8-bit" if self.code.bits == 8 else "packed values"
-        for buffer in (self.codes, self.parameters, self.kinds):
+        for buffer in (self.codes, self.ranges, self.kinds):
             if buffer is not None:
                 announce(buffer, kind)
 
@@ -144,7 +144,7 @@ class BlockwiseTensor:
         step, first = _chunk_elements(flat), 0
         for start in range(0, flat.numel(), step):
             chunk = flat[start : start + step]
-            yield from _in_blocks(chunk, self.code, self.codes[first:], self.parameters[start // self.code.block :])
+            yield from _in_blocks(chunk, self.code, self.codes[first:], self.ranges[start // self.code.block :])
             first += self.code.codes_nbytes(chunk.numel())
 
     @property
@@ -165,7 +165,7 @@ class BlockwiseTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
-        return self.codes.nbytes + self.parameters.nbytes + (0 if self.kinds is None else self.kinds.nbytes)
+        return self.codes.nbytes + self.ranges.nbytes + (0 if self.kinds is None else self.kinds.nbytes)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

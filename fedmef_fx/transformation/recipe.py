@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from fedmef_fx.config import Config
+from fedmef_fx.config import SAVED_BITS, Config
 from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
@@ -43,15 +43,19 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
 def memory_passes(config: Config) -> tuple[Pass, ...]:
     """The passes that shrink what autograd keeps.
 
-    With 8-bit codecs and layers' inputs neither pruned nor coded, layers keep these in 8 bits, too.
+    Where `saved_precision` says how many bits, and layers' inputs are neither pruned nor coded, layers keep these so,
+    too.
     """
-    compressing = config.saved_precision == "int8"
-    if config.activation_sparsity == 0 and config.activation_bits is None and not compressing:
+    if config.activation_sparsity == 0 and config.activation_bits is None and config.saved_precision == "exact":
         return ()
     fields = [field.name for field in dataclasses.fields(PruneActivations)]
     pruning = PruneActivations(**{name: getattr(config, name) for name in fields})
-    first = (CompressSaved(config.ignore),) if compressing else ()
-    return (*first, ShrinkSaved(), pruning)
+    if config.saved_precision == "exact":
+        return ShrinkSaved(), pruning
+    bits = SAVED_BITS[config.saved_precision]
+    if bits < 8 and config.activation_sparsity == 0 and config.activation_bits is None:
+        pruning = dataclasses.replace(pruning, activation_bits=bits)
+    return CompressSaved(config.ignore, config.saved_precision), ShrinkSaved(), pruning
 
 
 def config_after(config: Config, passes: Iterable[Pass]) -> Config:

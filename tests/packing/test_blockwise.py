@@ -155,7 +155,7 @@ def test_python_keeps_nothing_beside_the_buffers():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000
-    assert kept.codes.untyped_storage().nbytes() + kept.parameters.untyped_storage().nbytes() == kept.nbytes
+    assert kept.codes.untyped_storage().nbytes() + kept.ranges.untyped_storage().nbytes() == kept.nbytes
 
 
 def test_the_meter_sees_the_buffers_until_they_go():
