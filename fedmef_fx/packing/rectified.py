@@ -94,8 +94,9 @@ class RectifiedTensor:
 
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
-        dense = self.layout.empty(dtype=self.values.dtype, device=self.values.device)
-        flat, values = self.layout.flatten(dense), self.values.unpack()
+        values = self.values.unpack()
+        flat = values.new_empty(self.layout.numel)
+        dense = flat.as_strided(self.layout.shape, self.layout.stride)
         if self.slope:
             backend_for(flat).mask_by_bits(self.bits.bitmap, values, out=flat, scale_off=-self.slope)
             return dense
