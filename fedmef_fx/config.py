@@ -37,14 +37,22 @@ def _ignore_entry(entry: object) -> str:
     )
 
 
+def _named(value: object) -> tuple[tuple[str, Any], ...] | None:
+    """A mapping or pairs of names and values as a tuple; None for anything else."""
+    entries = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(entries, list | tuple) or not all(isinstance(e, list | tuple) and len(e) == 2 for e in entries):
+        return None
+    pairs = tuple((name, item) for name, item in entries)
+    return pairs if all(isinstance(name, str) and name for name, _ in pairs) else None
+
+
 def _pairs(value: object) -> tuple[tuple[str, float], ...]:
     """`Config.layer_sparsity` in the form in which it is stored and hashed."""
-    entries = list(value.items()) if isinstance(value, Mapping) else value
-    if isinstance(entries, list | tuple) and all(isinstance(e, list | tuple) and len(e) == 2 for e in entries):
-        pairs = tuple((name, gamma) for name, gamma in entries)
-        are_numbers = all(isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g < 1 for _, g in pairs)
-        if are_numbers and all(isinstance(name, str) and name for name, _ in pairs):
-            return pairs
+    pairs = _named(value)
+    if pairs is not None and all(
+        isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g < 1 for _, g in pairs
+    ):
+        return pairs
     raise ConfigError(
         f"Config.layer_sparsity: got {value!r}; expected names or globs with numbers in [0, 1), e.g. "
         'layer_sparsity={"layer1.*": 0.5}'
@@ -100,6 +108,8 @@ class Config:
         layer_sparsity: gamma of single layers, as pairs of a name or glob and a number in [0, 1), e.g.
             `{"layer1.*": 0.5}`. The last that fits a layer counts, and at most `activation_sparsity` is used. Of an
             input that several layers share the first one's counts.
+        layer_bits: `activation_bits` of single layers, in the same form, None for values: `{"conv1": 4, "head": None}`.
+            Only with `activation_bits`.
         micro_batch: Samples for which activations are kept at a time in federated training, see
             `fedmef_fx.training.micro_batches`; None for whole batches.
         memory_budget: Bytes that a training step may take, as a number or text such as `"64MB"` or `"1.5GiB"`. With
@@ -143,6 +153,7 @@ class Config:
     extrusion_strength: float = 1e-4
     gradient_clipping: float | None = None
     layer_sparsity: tuple[tuple[str, float], ...] = ()
+    layer_bits: tuple[tuple[str, Bits | None], ...] = ()
     micro_batch: int | None = None
     memory_budget: int | str | None = None
     budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
@@ -163,6 +174,7 @@ class Config:
         self._check_integer("threshold_sample", low=64)
         self._check_integer("threshold_interval", low=1)
         object.__setattr__(self, "layer_sparsity", _pairs(self.layer_sparsity))
+        self._check_layer_bits()
         if self.micro_batch is not None:
             self._check_integer("micro_batch", low=1)
         if self.memory_budget is not None:
@@ -197,6 +209,20 @@ class Config:
             raise ConfigError(
                 "Config.activation_levels: got 'centroids' with activation_bits=8; expected at most 4 bits, or 'range'"
             )
+
+    def _check_layer_bits(self) -> None:
+        pairs = _named(self.layer_bits)
+        if pairs is None or not all(bits is None or (type(bits) is int and bits in BITS) for _, bits in pairs):
+            raise ConfigError(
+                f"Config.layer_bits: got {self.layer_bits!r}; expected names or globs with "
+                f"{', '.join(map(str, BITS))} or None, e.g. layer_bits={{'layer1.*': 4}}"
+            )
+        if pairs and self.activation_bits is None:
+            raise ConfigError(
+                f"Config.layer_bits: got {self.layer_bits!r} with activation_bits=None; expected bits for all other "
+                "layers, too, e.g. activation_bits=2"
+            )
+        object.__setattr__(self, "layer_bits", pairs)
 
     def _check_number(
         self, name: str, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False

@@ -41,6 +41,16 @@ BAD_VALUES: dict[str, list[object]] = {
     "extrusion_strength": [-1e-9, *NOT_NUMBERS],
     "gradient_clipping": [0, -0.01, *(value for value in NOT_NUMBERS if value is not None)],
     "layer_sparsity": ["fc", 0.5, None, ("fc",), {"fc": 1.0}, {"fc": -0.1}, {"": 0.5}, {3: 0.5}, {"fc": None}],
+    "layer_bits": [
+        "fc",
+        4,
+        None,
+        ("fc",),
+        {"fc": 5},
+        {"fc": 2.0},
+        {"": 4},
+        {"fc": 4},
+    ],  # the last without activation_bits
     "micro_batch": [0, -1, *NOT_INTEGERS],
     "memory_budget": [0, -1, "", "64 parsecs", "-3MB", "1e3", 1.0, math.nan, True, [1]],
     "budget_optimizer": ["lion", None],

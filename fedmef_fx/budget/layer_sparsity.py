@@ -1,16 +1,19 @@
-"""The activation sparsity of single layers: `Config.layer_sparsity` put into the sites where inputs are packed."""
+"""What is kept of single layers' inputs: `Config.layer_sparsity` and `layer_bits`, put into the sites that keep it."""
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
+from fedmef_fx.config import Config
 from fedmef_fx.graph.origin import layer_of
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.packing import ThresholdEstimator
+from fedmef_fx.packing import BlockCode, ThresholdEstimator
+from fedmef_fx.packing.bit_planes import Bits
 
-__all__ = ["apply_layer_sparsity", "packing_sites", "set_sparsity"]
+__all__ = ["apply_layer_levels", "packing_sites", "set_sparsity", "with_bits"]
 
 
 def packing_sites(regions: Iterable[Region]) -> Iterator[tuple[str, PackActivation, Region, fx.Node]]:
@@ -23,24 +26,32 @@ def packing_sites(regions: Iterable[Region]) -> Iterator[tuple[str, PackActivati
                     yield layer_of(region, node), site, region, node
 
 
-def apply_layer_sparsity(regions: Iterable[Region], layer_sparsity: Sequence[tuple[str, float]]) -> list[str]:
-    """Give sites the sparsity that is asked for the layer that reads them first.
+def apply_layer_levels(regions: Iterable[Region], config: Config) -> dict[str, list[str]]:
+    """Give sites the sparsity and the bits that are asked for the layer that reads them first.
 
     Args:
         regions: Graphs with their sites.
-        layer_sparsity: As in `Config.layer_sparsity`.
+        config: Its `layer_sparsity`, where anything is dropped, and its `layer_bits`.
 
     Returns:
-        Entries that fit no layer.
+        By field, entries that fit no layer.
     """
-    unused = dict.fromkeys(name for name, _ in layer_sparsity)
+    sparsity = config.layer_sparsity if config.activation_sparsity > 0 else ()
+    unused = {
+        "layer_sparsity": dict.fromkeys(name for name, _ in sparsity),
+        "layer_bits": dict.fromkeys(name for name, _ in config.layer_bits),
+    }
     for layer, site, _, _ in packing_sites(regions):
-        fitting = [(name, gamma) for name, gamma in layer_sparsity if fnmatch.fnmatchcase(layer, name)]
-        for name, _ in fitting:
-            unused.pop(name, None)
-        if fitting:
-            set_sparsity(site, min(fitting[-1][1], site.activation_sparsity))
-    return list(unused)
+        gammas = [(name, gamma) for name, gamma in sparsity if fnmatch.fnmatchcase(layer, name)]
+        bits = [(name, count) for name, count in config.layer_bits if fnmatch.fnmatchcase(layer, name)]
+        for field, fitting in (("layer_sparsity", gammas), ("layer_bits", bits)):
+            for name, _ in fitting:
+                unused[field].pop(name, None)
+        if gammas:
+            set_sparsity(site, min(gammas[-1][1], site.activation_sparsity))
+        if bits:
+            site.code = with_bits(site.code, bits[-1][1])
+    return {field: list(names) for field, names in unused.items()}
 
 
 def set_sparsity(site: PackActivation, activation_sparsity: float) -> None:
@@ -48,3 +59,10 @@ def set_sparsity(site: PackActivation, activation_sparsity: float) -> None:
     old = site.estimator
     site.activation_sparsity = activation_sparsity
     site.estimator = ThresholdEstimator(kept_target=1.0 - activation_sparsity, sample=old.sample, interval=old.interval)
+
+
+def with_bits(code: BlockCode | None, bits: Bits | None) -> BlockCode | None:
+    """A code with another number of bits; None for values, and for what has no code."""
+    if code is None or bits is None:
+        return None
+    return dataclasses.replace(code, bits=bits, levels="range" if bits == 8 else code.levels)

@@ -5,22 +5,24 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from fedmef_fx.records.memory_plan import Level
+
 __all__ = ["LayerLevels", "fewest_moves", "moves"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerLevels:
-    """What may be dropped of one layer's input, from nothing to most.
+    """How little may be kept of one layer's input, from everything to least.
 
     Attributes:
         layer: The layer that reads it first.
-        gammas: Shares that are dropped, ascending, 0 first.
+        levels: What may be kept of it, ascending by error, everything first.
         nbytes: Bytes that are kept, at each.
         errors: Square of the error of the weight gradients that are computed from it, at each.
     """
 
     layer: str
-    gammas: tuple[float, ...]
+    levels: tuple[Level, ...]
     nbytes: tuple[int, ...]
     errors: tuple[float, ...]
 
@@ -35,7 +37,7 @@ def moves(layers: Sequence[LayerLevels]) -> list[int]:
 
     def add_candidate(index: int, level: int) -> None:
         layer = layers[index]
-        if level + 1 < len(layer.gammas):
+        if level + 1 < len(layer.levels):
             saved = layer.nbytes[level] - layer.nbytes[level + 1]
             added = max(layer.errors[level + 1] - layer.errors[level], 0.0)
             price = math.inf if saved <= 0 else added / saved
@@ -51,22 +53,22 @@ def moves(layers: Sequence[LayerLevels]) -> list[int]:
     return order
 
 
-def fewest_moves(layers: Sequence[LayerLevels], peak: Callable[[list[float]], int], budget: int) -> list[float]:
-    """The gammas after the fewest moves that hold a budget.
+def fewest_moves(layers: Sequence[LayerLevels], peak: Callable[[list[Level]], int], budget: int) -> list[Level]:
+    """The levels after the fewest moves that hold a budget.
 
     The peak is close to linear in the bytes that are kept, except where its moment changes: interpolation finds the
     place in two or three predictions, and every third trial halves the rest, so that there are never many.
 
     Args:
         layers: What may be dropped.
-        peak: Bytes that a step takes with some gammas. Above the budget with none, within it with the last ones.
+        peak: Bytes that a step takes with some levels. Above the budget with none, within it with the last ones.
         budget: Bytes that it may take.
     """
     steps = list(_after_moves(layers))
     nbytes = [sum(layer.nbytes[k] for layer, k in zip(layers, levels, strict=True)) for levels in steps]
 
-    def after(count: int) -> list[float]:
-        return [layer.gammas[k] for layer, k in zip(layers, steps[count], strict=True)]
+    def after(count: int) -> list[Level]:
+        return [layer.levels[k] for layer, k in zip(layers, steps[count], strict=True)]
 
     low, high = 0, len(steps) - 1
     above, within = peak(after(low)), peak(after(high))

@@ -4,11 +4,12 @@ What is chosen, and in which order of preference:
 
 1. Nothing that changes a gradient: pruned activations off (gamma 0: packing drops only zeros), parts of the batch
    (`fedmef_fx.training.micro_batches`) down to a small size, packed weights.
-2. gamma per layer, at most `Config.activation_sparsity`, and formats of fewer bits. Forward and input gradients are
-   exact under activation pruning, so that the error of a layer's weight gradient depends on its own gamma alone: one
-   run per level of gamma measures every layer, for all formats. Layers then give up accuracy in the order of bytes
-   saved per error added, until the predicted peak fits; or all alike, where that costs less. Of several formats the
-   one with the least measured error wins.
+2. gamma per layer, at most `Config.activation_sparsity`, bits per layer, at least `Config.activation_bits` where that
+   is given, and formats of fewer bits. Forward and input gradients are exact whatever is kept for weight gradients, so
+   that the error of a layer's weight gradient depends on its own level (gamma and bits) alone: one run per level
+   measures every layer, for all formats. Layers then give up accuracy in the order of bytes saved per error added,
+   until the predicted peak fits; or all alike, where that costs less. Of several formats the one with the least
+   measured error wins.
 3. Parts of fewer samples than `SMALLEST_PREFERRED`, where nothing else holds the budget.
 
 Peaks are predicted (`fedmef_fx.memory(..., predict=True)`), with the shares that were kept when errors were measured.
@@ -26,14 +27,14 @@ from typing import Any, Final, get_args, get_type_hints
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fedmef_fx.budget.plan import LayerLevels, fewest_moves
+from fedmef_fx.budget.plan import fewest_moves
 from fedmef_fx.budget.trial import PlannedModel, square_distance
 from fedmef_fx.config import Config
 from fedmef_fx.display.sizes import parse_bytes, shown_bytes
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.measure.report import MemoryReport
-from fedmef_fx.records.memory_plan import LayerChoice, MemoryPlan
+from fedmef_fx.records.memory_plan import LayerChoice, Level, MemoryPlan
 from fedmef_fx.training.micro_batches import batch_size_of, batch_statistics_in
 
 __all__ = ["SMALLEST_PREFERRED", "Transform", "plan_memory"]
@@ -85,7 +86,7 @@ class _Candidate:
 
     settings: dict[str, Any]
     micro_batch: int | None
-    gammas: list[float]
+    levels: list[Level]
     layers: tuple[LayerChoice, ...]
     peak: int
     error: float
@@ -100,7 +101,7 @@ class _Search:
         self.config, self.budget, self.transform, self.args, self.kwargs = config, budget, transform, args, kwargs
         self.reasons: list[str] = []
         self.started = time.perf_counter()
-        self._predictions: dict[tuple[PlannedModel, tuple[float, ...], int | None], MemoryReport] = {}
+        self._predictions: dict[tuple[PlannedModel, tuple[Level, ...], int | None], MemoryReport] = {}
         self.batch, self.why_whole = _batch_size(args, kwargs)
         self._sample = (args, kwargs)
         if self.batch is not None:
@@ -123,7 +124,7 @@ class _Search:
             lossy.append(trial)
             found = self._candidate(trial, base, self._sizes(trial))
             best = self._better(best, found)
-            if found is not None and not any(found.gammas):
+            if found is not None and found.levels == trial.nothing:
                 break  # a further format could only add to the error
         if best is None:  # a further format may also take more: for a moment it needs both forms
             trial = min(lossy, key=lambda trial: self._least_of(trial, trial.limits, self._sizes(trial, smallest=1))[1])
@@ -137,7 +138,7 @@ class _Search:
 
     def _model(self, settings: dict[str, Any], measured: PlannedModel | None = None) -> PlannedModel:
         """The model with some formats."""
-        base = self.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), **settings)
+        base = self.config.replace(memory_budget=None, micro_batch=None, layer_sparsity=(), layer_bits=(), **settings)
         return PlannedModel(self.transform(base), settings, self.limit, self._sample, measured=measured)
 
     def _settings(self, formats: Sequence[tuple[str, str]], first: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -196,19 +197,18 @@ class _Search:
             )
             return None
         levels = trial.levels(self.share(size))
-        priced = fewest_moves(levels, lambda g: self.predict(trial, g, size).peak, self.budget)
+        priced = fewest_moves(levels, lambda found: self.predict(trial, found, size).peak, self.budget)
         found = self._made(trial, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
         # Prices know bytes, not which of them are alive at the peak: where it is narrow, an even hand can do better.
-        even = self._evenly(trial, levels, size)
+        even = self._evenly(trial, size)
         if even == priced:
             return found
-        return self._better(found, self._made(trial, base, size, even, f"{_parts(size)}, and one gamma everywhere"))
+        return self._better(found, self._made(trial, base, size, even, f"{_parts(size)}, and one level everywhere"))
 
-    def _evenly(self, trial: PlannedModel, levels: Sequence[LayerLevels], size: int | None) -> list[float]:
-        """The smallest gamma for all layers, up to their limits, that holds the budget; the limits themselves do."""
-        tried = sorted({gamma for layer in levels for gamma in layer.gammas})
-        all_gammas = [[min(gamma, limit) for limit in trial.limits] for gamma in tried]
-        return next(gammas for gammas in all_gammas if self.predict(trial, gammas, size).peak <= self.budget)
+    def _evenly(self, trial: PlannedModel, size: int | None) -> list[Level]:
+        """The level of least error for all layers, as far as they may take it, that holds the budget."""
+        holds = (found for found in trial.even_levels() if self.predict(trial, found, size).peak <= self.budget)
+        return next(holds, trial.limits)
 
     def _largest(self, trial: PlannedModel, sizes: Sequence[int | None]) -> int | None:
         """The largest size that holds the budget with nothing pruned; one that does not if none does."""
@@ -221,30 +221,30 @@ class _Search:
         return sizes[bisect.bisect_left(range(1, len(sizes) - 1), 1, key=lambda i: int(holds(sizes[i]))) + 1]
 
     def _least_of(
-        self, trial: PlannedModel, gammas: Sequence[float], sizes: Sequence[int | None]
+        self, trial: PlannedModel, levels: Sequence[Level], sizes: Sequence[int | None]
     ) -> tuple[int | None, int]:
         """The size that takes least, and its peak.
 
         It is the smallest, or the whole batch, for which no gradient has to be added up.
         """
-        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(trial, gammas, size).peak)
-        return size, self.predict(trial, gammas, size).peak
+        size = min((sizes[0], sizes[-1]), key=lambda size: self.predict(trial, levels, size).peak)
+        return size, self.predict(trial, levels, size).peak
 
     def _made(
-        self, trial: PlannedModel, base: PlannedModel, size: int | None, gammas: list[float], reason: str
+        self, trial: PlannedModel, base: PlannedModel, size: int | None, levels: list[Level], reason: str
     ) -> _Candidate:
         """A candidate, with its error against the gradients of the exact model."""
-        peak, error = self.predict(trial, gammas, size).peak, 0.0
+        peak, error = self.predict(trial, levels, size).peak, 0.0
         self._say(f"{_label(trial)}: {reason}: {shown_bytes(peak)}")
-        if any(gammas) or trial is not base:
+        if levels != trial.nothing or trial is not base:
             total = sum(float(g.double().square().sum()) for g in base.exact.values())
-            distance = square_distance(trial.gradients(gammas), base.exact, set(base.exact))
+            distance = square_distance(trial.gradients(levels), base.exact, set(base.exact))
             error = math.sqrt(distance / total) if total else 0.0
         chosen = tuple(
-            LayerChoice(layer, gamma, trial.nbytes(i, gamma, self.share(size)))
-            for i, ((layer, _, _), gamma) in enumerate(zip(trial.sites, gammas, strict=True))
+            LayerChoice(layer, level.gamma, trial.nbytes(i, level, self.share(size)), level.bits)
+            for i, ((layer, _, _), level) in enumerate(zip(trial.sites, levels, strict=True))
         )
-        return _Candidate(trial.settings, size, gammas, chosen, peak, error)
+        return _Candidate(trial.settings, size, levels, chosen, peak, error)
 
     def _better(self, first: _Candidate | None, second: _Candidate | None) -> _Candidate | None:
         if first is None or second is None:
@@ -255,11 +255,11 @@ class _Search:
 
     # Measurements
 
-    def predict(self, trial: PlannedModel, gammas: Sequence[float], micro_batch: int | None) -> MemoryReport:
-        """What a step takes with some gammas, without running it."""
-        key = (trial, tuple(gammas), micro_batch)
+    def predict(self, trial: PlannedModel, levels: Sequence[Level], micro_batch: int | None) -> MemoryReport:
+        """What a step takes with some levels, without running it."""
+        key = (trial, tuple(levels), micro_batch)
         if key not in self._predictions:
-            trial.set(gammas)
+            trial.set(levels)
             self._predictions[key] = memory(
                 trial.model,
                 self.args,
@@ -281,17 +281,24 @@ class _Search:
         floor = self.predict(trial, trial.limits, size)
         parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in floor.at_peak.items() if count)
         needs = [f"{name}={value!r}" for name, value in trial.settings.items()] + [_parts(size)]
+        least = Level(self.config.activation_sparsity, self.config.activation_bits)
         raise ConfigError(
             f"Config.memory_budget: {shown_bytes(self.budget)} cannot be reached; the floor is "
-            f"{shown_bytes(floor.peak)} with {', '.join(needs)} and gamma {self.config.activation_sparsity:g} (then "
+            f"{shown_bytes(floor.peak)} with {', '.join(needs)} and {least} (then "
             f"{parts}; optimizer {self.config.budget_optimizer}); expected a budget of at least {floor.peak} bytes, a "
             "lower density, a higher activation_sparsity, or a smaller model"
         )
 
     def _result(self, best: _Candidate) -> tuple[Config, MemoryPlan]:
-        pairs = dict.fromkeys((choice.layer, choice.gamma) for choice in best.layers)
+        has_gammas, has_bits = self.config.activation_sparsity > 0, self.config.activation_bits is not None
+        gammas = dict.fromkeys((choice.layer, choice.gamma) for choice in best.layers if has_gammas)
+        bits = dict.fromkeys((choice.layer, choice.bits) for choice in best.layers if has_bits)
         config = self.config.replace(
-            memory_budget=None, micro_batch=best.micro_batch, layer_sparsity=tuple(pairs), **best.settings
+            memory_budget=None,
+            micro_batch=best.micro_batch,
+            layer_sparsity=tuple(gammas),
+            layer_bits=tuple(bits),
+            **best.settings,
         )
         return config, MemoryPlan(
             budget=self.budget,

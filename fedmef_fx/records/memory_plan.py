@@ -2,11 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmef_fx.display.sizes import shown_bytes
+from fedmef_fx.packing.bit_planes import Bits
 
-__all__ = ["LayerChoice", "MemoryPlan"]
+__all__ = ["LayerChoice", "Level", "MemoryPlan"]
+
+
+class Level(NamedTuple):
+    """How little is kept of one layer's input.
+
+    Attributes:
+        gamma: Share that is dropped.
+        bits: Bits of the code for what is kept; None for values.
+    """
+
+    gamma: float = 0.0
+    bits: Bits | None = None
+
+    def __str__(self) -> str:
+        return f"gamma {self.gamma:g}" + ("" if self.bits is None else f", {self.bits} bits")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,11 +33,18 @@ class LayerChoice:
         layer: The layer that reads it first.
         gamma: Share that is dropped.
         nbytes: Bytes that are kept of it, for one part of the batch.
+        bits: Bits of the code for what is kept; None for values.
     """
 
     layer: str
     gamma: float
     nbytes: int
+    bits: Bits | None = None
+
+    @property
+    def level(self) -> Level:
+        """Gamma and bits."""
+        return Level(self.gamma, self.bits)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +82,7 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, str]]:
         """What was chosen, as label and text."""
         gammas = [layer.gamma for layer in self.layers]
+        bits = sorted({layer.bits for layer in self.layers if layer.bits is not None})
         span = f"{min(gammas):g} to {max(gammas):g}" if gammas else "nothing is packed"
         return [
             ("budget", shown_bytes(self.budget)),
@@ -67,12 +91,16 @@ class MemoryPlan:
             ("micro-batch", "whole batch" if self.micro_batch is None else f"{self.micro_batch} of {self.batch}"),
             *((name, str(value)) for name, value in self.settings.items()),
             ("gamma", span),
+            *([("bits", ", ".join(map(str, bits)))] if bits else []),
             ("gradient error", f"{self.gradient_error:.2g}"),
         ]
 
     def __str__(self) -> str:
         lines = [f"{label:16s}{text}" for label, text in self.rows()]
         width = max((len(layer.layer) for layer in self.layers), default=5)
-        table = [f"{layer.layer:{width}s}  {layer.gamma:<5g}  {layer.nbytes:>12,d} bytes" for layer in self.layers]
-        head = [f"{'layer':{width}s}  gamma          kept"] if table else []
+        table = [
+            f"{layer.layer:{width}s}  {layer.gamma:<5g}  {layer.bits or '-':<4}  {layer.nbytes:>12,d} bytes"
+            for layer in self.layers
+        ]
+        head = [f"{'layer':{width}s}  gamma  bits          kept"] if table else []
         return "\n".join([*lines, *(f"because: {reason}" for reason in self.reasons), *head, *table])

@@ -5,7 +5,7 @@ from typing import Final
 
 from torch import nn
 
-from fedmef_fx.budget.layer_sparsity import apply_layer_sparsity
+from fedmef_fx.budget.layer_sparsity import apply_layer_levels
 from fedmef_fx.capture import capture_call, neutral_surroundings
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CaptureError, PassError
@@ -59,6 +59,6 @@ def _extend(module: nn.Module, table: RegionTable, call: Call, config: Config, p
     own_passes = [step for step in passes if not isinstance(step, _ONCE)]
     if own_passes:
         Pipeline(own_passes, after_pass=Verifier.of(program)).run(program)
-    apply_layer_sparsity(regions, config.layer_sparsity)
+    apply_layer_levels(regions, config)
     for region in regions:
         table.add(region)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedmef_fx.budget.layer_sparsity import apply_layer_sparsity
+from fedmef_fx.budget.layer_sparsity import apply_layer_levels
 from fedmef_fx.budget.planner import plan_memory
 from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions, neutral_surroundings, ordinary_tensors
 from fedmef_fx.config import Config
@@ -155,7 +155,7 @@ def _transformed(
     ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
     config = program.transformation.config = config_after(config, (step for step, result in ran if result.modified))
     if observer.runs_all:
-        _apply_layer_sparsity(program, config)
+        _apply_layer_levels(program, config)
     program.transformation.reports = PassReport((capture, *reports))
     # What is captured later would go through all passes.
     extend = functools.partial(extend_region, config=config, passes=own_passes) if observer.runs_all else None
@@ -191,14 +191,14 @@ def pack_weights(model: nn.Module) -> PassResult:
 
 def _planned(plan: MemoryPlan) -> PassResult:
     choices = tuple(f"{label}: {text}" for label, text in plan.rows())
-    layers = tuple(f"{choice.layer}: gamma {choice.gamma:g}" for choice in plan.layers)
+    layers = tuple(f"{choice.layer}: {choice.level}" for choice in plan.layers)
     return PassResult(f"plan-memory{{budget={plan.budget}}}", (*choices, *layers), seconds=plan.seconds)
 
 
-def _apply_layer_sparsity(program: Program, config: Config) -> None:
-    unused = apply_layer_sparsity(program.regions, config.layer_sparsity)
-    if unused and config.activation_sparsity > 0 and not program.pending:
-        raise ConfigError(
-            f"Config.layer_sparsity: no layer whose input is pruned is named {unused[0]!r}; expected names as in "
-            "fedmef_fx.memory(model, inputs).layers; of layers that share an input the first one counts"
-        )
+def _apply_layer_levels(program: Program, config: Config) -> None:
+    for field, unused in apply_layer_levels(program.regions, config).items():
+        if unused and not program.pending:
+            raise ConfigError(
+                f"Config.{field}: no layer whose input is packed is named {unused[0]!r}; expected names as in "
+                "fedmef_fx.memory(model, inputs).layers; of layers that share an input the first one counts"
+            )

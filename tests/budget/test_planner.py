@@ -257,3 +257,64 @@ def test_resnet18_within_its_budget() -> None:
     measured = peak(sparse, x, plan.micro_batch)
     assert plan.predicted_peak == pytest.approx(measured, rel=0.1)
     assert measured <= 1.1 * budget
+
+
+CODED = KEEP.replace(activation_sparsity=0.0, activation_bits=1, activation_rounding="nearest")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_bits_are_planned_beside_gamma(images: Tensor, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_LOSSY", ())
+    config = CODED.replace(activation_sparsity=gamma, weight_storage="packed")
+    model, errors = network(), []
+    most, least = planned(model, "1GB", config, images)[1].predicted_peak, floor_of(model, config, images)
+    for share in (0.8, 0.2):
+        budget = int(least + share * (most - least))
+        sparse, plan = planned(model, budget, config, images)
+        assert plan.predicted_peak <= budget
+        assert plan.predicted_peak == pytest.approx(peak(sparse, images), rel=0.02)
+        assert any(choice.bits is not None for choice in plan.layers)
+        chosen = {
+            layer: site.code and site.code.bits for layer, site, _, _ in packing_sites(program_of(sparse).regions)
+        }
+        assert chosen == {choice.layer: choice.bits for choice in plan.layers}
+        assert gammas(sparse) == {choice.layer: choice.gamma for choice in plan.layers}
+        if gamma == 0.0:
+            assert set(gammas(sparse).values()) == {0.0}
+        assert relative_error(sparse, model, images, config.replace(activation_bits=None)) == pytest.approx(
+            plan.gradient_error, rel=0.01
+        )
+        errors.append(plan.gradient_error)
+    assert 0 < errors[0] < errors[1]
+    # Codes hold a budget with a smaller error than a gamma does.
+    if gamma:
+        dropping, only = planned(model, budget, config.replace(activation_bits=None), images)
+        assert plan.gradient_error < only.gradient_error
+        assert dropping is not sparse
+
+
+def test_codes_of_a_fixed_size_are_predicted_exactly() -> None:
+    layers = [nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 80), nn.GELU(), nn.Linear(80, 4)]
+    model, x = nn.Sequential(*layers), torch.randn(40, 64)
+    for bits in (1, 2, 3, 4, 8):
+        coded = transform(model, Config(density=0.5, activation_sparsity=0.0, activation_bits=bits))
+        options = {"optimizer": "sgd-momentum"}
+        measured, predicted = memory(coded, (x,), **options), memory(coded, (x,), **options, predict=True)  # type: ignore[arg-type]
+        assert predicted.saved == measured.saved
+        assert predicted.saved["8-bit" if bits == 8 else "packed values"] > 0
+
+
+def test_bits_of_single_layers() -> None:
+    model = digits_cnn()
+    names = list(gammas(transform(model)))
+    config = Config(activation_sparsity=0.0, activation_bits=2, layer_bits={"*": 4, names[1]: None, names[2]: 8})  # type: ignore[arg-type]  # a mapping
+    assert Config.from_json(config.to_json()) == config
+    sites = {layer: site for layer, site, _, _ in packing_sites(program_of(transform(model, config)).regions)}
+    assert [sites[name].code and sites[name].code.bits for name in names[:3]] == [4, None, 8]  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"layer_bits.*'nowhere'"):
+        transform(model, Config(activation_bits=2, layer_bits=(("nowhere", 4),)))
+    for bad in ("conv1", {"conv1": 5}, {"": 4}, {"conv1": 2.0}, [("conv1",)]):
+        with pytest.raises(ConfigError, match=r"Config\.layer_bits: got"):
+            Config(activation_bits=2, layer_bits=bad)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ConfigError, match="activation_bits=None"):
+        Config(activation_bits=None, layer_bits=(("conv1", 4),))
