@@ -31,6 +31,7 @@ from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
+from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["freeze"]
@@ -71,6 +72,7 @@ def freeze(model: nn.Module) -> nn.Module:
             "fedmef_fx.transform(model). A plain model needs no freezing: fedmef_fx.export_onnx takes it as it is"
         )
     duplicate = copy.deepcopy(model).eval()
+    apply_masks(duplicate)
     forget_gradient_masks(duplicate)  # a module with hooks would not be folded
     program = program_of(duplicate)
     unpack_weights(program)

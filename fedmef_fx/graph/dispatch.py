@@ -20,6 +20,7 @@ from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
 from fedmef_fx.packing.tracers import is_traced, refuse_tracers
 from fedmef_fx.records.graphs import GraphMode
+from fedmef_fx.sparse_model.gradient_masks import clear_before_python
 
 __all__ = ["RegionTable", "tables_in"]
 
@@ -94,12 +95,14 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return table.only_graph(module, *args, **kwargs)
     call = Call.of(module, args, kwargs)
     if call is None:
+        clear_before_python(module)
         return original(*args, **kwargs)
     found = table.find(module, call)
     if found is None and table.extend is not None and table.attempts > 0 and not is_traced():
         table.extend(module, table, call)
         found = table.find(module, call)
     if found is None:
+        clear_before_python(module)
         return original(*args, **kwargs)
     graph, by_name = found
     return graph(module, **call.arguments) if by_name else graph(module, *call.tensors)

@@ -17,7 +17,7 @@ from fedmef_fx.graph.compiled import (
 from fedmef_fx.graph.dispatch import _TABLE, Extend, RegionTable, _table_of, tables_in
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyCall
-from fedmef_fx.sparse_model.gradient_masks import keep_gradients_masked
+from fedmef_fx.sparse_model.gradient_masks import keep_masks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
 __all__ = ["CompiledGraph", "emit", "program_of", "recompile", "restore_classes"]
@@ -53,7 +53,8 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
         _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)
     for path in program.pending:
         _table_of(program.model.get_submodule(path), path, extend)
-    keep_gradients_masked(result)
+    runs_graphs = "" in program.pending or any(region.owner is result for region in program.regions)
+    keep_masks(result, runs_python=not runs_graphs)
     return result
 
 

@@ -1,9 +1,10 @@
-"""Masks where no graph applies them: gradients of masked weights are masked as they arrive at the parameter.
+"""Masks where no graph applies them: in front of Python code, opaque modules and optimizers.
 
 A weight that a graph reads goes through its mask there. Python code and opaque modules (nn.LSTM, a fallback for a call
-that no graph serves, a weight used by hand) read the parameter itself: it is 0 where masked, and a hook on it keeps
-its gradient 0 there, so that no optimizer moves it. Hooks on parameters are lost when a parameter is copied or
-replaced, as by `deepcopy` or `load_state_dict(assign=True)`; hooks on modules are not, so those put them back.
+that no graph serves, a weight used by hand) read the parameter itself: it is set to 0 where masked before they do, and
+a hook on it keeps its gradient 0 there. What is known of a parameter, as `held_masks` and hooks on it do, is lost when
+it is copied or replaced, as by `deepcopy` or `load_state_dict(assign=True)`; hooks on modules are not, so those tell it
+again.
 """
 
 import weakref
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmef_fx.module_tree import owner_of
 from fedmef_fx.ops import gradient_collector as growth
+from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
-from fedmef_fx.sparse_model.masks import mask_name
+from fedmef_fx.sparse_model.held_masks import clear_below, clear_if_written, hold_mask
+from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
 from fedmef_fx.sparse_model.transformation import transformation_of
 
-__all__ = ["attach_gradient_masks", "forget_gradient_masks", "is_own_hook", "keep_gradients_masked"]
+__all__ = ["attach_gradient_masks", "clear_before_python", "forget_gradient_masks", "is_own_hook", "keep_masks"]
 
 
 class _GradientMask:
@@ -42,36 +46,61 @@ class _GradientMask:
         return torch.where(mask, gradient, 0.0)
 
 
-def keep_gradients_masked(model: nn.Module) -> None:
-    """Mask the gradients of a transformed model's guarded parameters, also after copies of the model are made."""
-    guarded = transformation_of(model).guarded
-    if not guarded:
-        return
-    for path in {name.rpartition(".")[0] for name in guarded}:
+def keep_masks(model: nn.Module, *, runs_python: bool) -> None:
+    """Let the masks of a transformed model hold, also after copies of it are made.
+
+    Args:
+        model: The model.
+        runs_python: Whether its own forward runs in Python code, which may read any weight.
+    """
+    transformation = transformation_of(model)
+    prunables = transformation.prunable
+    transformation.bare = tuple(
+        name
+        for name in transformation.guarded
+        if runs_python or name not in prunables or prunables[name].tier == "hook"
+    )
+    for path in {name.rpartition(".")[0] for name in transformation.guarded}:
         model.get_submodule(path).register_forward_pre_hook(attach_own_gradient_masks)
-    model.register_forward_pre_hook(attach_gradient_masks)
-    attach_gradient_masks(model)
+    if any(prunable.masked for prunable in prunables.values()):
+        model.register_forward_pre_hook(attach_gradient_masks)
+        attach_gradient_masks(model)
 
 
 @uncompiled
 def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
-    """Put the hooks on the guarded parameters of a transformed model where they are missing."""
+    """Prepare the masked parameters of a transformed model for a call of it."""
     refuse_tracers(model)
     if is_traced():  # its parameters stand in for the model's
         return
-    for name in transformation_of(model).guarded:
-        path, _, leaf = name.rpartition(".")
-        _attach(model.get_submodule(path), leaf)
+    transformation = transformation_of(model)
+    for name in transformation.guarded:
+        _attach(*owner_of(model, name))
+    masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
+    for name in (*masked, *transformation.guarded):
+        hold_mask(*owner_of(model, name))
+    for name in transformation.bare:
+        owner, leaf = owner_of(model, name)
+        parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
+        if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
+            clear_masked(parameter, mask)
 
 
 @uncompiled
 def attach_own_gradient_masks(module: nn.Module, _: Any = None) -> None:
-    """Put the hooks on the masked parameters that a module itself holds where they are missing."""
+    """Prepare the masked parameters that a module itself holds for a call of it."""
     if is_traced():
         return
     for leaf in module._parameters:
         if mask_name(leaf) in module._buffers:
             _attach(module, leaf)
+            clear_if_written(module, leaf)
+
+
+def clear_before_python(module: nn.Module) -> None:
+    """Set the masked weights in a module to 0 whose Python code is about to run instead of its graphs."""
+    if not is_traced():
+        clear_below(module)
 
 
 def is_own_hook(hook: object) -> bool:

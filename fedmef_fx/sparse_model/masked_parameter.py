@@ -16,7 +16,7 @@ from fedmef_fx.ops.packed_weight import unpack
 from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
 from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state
 
-__all__ = ["MaskedParameter", "bitmap_name", "mask_name", "resize"]
+__all__ = ["MaskedParameter", "bitmap_name", "clear_masked", "mask_name", "resize"]
 
 
 def mask_name(parameter: str) -> str:
@@ -112,11 +112,10 @@ class MaskedParameter:
         else:
             self.parameter.copy_(torch.zeros_like(self.parameter).masked_scatter_(self.buffer, values))
 
-    @torch.no_grad()
     def clear_masked(self) -> None:
         """Set masked weights to 0; packed ones are not there."""
         if not self.is_packed:
-            self.parameter.mul_(self.buffer)
+            clear_masked(self.parameter, self.buffer)
 
     @torch.no_grad()
     def change(self, mask: Tensor) -> None:
@@ -132,9 +131,10 @@ class MaskedParameter:
             self._change_packed(new)
             return
         survivors = self.buffer & new
-        self.parameter.mul_(survivors)
+        pruned = ~survivors
+        self.parameter.masked_fill_(pruned, 0.0)
         if self.parameter.grad is not None:
-            self.parameter.grad.mul_(survivors)
+            self.parameter.grad.masked_fill_(pruned, 0.0)
         self.buffer.copy_(new)
         forget_state(self.parameter, keep=survivors)
 
@@ -148,6 +148,18 @@ class MaskedParameter:
             parameter.grad = move.on(gradient)
         self.buffer.copy_(pack_bits(new))
         update_state(parameter, move)
+
+
+def clear_masked(parameter: Tensor, mask: Tensor) -> None:
+    """Set a tensor to 0 where masked, also where it is not finite there.
+
+    Args:
+        parameter: Any shape.
+        mask: Boolean, of its shape; True = active.
+    """
+    # Through `.data` autograd counts no write: a backward that waits for the weight read 0 there, and may go on.
+    values = parameter.data
+    torch.where(mask, values, values.new_zeros(()), out=values)
 
 
 def resize(parameter: nn.Parameter, values: Tensor) -> None:

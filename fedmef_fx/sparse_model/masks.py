@@ -12,11 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.module_tree import owner_of
 from fedmef_fx.sparse_model.channels import zero_dead_channels
-from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
+from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, clear_masked, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 
-__all__ = ["MaskedParameter", "apply_masks", "bitmap_name", "density", "mask_name", "masks", "set_masks"]
+__all__ = [
+    "MaskedParameter",
+    "apply_masks",
+    "bitmap_name",
+    "clear_masked_weights",
+    "density",
+    "mask_name",
+    "masks",
+    "set_masks",
+]
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -25,6 +36,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     The tensors are copies; `set_masks` changes a model's masks. Empty when the density is 1.
     """
     parameters = masked_parameters(model)
+    clear_masked_weights(model)
     return {
         name: parameter.mask if parameter.is_packed else parameter.mask.clone()
         for name, parameter in parameters.items()
@@ -34,6 +46,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 def density(model: nn.Module) -> float:
     """Active share of the prunable weights that have masks, 0 to 1; 1 when there are no masks."""
     parameters = masked_parameters(model).values()
+    clear_masked_weights(model)
     total = sum(parameter.numel for parameter in parameters)
     return sum(parameter.active for parameter in parameters) / total if total else 1.0
 
@@ -78,6 +91,17 @@ def _check_mask(parameters: Mapping[str, MaskedParameter], name: str, mask: Tens
 
 def apply_masks(model: nn.Module) -> None:
     """Set every masked weight to 0, e.g. after weights were written from outside."""
+    clear_masked_weights(model)
+    zero_dead_channels(model)
+
+
+def clear_masked_weights(model: nn.Module) -> None:
+    """Set every masked weight to 0, and the biases of channels that are off, even between forward and backward."""
     for parameter in masked_parameters(model).values():
         parameter.clear_masked()
-    zero_dead_channels(model)
+    for prunable in transformation_of(model).prunable.values():
+        for name in prunable.channels.dependents if prunable.channels is not None else ():
+            owner, leaf = owner_of(model, name)
+            bias, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
+            if bias is not None and mask is not None:
+                clear_masked(bias, mask)

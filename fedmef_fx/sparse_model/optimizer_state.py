@@ -53,7 +53,7 @@ class _Keep:
 
     def on(self, value: Tensor) -> Tensor:
         """See `_Change`; in place."""
-        return value.mul_(self.mask.to(value.device))
+        return value.masked_fill_(~self.mask.to(value.device), 0.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -27,7 +27,7 @@ from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.sparse_model.mask_digest import DIGEST, check_digest, mask_digest
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
-from fedmef_fx.sparse_model.masks import apply_masks
+from fedmef_fx.sparse_model.masks import apply_masks, clear_masked_weights
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.thresholds import THRESHOLDS, set_thresholds, thresholds
@@ -101,6 +101,7 @@ def forget_load_hooks(model: nn.Module) -> None:
 def _add_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
     if transformation_of(model).masks_are_hidden:
         return
+    clear_masked_weights(model)  # the tensors of the dictionary are the weights themselves
     buffers = [parameter.buffer for parameter in masked_parameters(model).values()]
     if buffers and not any(has_no_values(buffer) for buffer in buffers):
         state_dict[prefix + DIGEST] = mask_digest(buffers)

@@ -9,6 +9,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.held_masks import watch_steps
 from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
 from fedmef_fx.sparsity.granularity import Layout
 
@@ -113,7 +114,8 @@ class Transformation(nn.Module):
     Attributes:
         config: The configuration of the transformation.
         prunable: Original parameter name -> `PrunableParameter`.
-        guarded: Names of the masked parameters that code outside graphs reads, whose gradients hooks mask.
+        guarded: Names of the masked parameters that code outside graphs may read, whose gradients hooks mask.
+        bare: Those of them that are read so in each call of the model.
         reports: What the passes did, in order.
         plan: How the memory budget is kept; None without one.
         original: Records of the graphs as they were captured, before any pass.
@@ -121,10 +123,12 @@ class Transformation(nn.Module):
     """
 
     masks_are_hidden = False
+    bare: tuple[str, ...] = ()
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         watch_optimizers()
+        watch_steps()
         self.config = config
         self.prunable: dict[str, PrunableParameter] = {}
         self.guarded: tuple[str, ...] = ()
@@ -136,6 +140,7 @@ class Transformation(nn.Module):
         """Take the state of a copy or a pickle, which are made without `__init__`."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
         watch_optimizers()
+        watch_steps()
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from fedmef_fx.module_tree import owner_of
 from fedmef_fx.ops.gradient_collector import Request
 from fedmef_fx.sparse_model.channels import least_bias
-from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.masks import MaskedParameter, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
@@ -225,21 +226,24 @@ def sampled(model: nn.Module) -> Iterator[None]:
     Those of depthwise convolutions, which come later in a group, stand above what their kernels could make of the
     earlier ones.
     """
-    changed: list[tuple[Tensor, Tensor]] = []
+    changed: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for name, prunable in transformation_of(model).prunable.items():
             if not prunable.masked or prunable.channels is None or not prunable.channels.dependents:
                 continue
             dead = ~_alive(model, name, masked_parameters(model)[name])
             for step, dependent in enumerate(prunable.channels.dependents):
-                path, _, leaf = dependent.rpartition(".")
-                tensor = getattr(model.get_submodule(path), leaf)
+                owner, leaf = owner_of(model, dependent)
+                tensor = getattr(owner, leaf)
                 if isinstance(tensor, nn.Parameter):
+                    mask = owner.get_buffer(mask_name(leaf))
+                    mask.fill_(True)  # or it would set the biases to 0 again
                     tensor[dead] = min(least_bias(tensor.dtype) * _ABOVE**step, 1e-12)
-                    changed.append((tensor, dead))
+                    changed.append((tensor, mask, dead))
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, dead in changed:
+            for tensor, mask, dead in changed:
                 tensor[dead] = 0.0
+                mask.copy_(~dead)
