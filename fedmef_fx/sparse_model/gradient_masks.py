@@ -62,9 +62,22 @@ def keep_masks(model: nn.Module, *, runs_python: bool) -> None:
     )
     for path in {name.rpartition(".")[0] for name in transformation.guarded}:
         model.get_submodule(path).register_forward_pre_hook(attach_own_gradient_masks)
-    if any(prunable.masked for prunable in prunables.values()):
+    if transformation.guarded:
         model.register_forward_pre_hook(attach_gradient_masks)
         attach_gradient_masks(model)
+    elif any(prunable.masked for prunable in prunables.values()):
+        model.register_forward_pre_hook(hold_masks)
+        hold_masks(model)
+
+
+def hold_masks(model: nn.Module, _: Any = None) -> None:
+    """Let the masks of a transformed model hold from now on."""
+    if torch.compiler.is_compiling():  # the graphs themselves say then what cannot be compiled
+        return
+    transformation = transformation_of(model)
+    masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
+    for name in (*masked, *transformation.guarded):
+        hold_mask(*owner_of(model, name))
 
 
 @uncompiled
@@ -76,9 +89,7 @@ def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
     transformation = transformation_of(model)
     for name in transformation.guarded:
         _attach(*owner_of(model, name))
-    masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
-    for name in (*masked, *transformation.guarded):
-        hold_mask(*owner_of(model, name))
+    hold_masks(model)
     for name in transformation.bare:
         owner, leaf = owner_of(model, name)
         parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
@@ -105,7 +116,7 @@ def clear_before_python(module: nn.Module) -> None:
 
 def is_own_hook(hook: object) -> bool:
     """Whether a module's hook is one of this module's."""
-    return hook in (attach_gradient_masks, attach_own_gradient_masks)
+    return hook in (attach_gradient_masks, attach_own_gradient_masks, hold_masks)
 
 
 def forget_gradient_masks(model: nn.Module) -> None:
