@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-__all__ = ["duplicate_of", "join", "owner_of", "tensors_of", "uncompiled_model"]
+__all__ = ["copy_computed_tensors", "duplicate_of", "join", "owner_of", "tensors_of", "uncompiled_model"]
 
 
 def duplicate_of(model: nn.Module) -> nn.Module:
@@ -18,12 +18,7 @@ def duplicate_of(model: nn.Module) -> nn.Module:
     call, cannot be deep-copied; their values are copied instead. Neither can buffers of lazy layers; they start anew.
     """
     memo: dict[int, Any] = {}
-    for tensor in _computed_tensors(model):
-        memo[id(tensor)] = tensor.detach().clone()
-    for buffer in model.buffers():
-        if isinstance(buffer, UninitializedBuffer):
-            fresh: Any = UninitializedBuffer  # its constructor, which torch leaves unannotated
-            memo[id(buffer)] = fresh(device=buffer.device, dtype=buffer.dtype)
+    copy_computed_tensors(model, memo)
     # Scripted modules copy by computing: with gradients on, their copies would have a history.
     with torch.no_grad():
         duplicate = copy.deepcopy(model, memo)
@@ -33,12 +28,20 @@ def duplicate_of(model: nn.Module) -> nn.Module:
     return duplicate
 
 
-def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for value in vars(module).values():
-            many = value.values() if isinstance(value, dict) else value
-            parts = many if isinstance(value, list | tuple | dict) else (value,)
-            yield from (part for part in parts if isinstance(part, Tensor) and not part.is_leaf)
+def copy_computed_tensors(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Tell `copy.deepcopy` in advance how to copy the tensors of a model that it refuses.
+
+    Args:
+        model: The model.
+        memo: What `deepcopy` has copied: identity -> copy. Gains what it lacks.
+    """
+    for tensor in tensors_of(model):
+        if id(tensor) not in memo and not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    for buffer in model.buffers():
+        if id(buffer) not in memo and isinstance(buffer, UninitializedBuffer):
+            fresh: Any = UninitializedBuffer  # its constructor, which torch leaves unannotated
+            memo[id(buffer)] = fresh(device=buffer.device, dtype=buffer.dtype)
 
 
 def join(path: str, name: str) -> str:

@@ -34,9 +34,11 @@ def match_layer(region: Region, node: fx.Node, *, ignore: tuple[str | type, ...]
         path = target.rpartition(".")[0]
         if is_ignored(ignore, region.full_name(path), region.owner.get_submodule(path)):
             return "ignored by Config.ignore"
+    weight = None if target is None else region.owner.get_parameter(target)
+    if weight is not None and weight.is_complex():
+        return "its weight is complex"
     if node.target is F.linear:
         return {}
-    weight = None if target is None else region.owner.get_parameter(target)
     return geometry_of(node, weight)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fedmef_fx.graph.nodes import bound, is_layer, source_of_weight
 from fedmef_fx.graph.operations import PRODUCTS
@@ -19,7 +20,7 @@ from fedmef_fx.graph.program import Program, Region
 __all__ = [
     "NOT_WEIGHTS",
     "embedded",
-    "is_main_parameter",
+    "is_factor",
     "keeps_zeros",
     "layer_path",
     "opaque_weights",
@@ -156,10 +157,14 @@ def keeps_zeros(program: Program, name: str) -> bool:
         stack._parameters[leaf] = original
 
 
-def is_main_parameter(program: Program, name: str) -> bool:
-    """Whether a parameter of a parametrization has the shape of the weight that is computed."""
-    stack = program.model.get_submodule(name.rpartition(".")[0])
-    return _computed(stack).shape == program.model.get_parameter(name).shape
+def is_factor(program: Program, name: str) -> bool:
+    """Whether a weight is computed from a parameter and a larger one, such as from weight norm's magnitudes."""
+    path, _, leaf = name.rpartition(".")
+    owner = program.model.get_submodule(path)
+    if isinstance(owner, parametrize.ParametrizationList):
+        return _computed(owner).shape != program.model.get_parameter(name).shape
+    hooks = owner._forward_pre_hooks.values()
+    return any(isinstance(hook, WeightNorm) and leaf == f"{hook.name}_g" for hook in hooks)
 
 
 def _computed(stack: nn.Module) -> Tensor:

@@ -1,6 +1,6 @@
 """Insert masks: every prunable weight is read through its mask.
 
-Prunable is a floating point, trainable parameter of two or more dimensions that a convolution, a linear layer or a
+Prunable is a real, trainable parameter of two or more dimensions that a convolution, a linear layer or a
 matrix product reads, directly, through views, or through a computation on the model's own tensors.
 
 Rules
@@ -13,10 +13,10 @@ Rules
 4. With `granularity="channel"` a mask switches whole output channels, the same in all layers of a group
    (`_channel_groups`); with "N:M" it keeps N of M consecutive inputs.
 
-Left dense, with the reason in the coverage: ignored modules, frozen parameters, weights tied to an embedding, and
-parametrized weights that are not 0 where their parameter is; with channel masks also weights that make the model's
-outputs and depthwise convolutions; with N:M weights whose inputs cannot be cut into groups of M. At density 1 there are
-no masks.
+Left dense, with the reason in the coverage: ignored modules, frozen parameters, complex weights, weights tied to an
+embedding, and parametrized weights that are not 0 where their parameter is; with channel masks also weights that make
+the model's outputs and depthwise convolutions; with N:M weights whose inputs cannot be cut into groups of M. At density
+1 there are no masks.
 
 Refused: weights that nothing reads, that have a mask already, or whose layer another pass rewrote without one.
 """
@@ -39,7 +39,7 @@ from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._weights import (
     NOT_WEIGHTS,
     embedded,
-    is_main_parameter,
+    is_factor,
     keeps_zeros,
     layer_path,
     opaque_weights,
@@ -127,7 +127,7 @@ class InsertMasks:
         self, program: Program, reads: "_Reads", name: str, parameter: nn.Parameter
     ) -> PrunableParameter | Refusal | None:
         """A prunable parameter, with its reason where it stays dense; a layer's weight that is none; else None."""
-        if parameter.dim() < 2 or not parameter.is_floating_point():
+        if parameter.dim() < 2 or not (parameter.is_floating_point() or parameter.is_complex()):
             return None
         owner = program.model.get_submodule(name.rpartition(".")[0])
         if id(parameter) in reads.finished:
@@ -137,8 +137,8 @@ class InsertMasks:
             if id(parameter) in reads.parameters or isinstance(owner, NOT_WEIGHTS):
                 return None  # read, but by no product: a positional embedding, a learnable scale, ...
             return Refusal(name, "nothing that was traced or recorded reads it")
-        if isinstance(owner, nn.utils.parametrize.ParametrizationList) and not is_main_parameter(program, name):
-            return None  # a factor such as weight_norm's magnitudes
+        if is_factor(program, name):
+            return None
         dense = self._reason_for_dense(program, name, parameter, reads.lookups)
         tier, reason = _tier(program, name, reader)
         return PrunableParameter(
@@ -160,6 +160,8 @@ class InsertMasks:
             return "ignored by Config.ignore"
         if not parameter.requires_grad:
             return "frozen (requires_grad is False)"
+        if parameter.is_complex():
+            return "its numbers are complex, which the order by magnitude of pruning and growth does not cover"
         if isinstance(program.model.get_submodule(name.rpartition(".")[0]), torch.jit.ScriptModule):
             return "its module is compiled by TorchScript, which takes no mask"
         if not keeps_zeros(program, name):

@@ -1,7 +1,8 @@
 """Freeze: from a transformed model to a plain inference module that knows torch only.
 
 Stages, each on a copy of the eval graph
-1. Layers become functional calls on their weights (`FunctionalizeWeights`, also for ignored layers).
+1. Weights that layers compute before each call are computed once (`export/freeze/computed_weights.py`), and layers
+   become functional calls on their weights (`FunctionalizeWeights`, also for ignored layers).
 2. Runtime ops turn back into torch functions; packing sites and dropout go (`export/freeze/plain_ops.py`).
 3. Masked weights and NSConv kernels are computed once and become plain weights (`export/freeze/weights.py`).
 4. A BatchNorm that was kept is folded into the layer before it (`export/freeze/batch_norm.py`).
@@ -21,6 +22,7 @@ from torch import fx, nn
 
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.freeze.batch_norm import fold_batch_norms
+from fedmef_fx.export.freeze.computed_weights import compute_weights
 from fedmef_fx.export.freeze.plain_ops import restore_plain_ops
 from fedmef_fx.export.freeze.plain_results import restore_plain_results
 from fedmef_fx.export.freeze.restore import restore_model
@@ -93,6 +95,8 @@ def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.G
     """Fold the eval graph of a region in place, and leave the rest of its owner behind."""
     graph = region.graph_for(training=False)
     inference = Region(region.path, region.owner, {"both": graph})
+    for node in graph.find_nodes(op="call_module"):
+        compute_weights(region.owner.get_submodule(str(node.target)))
     FunctionalizeWeights().run(Program(program.model, [inference], program.transformation))
     restore_plain_ops(inference, graph)
     restore_plain_results(graph)

@@ -6,6 +6,7 @@ in the layers themselves. Freezing makes that permanent:
 1. A weight with an NSConv kernel -> the kernel without gain (g * b / sqrt(s)), and the layer loses its bias, which
    BatchNorm cancelled. Its BatchNorm keeps gain and shift, and gets statistics that normalise nothing.
 2. Masked weights are 0 where masked already; masks, hooks, packing sites and graphs go, classes return.
+3. Weights that layers compute before each call are computed once (`export/freeze/computed_weights.py`).
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fedmef_fx.errors import ExportError
+from fedmef_fx.export.freeze.computed_weights import compute_weights
 from fedmef_fx.graph.emit import restore_classes
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
@@ -58,7 +60,8 @@ def restore_model(program: Program) -> nn.Module:
     forget_load_hooks(model)
     for module in list(model.modules()):
         _strip(module)
-    return model.eval()
+    compute_weights(model.eval())
+    return model
 
 
 def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, fx.Node]]:

@@ -8,6 +8,8 @@ from typing import Any, Final, NamedTuple
 
 from torch import fx, nn
 
+from fedmef_fx.module_tree import copy_computed_tensors
+
 __all__ = ["CompiledGraph", "TransformedModule", "original_class", "original_forward"]
 
 ORIGINAL_FORWARD: Final = "_fedmef_forward"
@@ -88,6 +90,20 @@ def _restored(graph: fx.Graph) -> CompiledGraph:
 
 class TransformedModule(nn.Module):
     """Mixin of modules that run traced graphs, one per mode and kind of call, or their original forward."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy, also where a layer computes its weight before each call, which `deepcopy` alone refuses."""
+        copy_computed_tensors(self, memo)
+        own = getattr(super(), "__deepcopy__", None)
+        if own is not None:
+            copied: nn.Module = own(memo)
+            return copied
+        parts: Any = self.__reduce_ex__(4)  # three, as dispatch gives them
+        make, arguments, state = parts
+        duplicate = memo[id(self)] = make(*arguments)
+        duplicate.__setstate__(copy.deepcopy(state, memo))
+        result: nn.Module = duplicate
+        return result
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

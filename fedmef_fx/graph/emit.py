@@ -54,6 +54,7 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
     for path in program.pending:
         _table_of(program.model.get_submodule(path), path, extend)
     runs_graphs = "" in program.pending or any(region.owner is result for region in program.regions)
+    _table_of(result, "", None)  # a model that runs no graph itself is transformed, too, and copied as such
     keep_masks(result, runs_python=not runs_graphs)
     return result
 

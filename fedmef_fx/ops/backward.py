@@ -17,9 +17,13 @@ __all__ = ["differentiable_once", "needs_backward", "taken"]
 def needs_backward(*tensors: object) -> bool:
     """Whether an operation on these arguments keeps something for a backward of this package.
 
-    While it is traced it does not: then it is one of torch's, with torch's gradients.
+    While it is traced it does not, nor with complex numbers, which nothing here compresses: then it is one of torch's,
+    with torch's gradients.
     """
-    needs = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    operands = [t for t in tensors if isinstance(t, Tensor)]
+    needs = (
+        torch.is_grad_enabled() and any(t.requires_grad for t in operands) and not any(t.is_complex() for t in operands)
+    )
     return needs and not is_traced()
 
 

@@ -204,6 +204,8 @@ def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct
 
 
 def _apply(layer: Layer, x: Tensor, packed: KeptTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+    if x.is_complex() or stored.weight.is_complex():  # nothing here compresses complex numbers
+        return layer.forward(x, effective_weight(stored), bias)
     if not x.is_floating_point():
         raise FedmefError(
             f"a layer with weight {tuple(stored.shape)} got an input of {x.dtype}; expected a floating point "
