@@ -21,12 +21,13 @@ from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import bound, is_layer, layers, source_of_weight
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import channel_affine
+from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["Pair", "affine_graphs", "find_pairs"]
+__all__ = ["BATCH_NORMS", "Pair", "affine_graphs", "find_pairs"]
 
 
-_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def find_pairs(program: Program, *, ignore: tuple[str | type, ...]) -> tuple[lis
         refused |= {
             pair.name: "its Python code, which may run for other calls, could not be traced on its own"
             for pair in pairs
-            if pair.name not in refused and affine_graphs(pair.region.owner.get_submodule(pair.path)) is None
+            if pair.name not in refused and not _has_plain_form(pair.region.owner.get_submodule(pair.path))
         }
     found = [pair for pair in pairs if pair.name not in refused]
     return found, refused | _called_by_python(program)
@@ -122,12 +123,14 @@ def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
-        if module is not None and original_class(module) in _BATCH_NORMS and not has_user_hooks(module):
+        if module is not None and original_class(module) in BATCH_NORMS and not has_user_hooks(module):
             yield node, str(node.target)
         if node.op == "call_function" and node.target is F.batch_norm:
             weight = bound(node).get("weight")
             if isinstance(weight, fx.Node) and isinstance(region.tensor(weight), nn.Parameter):
                 yield node, str(weight.target).rpartition(".")[0]
+        if node.op == "call_function" and node.target is channel_affine:  # of a ScaleAndShift, in a later capture
+            yield node, str(node.args[1].target).rpartition(".")[0]
 
 
 def _in_some_graphs_only(pairs: list[Pair], uses: dict[int, set[fx.Graph]]) -> dict[str, str]:
@@ -152,16 +155,15 @@ def _called_by_python(program: Program) -> dict[str, str]:
     inside = {id(m) for region in program.regions if region.role == "region" for m in region.owner.modules()}
     reason = "Python code calls it, so that no graph shows what comes before it"
     outside = [(path, m) for path, m in program.model.named_modules() if id(m) not in inside]
-    return {path: reason for path, module in outside if isinstance(module, _BATCH_NORMS)}
+    return {path: reason for path, module in outside if isinstance(module, BATCH_NORMS)}
+
+
+def _has_plain_form(norm: nn.Module) -> bool:
+    return type(norm) in BATCH_NORMS or isinstance(norm, ScaleAndShift) or affine_graphs(norm) is not None
 
 
 def affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
     """The forward of a BatchNorm with `channel_affine` in place of the normalisation; None if it cannot be traced."""
-    if original_class(norm) in _BATCH_NORMS:
-        graph = fx.Graph()
-        x = graph.placeholder("input")
-        graph.output(graph.call_function(channel_affine, (x, graph.get_attr("weight"), graph.get_attr("bias"))))
-        return {"both": graph}
     try:
         graphs = capture_graphs(norm)
     except CaptureError:

@@ -13,9 +13,8 @@ Rules
 4. The stored weights of each output channel are centred over its active ones, which the kernel does anyway, so that a
    weight of 0 is one that contributes nothing: pruning small weights and growing zeros then change little. Gradient
    steps keep the sum of a channel, because the gradient of a centred kernel sums to 0.
-
-The BatchNorm's modules and running statistics stay in the model, so that dictionaries of the original load; they are
-no longer read.
+5. A BatchNorm of torch.nn becomes a `ScaleAndShift` in place, with the same parameters and buffers, so that
+   dictionaries of the original load; its running statistics are no longer read. Subclasses keep their class.
 
 Refused: what `_batch_norm_pairs` lists, which finds the pairs.
 """
@@ -33,7 +32,8 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyTensors
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
-from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs
+from fedmef_fx.ops.scale_and_shift import ScaleAndShift
+from fedmef_fx.passes._batch_norm_pairs import BATCH_NORMS, Pair, affine_graphs, find_pairs
 from fedmef_fx.passes._nsconv_layers import erase_unused, normalize_pair, output_channels
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masks import mask_name
@@ -62,6 +62,10 @@ class NormalizeKernels:
             self._rewrite(pair, gains)
         if any(region.role == "fallback" for region in program.regions):
             self._rewrite_fallbacks(program, pairs)
+        for pair in pairs:
+            norm = pair.region.owner.get_submodule(pair.path)
+            if type(norm) in BATCH_NORMS:
+                ScaleAndShift.replace(norm)
         rewrites = dict.fromkeys(pair.name for pair in pairs)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
@@ -88,6 +92,8 @@ class NormalizeKernels:
         norms = {pair.parts[1]: pair for pair in pairs}
         for pair in norms.values():
             norm = pair.region.owner.get_submodule(pair.path)
+            if type(norm) in BATCH_NORMS:
+                continue  # rule 5
             graphs = affine_graphs(norm)
             if graphs is None:
                 continue  # only where one graph serves all calls: find_pairs refuses others

@@ -22,6 +22,7 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
+from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME
@@ -57,6 +58,9 @@ def restore_model(program: Program) -> nn.Module:
             path, _, leaf = dependent.rpartition(".")
             model.get_submodule(path)._buffers.pop(mask_name(leaf), None)
     restore_classes(model)
+    for module in model.modules():
+        if isinstance(module, ScaleAndShift):
+            module.restore()
     forget_load_hooks(model)
     for module in list(model.modules()):
         _strip(module)
@@ -80,7 +84,7 @@ def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, fx.Node]]:
 def _store_kernels(region: Region) -> None:
     """Write the kernels of a layer, or neutral statistics into a BatchNorm that only scales and shifts."""
     owner = region.owner
-    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
+    if isinstance(owner, nn.modules.batchnorm._BatchNorm):  # a subclass, see `normalize-kernels`
         owner.running_mean = torch.zeros(owner.num_features)
         owner.running_var = torch.full((owner.num_features,), 1.0 - owner.eps)
         owner.to(next(owner.parameters()))

@@ -96,7 +96,7 @@ def batch_size_of(batch: Any) -> int:
 def batch_statistics_in(model: nn.Module) -> list[str]:
     """Names of the modules that compute statistics over a batch in the mode they are in.
 
-    A transformed model still holds the BatchNorms that became part of normalised kernels; no graph calls them.
+    A transformed model may hold subclasses of BatchNorm that became part of normalised kernels; no graph calls them.
     """
     found = {
         name: module
