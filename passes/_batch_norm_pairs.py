@@ -8,26 +8,21 @@ it occurs, once, in every graph that uses one of its parts.
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fedmef_fx.capture import capture_graphs
 from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.graph.compiled import original_class
 from fedmef_fx.graph.hooks import has_user_hooks
-from fedmef_fx.graph.nodes import bound, is_layer, layers, source_of_weight
+from fedmef_fx.graph.nodes import is_layer, layers, operator_at, source_of_weight
+from fedmef_fx.graph.operators import Operator, bound, operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import channel_affine
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["BATCH_NORMS", "Pair", "affine_graphs", "find_pairs"]
-
-
-BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+__all__ = ["Pair", "affine_graphs", "find_pairs", "is_plain_batch_norm"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,14 +118,26 @@ def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
-        if module is not None and original_class(module) in BATCH_NORMS and not has_user_hooks(module):
+        if node.op == "call_function" and node.target is channel_affine:  # of a ScaleAndShift, in a later capture
+            yield node, str(node.args[1].target).rpartition(".")[0]
+        if not _is_batch_norm(operator_at(region, node)):
+            continue
+        if module is not None and not has_user_hooks(module):
             yield node, str(node.target)
-        if node.op == "call_function" and node.target is F.batch_norm:
+        if module is None:
             weight = bound(node).get("weight")
             if isinstance(weight, fx.Node) and isinstance(region.tensor(weight), nn.Parameter):
                 yield node, str(weight.target).rpartition(".")[0]
-        if node.op == "call_function" and node.target is channel_affine:  # of a ScaleAndShift, in a later capture
-            yield node, str(node.args[1].target).rpartition(".")[0]
+
+
+def is_plain_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm of torch, and no subclass of one."""
+    row = operator_of(type(module))
+    return row is not None and row.kind == "batch_norm" and type(module) in row.modules
+
+
+def _is_batch_norm(row: Operator | None) -> bool:
+    return row is not None and row.kind == "batch_norm"
 
 
 def _in_some_graphs_only(pairs: list[Pair], uses: dict[int, set[fx.Graph]]) -> dict[str, str]:
@@ -155,11 +162,11 @@ def _called_by_python(program: Program) -> dict[str, str]:
     inside = {id(m) for region in program.regions if region.role == "region" for m in region.owner.modules()}
     reason = "Python code calls it, so that no graph shows what comes before it"
     outside = [(path, m) for path, m in program.model.named_modules() if id(m) not in inside]
-    return {path: reason for path, module in outside if isinstance(module, BATCH_NORMS)}
+    return {path: reason for path, module in outside if _is_batch_norm(operator_of(type(module)))}
 
 
 def _has_plain_form(norm: nn.Module) -> bool:
-    return type(norm) in BATCH_NORMS or isinstance(norm, ScaleAndShift) or affine_graphs(norm) is not None
+    return is_plain_batch_norm(norm) or isinstance(norm, ScaleAndShift) or affine_graphs(norm) is not None
 
 
 def affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
@@ -169,7 +176,9 @@ def affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
     except CaptureError:
         return None
     for graph in graphs.values():
-        for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        for node in list(graph.nodes):
+            if node.op != "call_function" or not _is_batch_norm(operator_of(node.target)):
+                continue
             with graph.inserting_before(node):
                 weight, bias = graph.get_attr("weight"), graph.get_attr("bias")
                 affine = graph.call_function(channel_affine, (bound(node)["input"], weight, bias))

@@ -12,56 +12,33 @@
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from fedmef_fx.graph.activations import rows
-from fedmef_fx.graph.nodes import ADDITIONS, CONVOLUTIONS, TRANSPOSED, bound, is_layer, source_of_weight
+from fedmef_fx.graph.nodes import is_layer, is_transposed, layer_row, operator_at, source_of_weight
+from fedmef_fx.graph.operators import Layer, bound, operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.sparse_model.transformation import WeightChannels
 from fedmef_fx.sparsity.granularity import Layout
 
 __all__ = ["ChannelGroups", "find_channel_groups", "layout_of"]
 
-_JOINS: Final = ADDITIONS | {
-    operator.sub,
-    operator.isub,
-    operator.mul,
-    operator.imul,
-    torch.sub,
-    torch.mul,
-    "sub",
-    "sub_",
-    "mul",
-    "mul_",
-}
-_BATCH_NORMS: Final = nn.modules.batchnorm._BatchNorm
-_PER_CHANNEL_MODULES: Final = (
-    _BATCH_NORMS,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.PReLU,
-    nn.Identity,
-    nn.Upsample,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
+# Kinds of operators.
+_JOINS: Final = ("add", "sub", "mul")
+_PER_CHANNEL: Final = (
+    "batch_norm",
+    "dropout",
+    "elementwise",
+    "group_norm",
+    "identity",
+    "interpolate",
+    "layer_norm",
+    "pool",
+    "prelu",
 )
-_PER_CHANNEL: Final = frozenset(
-    {
-        "clamp", "clamp_", "contiguous", "clone",
-        "dropout", "dropout1d", "dropout2d", "dropout3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d",
-        "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate",
-        "batch_norm", "float", "half", "to", "boolean_dispatch", "fn",
-    }
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,8 +111,8 @@ class _Search:
         layout = layout_of(node)
         channels, key = layout.channels(weight.shape), id(weight)
         source = flows.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        groups = int(bound(node).get("groups", 1)) if node.target in CONVOLUTIONS else 1
-        inputs = weight.shape[0] if node.target in TRANSPOSED else weight.shape[1] * groups
+        groups = int(bound(node).get("groups", 1))
+        inputs = weight.shape[0] if is_transposed(node) else weight.shape[1] * groups
         if groups > 1 and groups == inputs == channels and source is not None and key not in self.group_of:
             self.depthwise[key] = source.group
             self.accompany(region, node.args[2] if len(node.args) > 2 else None, source)
@@ -144,7 +121,8 @@ class _Search:
             self.group_of[key] = self.fresh()
         if key in self.names:
             self.layouts[self.names[key]] = layout
-        flow = _Flow(self.group_of[key], channels, node.target is F.linear)
+        row = layer_row(node)
+        flow = _Flow(self.group_of[key], channels, row is not None and row.spatial == 0)
         self.accompany(region, node.args[2] if len(node.args) > 2 else None, flow)
         return flow
 
@@ -152,21 +130,17 @@ class _Search:
         sources = [flows[x] for x in node.all_input_nodes if x in flows]
         if not sources:
             return None
-        module = region.module(node)
-        if module is not None:
-            if isinstance(module, _BATCH_NORMS):
-                self.add_dependents(region.full_name(str(node.target)), module, sources[0])
-            passes_on = (*_PER_CHANNEL_MODULES, *(row.module for row in rows() if row.per_channel))
-            return sources[0] if isinstance(module, passes_on) else None
-        if node.target in _JOINS:
+        row, module = operator_at(region, node), region.module(node)
+        kind = "unknown" if row is None else row.kind
+        if module is not None and kind == "batch_norm":
+            self.add_dependents(region.full_name(str(node.target)), module, sources[0])
+        if kind in _JOINS:
             first = sources[0]
             for other in sources[1:]:
                 if (other.channels, other.is_last) == (first.channels, first.is_last):
                     self.union(first.group, other.group)
             return first
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        is_known = name in _PER_CHANNEL or any(row.passes_channels(name) for row in rows())
-        return sources[0] if is_known else None
+        return sources[0] if kind in _PER_CHANNEL else None
 
     def accompany(self, region: Region, bias: object, flow: _Flow) -> None:
         if isinstance(region.tensor(bias), nn.Parameter):
@@ -252,17 +226,16 @@ def _reaches_output(layer: fx.Node) -> bool:
 
 
 def _is_depthwise(node: fx.Node) -> bool:
-    return node.target in CONVOLUTIONS and int(bound(node).get("groups", 1)) > 1
+    return int(bound(node).get("groups", 1)) > 1
 
 
 def layout_of(node: fx.Node) -> Layout:
     """The layout of the weight that a layer node reads."""
-    transposed = node.target in TRANSPOSED
+    transposed = is_transposed(node)
     return Layout(int(bound(node).get("groups", 1)) if transposed else 1, transposed)
 
 
 def _layout_of_module(model: nn.Module, name: str) -> Layout:
     owner: Any = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
-        return Layout(owner.groups, True)
-    return Layout()
+    row = operator_of(type(owner))
+    return Layout(owner.groups, True) if isinstance(row, Layer) and row.transposed else Layout()

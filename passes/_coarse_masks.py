@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmef_fx.graph.nodes import layers, source_of_weight
+from fedmef_fx.graph.operators import Layer, operator_of
 from fedmef_fx.graph.program import Program
 from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
 from fedmef_fx.sparse_model.transformation import PrunableParameter, WeightChannels
@@ -23,8 +23,6 @@ from fedmef_fx.sparsity import (
 )
 
 __all__ = ["coarse_masks", "what_resulted", "with_channels"]
-
-_LAYERS: Final = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 def with_channels(
@@ -64,8 +62,9 @@ def _layouts(program: Program, names: list[str], pattern: Pattern) -> tuple[dict
         parameter = program.model.get_parameter(name)
         layout = in_graphs.get(id(parameter))
         owner = program.model.get_submodule(name.rpartition(".")[0].partition(".parametrizations")[0])
-        if layout is None and isinstance(owner, _LAYERS):
-            layout = Layout(transposed=isinstance(owner, nn.modules.conv._ConvTransposeNd))
+        row = operator_of(type(owner))
+        if layout is None and row is not None and row.has_rows:
+            layout = Layout(transposed=isinstance(row, Layer) and row.transposed)
         if layout is None:
             dense[name] = f"no layer shows which of its dimensions are inputs, so that {pattern} cannot be laid out"
         elif not layout.can_take(pattern, parameter.shape):

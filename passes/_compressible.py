@@ -4,17 +4,15 @@ Decides only; `passes/compress_saved.py` rewrites.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Collection
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from fedmef_fx.graph.activations import Activation, activation
 from fedmef_fx.graph.hooks import has_user_hooks
-from fedmef_fx.graph.nodes import bound, is_inplace, owns_input
+from fedmef_fx.graph.nodes import is_inplace, operator_at, owns_input
+from fedmef_fx.graph.operations import options_of
+from fedmef_fx.graph.operators import Norm, Operator, bound
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
@@ -48,54 +46,6 @@ class Compression:
     parameters: tuple[str | None, ...] = ()
 
 
-_ACTIVATIONS: Final[dict[Any, tuple[str, tuple[str, ...]]]] = {
-    operator.pow: ("pow", ("input", "exponent")),
-    torch.pow: ("pow", ("input", "exponent")),
-    torch.square: ("square", ("input",)),
-    "pow": ("pow", ("input", "exponent")),
-    "square": ("square", ("input",)),
-}
-_SOFTMAX: Final = ("input", "dim", "dtype")
-_PYTHON_SOFTMAX: Final = ("input", "dim", "_stacklevel", "dtype")
-_RESULTS: Final[dict[Any, tuple[str, tuple[str, ...]]]] = {
-    F.log_softmax: ("log_softmax", _PYTHON_SOFTMAX),
-    F.softmax: ("softmax", _PYTHON_SOFTMAX),
-    torch.log_softmax: ("log_softmax", _SOFTMAX),
-    torch.softmax: ("softmax", _SOFTMAX),
-    "log_softmax": ("log_softmax", _SOFTMAX),
-    "softmax": ("softmax", _SOFTMAX),
-}
-_RESULT_MODULES: Final[dict[type[nn.Module], str]] = {
-    nn.LogSoftmax: "log_softmax",
-    nn.Softmax: "softmax",
-}
-_NORMS: Final[dict[Any, tuple[str, str]]] = {
-    F.group_norm: ("group_norm", "num_groups"),
-    F.layer_norm: ("layer_norm", "normalized_shape"),
-    F.rms_norm: ("rms_norm", "normalized_shape"),
-}
-_SIZE_OPTION: Final = {"num_groups": "groups", "normalized_shape": "shape"}
-_NORM_MODULES: Final[dict[type[nn.Module], tuple[str, str]]] = {
-    nn.GroupNorm: ("group_norm", "num_groups"),
-    nn.LayerNorm: ("layer_norm", "normalized_shape"),
-    nn.RMSNorm: ("rms_norm", "normalized_shape"),
-}
-_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_MULTIPLICATIONS: Final = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-_MATRIX_PRODUCTS: Final = (operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
-_ATTENTION: Final = (
-    "query",
-    "key",
-    "value",
-    "attn_mask",
-    "dropout_p",
-    "is_causal",
-    "scale",
-    "enable_gqa",
-)
-
-
 def compression_of(region: Region, node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str | None:
     """What takes a node's place; why nothing does, where something could; None for any other node.
 
@@ -104,10 +54,12 @@ def compression_of(region: Region, node: fx.Node, carriers: Collection[fx.Node])
         node: The node.
         carriers: The nodes of the graph whose values carry gradients.
     """
-    module = region.module(node)
-    if module is None and node.op not in ("call_function", "call_method"):
+    row, module = operator_at(region, node), region.module(node)
+    if row is None or not row.in_8_bits or not node.all_input_nodes:
         return None
-    found = _match_function(node, carriers) if module is None else _match_module(node, module)
+    if module is not None and len(node.all_input_nodes) != 1:
+        return None
+    found = _RULES[row.in_8_bits](_Call(region, node, row, carriers))
     if not isinstance(found, Compression):
         return found
     if module is not None and (has_user_hooks(module) or nn.utils.parametrize.is_parametrized(module)):
@@ -117,73 +69,42 @@ def compression_of(region: Region, node: fx.Node, carriers: Collection[fx.Node])
     return found
 
 
-def _match_module(node: fx.Node, module: nn.Module) -> Compression | str | None:
-    kind, path = type(module), str(node.target)
-    if len(node.all_input_nodes) != 1:
-        return None
-    x = node.all_input_nodes[0]
-    row = activation(kind)
-    if row is not None:
-        return _of_row(row, x, {name: getattr(module, name) for name in row.options})
-    if kind in _RESULT_MODULES:
-        function = _RESULT_MODULES[kind]
-        return _result(x, function, {"dim": module.dim})
-    if kind in _NORM_MODULES:
-        function, size = _NORM_MODULES[kind]
-        value = getattr(module, size)
-        options = {"function": function, _SIZE_OPTION[size]: value, "eps": module.eps}
-        return _norm(x, options, parameters=norm_tensors(module, path))
-    if kind in _INSTANCE_NORMS:
-        if module.running_mean is not None:
-            return "it tracks statistics of the batch"
-        options = {"function": "instance_norm", "eps": module.eps}
-        return _norm(x, options, parameters=norm_tensors(module, path))
-    if kind in _BATCH_NORMS:
-        return Compression(compressed_batch_norm_module, (x,), lambda kept: (x, kept[0]), module=path)
-    return None
+class _Call(NamedTuple):
+    """A node with what is known of it."""
 
+    region: Region
+    node: fx.Node
+    row: Operator
+    carriers: Collection[fx.Node]
 
-def norm_tensors(module: nn.Module, path: str) -> tuple[str | None, ...]:
-    return tuple(None if getattr(module, name, None) is None else f"{path}.{name}" for name in ("weight", "bias"))
+    @property
+    def x(self) -> fx.Node:
+        """Its first argument."""
+        return self.node.all_input_nodes[0]
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that it calls."""
+        return self.region.module(self.node)
 
-def _match_function(node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str | None:
-    target = node.target
-    row = activation(target)
-    if row is not None:
-        return _of_row(row, node.all_input_nodes[0], _options(node, row.signature)) if node.all_input_nodes else None
-    if target in _ACTIVATIONS:
-        function, names = _ACTIVATIONS[target]
-        options = _options(node, names)
-        return _activation(node.all_input_nodes[0], function, options) if node.all_input_nodes else None
-    if target in _RESULTS:
-        function, names = _RESULTS[target]
-        return _result(node.all_input_nodes[0], function, _options(node, names)) if node.all_input_nodes else None
-    if target in _NORMS:
-        return _match_norm(node)
-    if target is F.batch_norm:
-        return _match_batch_norm(node)
-    if target in _MULTIPLICATIONS or target in _MATRIX_PRODUCTS or target is torch.addmm:
-        return _match_product(node, carriers)
-    return _match_attention(node, carriers) if target is F.scaled_dot_product_attention else None
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it depends on, by name."""
+        return options_of(self.region, self.node, self.row)
 
-
-def _options(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return {name: value for name, value in given.items() if name not in ("input", "self", "inplace", "_stacklevel")}
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options of its function, besides tensors and how it works: those that a call gives."""
+        given = self.options if self.module is not None else bound(self.node)
+        return {name: value for name, value in given.items() if name not in ("input", "inplace", "_stacklevel")}
 
 
 def _is_static(options: dict[str, Any]) -> bool:
     return not any(isinstance(value, fx.Node) for value in options.values())
 
 
-def _of_row(row: Activation, x: fx.Node, options: dict[str, Any]) -> Compression | str | None:
-    if not row.in_8_bits:
-        return None
-    return (_result if row.keeps == "output" else _activation)(x, row.name, options)
-
-
-def _activation(x: fx.Node, function: str, options: dict[str, Any]) -> Compression | str | None:
+def _input(call: _Call) -> Compression | str | None:
+    x, function, options = call.x, call.row.name, call.given
     if not _is_static(options):
         return "its options are computed at run time"
     if function == "pow" and options.get("exponent") not in (2, 3):
@@ -191,62 +112,79 @@ def _activation(x: fx.Node, function: str, options: dict[str, Any]) -> Compressi
     return Compression(compressed_activation, (x,), lambda kept: (x, kept[0]), {"function": function, **options})
 
 
-def _result(x: fx.Node, function: str, options: dict[str, Any]) -> Compression | str | None:
-    options = {name: value for name, value in options.items() if value is not None}
-    if "softmax" in function and not isinstance(options.get("dim"), int):
+def _result(call: _Call) -> Compression | str | None:
+    x, function = call.x, call.row.name
+    options = {name: value for name, value in call.given.items() if value is not None}
+    if "dim" in call.row.options and not isinstance(options.get("dim"), int):
         return "its dimension is not given"
     if not _is_static(options):
         return "its options are computed at run time"
     return Compression(compressed_result, (), lambda _: (x,), {"function": function, **options}, keeps_result=True)
 
 
-def _norm(
-    x: fx.Node, options: dict[str, Any], *, tensors: tuple[Any, ...] = (), parameters: tuple[str | None, ...] = ()
-) -> Compression:
-    return Compression(compressed_norm, (x,), lambda kept: (x, kept[0], *tensors), options, parameters=parameters)
-
-
-def _match_norm(node: fx.Node) -> Compression | str:
-    function, size = _NORMS[node.target]
-    given = bound(node)
-    default = None if function == "rms_norm" else 1e-5
-    options = {"function": function, _SIZE_OPTION[size]: given[size], "eps": given.get("eps", default)}
-    if not _is_static(options):
+def _norm(call: _Call) -> Compression | str | None:
+    row, options, x = call.row, call.options, call.x
+    if not isinstance(row, Norm):
+        return None
+    if options.get("running_mean") is not None:
+        return "it tracks statistics of the batch"
+    size = {row.size_in_op: options[row.size]} if row.size else {}
+    kept_options = {"function": row.name, **size, "eps": options["eps"]}
+    if not _is_static(kept_options):
         return "its options are computed at run time"
-    return _norm(given["input"], options, tensors=(given.get("weight"), given.get("bias")))
+    tensors: tuple[Any, ...] = ()
+    parameters: tuple[str | None, ...] = ()
+    if call.module is None:
+        tensors = (options.get("weight"), options.get("bias"))
+    else:
+        held = (name if getattr(call.module, name, None) is not None else None for name in ("weight", "bias"))
+        parameters = tuple(None if name is None else f"{call.node.target}.{name}" for name in held)
+    return Compression(compressed_norm, (x,), lambda kept: (x, kept[0], *tensors), kept_options, parameters=parameters)
 
 
-def _match_batch_norm(node: fx.Node) -> Compression | str:
-    given = bound(node)
-    x = given["input"]
-    options = {"training": given.get("training", False), "eps": given.get("eps", 1e-5)}
-    options["momentum"] = given.get("momentum", 0.1)
+def _batch_norm(call: _Call) -> Compression | str:
+    x = call.x
+    if call.module is not None:
+        return Compression(compressed_batch_norm_module, (x,), lambda kept: (x, kept[0]), module=str(call.node.target))
+    given = call.options
+    options = {name: given[name] for name in ("training", "eps", "momentum")}
     if not _is_static(options) or options["momentum"] is None:
         return "its options are computed at run time"
     statistics = tuple(given.get(name) for name in ("running_mean", "running_var", "weight", "bias"))
     return Compression(compressed_batch_norm, (x,), lambda kept: (x, kept[0], *statistics), options)
 
 
-def _match_product(node: fx.Node, carriers: Collection[fx.Node]) -> Compression | None:
-    bias: tuple[Any, ...] = ()
-    operands = node.args
-    if node.target is torch.addmm:
-        bias, operands = node.args[:1], node.args[1:]
+def _product(call: _Call) -> Compression | None:
+    node, carriers = call.node, call.carriers
+    names = call.row.signature
+    bias, operands = node.args[: len(names) - 2], node.args[len(names) - 2 :]
     if len(operands) != 2 or node.kwargs or not all(isinstance(o, fx.Node) for o in operands):
+        return None
+    if is_inplace(call.region, node):
         return None
     a, b = operands
     # Operands without a gradient (masks, sizes) are kept as they are: they are small, or no floats.
     wanted = tuple(x if x in carriers and other in carriers else None for x, other in ((a, b), (b, a)))
-    op = compressed_mul if node.target in _MULTIPLICATIONS else compressed_matmul
+    op = compressed_mul if call.row.kind == "mul" else compressed_matmul
     return Compression(op, wanted, lambda kept: (a, kept[0], b, kept[1], *bias)) if any(wanted) else None
 
 
-def _match_attention(node: fx.Node, carriers: Collection[fx.Node]) -> Compression | str:
-    given = {**dict(zip(_ATTENTION, node.args, strict=False)), **node.kwargs}
-    q, k, v = (given.pop(name) for name in _ATTENTION[:3])
+def _attention(call: _Call) -> Compression | str:
+    given = bound(call.node)
+    q, k, v = (given.pop(name) for name in ("query", "key", "value"))
     mask = given.pop("attn_mask", None)
     if not _is_static(given):
         return "its options are computed at run time"
-    if not any(x in carriers for x in (q, k, v)):
+    if not any(x in call.carriers for x in (q, k, v)):
         return "no gradient passes through it"
     return Compression(compressed_attention, (q, k, v), lambda kept: (q, kept[0], k, kept[1], v, kept[2], mask), given)
+
+
+_RULES: Final[dict[str, Callable[[_Call], Compression | str | None]]] = {
+    "attention": _attention,
+    "batch_norm": _batch_norm,
+    "input": _input,
+    "norm": _norm,
+    "product": _product,
+    "result": _result,
+}

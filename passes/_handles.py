@@ -5,11 +5,12 @@ One handle per tensor serves everything that reads it.
 
 import operator
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import fx
 from torch.fx.node import Argument
 
+from fedmef_fx.graph.operators import Norm, named
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.sites import add_site
@@ -23,9 +24,6 @@ from fedmef_fx.records.graphs import GraphMode
 __all__ = ["add_keeping_site", "handle_of"]
 
 _Recipe: TypeAlias = tuple[Callable[..., Any], tuple[Argument, ...], dict[str, Argument]]
-
-# Normalisations of a sample by itself; that of a batch needs more than its input to be computed again.
-_RECOMPUTED_NORMS: Final = {"layer_norm": "shape", "group_norm": "groups"}
 
 
 def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
@@ -90,7 +88,8 @@ def _recipe(x: fx.Node) -> _Recipe | None:
     if x.target is compressed_activation:
         return recomputed, (kept,), options
     function = str(options.pop("function"))
-    if function not in _RECOMPUTED_NORMS:
+    row = named(function)
+    if not isinstance(row, Norm) or not row.is_recomputed:
         return None
-    args = (kept, options[_RECOMPUTED_NORMS[function]], *x.args[2:4], options["eps"])
+    args = (kept, options[row.size_in_op], *x.args[2:4], options["eps"])
     return recomputed, args, {"function": function}

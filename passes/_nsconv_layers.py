@@ -3,8 +3,9 @@
 import torch
 from torch import fx, nn
 
-from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound, is_view, single_user
+from fedmef_fx.graph.nodes import is_transposed, is_view, single_user
 from fedmef_fx.graph.operations import nonlinearity
+from fedmef_fx.graph.operators import bound
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.gain import activation_gain
@@ -38,8 +39,8 @@ def normalize_pair(pair: Pair, *, statistics: Statistics, gains: dict[str, float
         gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
         options = {
             "g": _following_gain(region, pair.norm, gains),
-            "groups": bound(layer).get("groups", 1) if layer.target in CONVOLUTIONS else 1,
-            "transposed": layer.target in TRANSPOSED,
+            "groups": bound(layer).get("groups", 1),
+            "transposed": is_transposed(layer),
             "statistics": statistics,
         }
         kernel = graph.call_function(nsconv_weight, (weight, gain, mask), options)
@@ -66,7 +67,7 @@ def _ensure_affine(region: Region, pair: Pair) -> None:
 
 def output_channels(layer: fx.Node, weight: nn.Parameter) -> int:
     """Number of output channels of a layer."""
-    if layer.target not in TRANSPOSED:
+    if not is_transposed(layer):
         return weight.shape[0]
     return int(weight.shape[1] * bound(layer).get("groups", 1))
 

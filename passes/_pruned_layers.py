@@ -3,10 +3,10 @@
 from typing import Any
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fedmef_fx.config import is_ignored
-from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound, layers, source_of_weight
+from fedmef_fx.graph.nodes import layer_row, layers, source_of_weight
+from fedmef_fx.graph.operators import bound
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
@@ -37,8 +37,6 @@ def match_layer(region: Region, node: fx.Node, *, ignore: tuple[str | type, ...]
     weight = None if target is None else region.owner.get_parameter(target)
     if weight is not None and weight.is_complex():
         return "its weight is complex"
-    if node.target is F.linear:
-        return {}
     return geometry_of(node, weight)
 
 
@@ -56,7 +54,7 @@ def prune_layer(node: fx.Node, packed: fx.Node | None, geometry: dict[str, Any],
     """
     x, stored, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     weight, gain, mask, form = _stored_weight(stored)
-    op = pruned_linear if node.target is F.linear else pruned_convolution
+    op = pruned_convolution if geometry else pruned_linear
     with node.graph.inserting_before(node):
         new = node.graph.call_function(op, (x, packed, weight, bias, gain, mask), {**geometry, **form})
     node.replace_all_uses_with(new)
@@ -78,13 +76,16 @@ def _stored_weight(node: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
 
 
 def geometry_of(node: fx.Node, weight: nn.Parameter | None) -> dict[str, Any] | str:
-    """The static geometry of a functional convolution as options of `pruned_convolution`, or why it has none.
+    """The static geometry of a layer as options of `pruned_convolution`, or why it has none; empty for a linear one.
 
     Args:
-        node: The convolution.
+        node: The functional layer.
         weight: Its dense weight; None where it is no parameter.
     """
-    given, dims = bound(node), CONVOLUTIONS[node.target]  # type: ignore[index]  # a convolution's function
+    given, row = bound(node), layer_row(node)
+    if row is None or row.spatial == 0:
+        return {}
+    dims = row.spatial
     options: dict[str, Any] = {}
     for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
         value = given.get(name, default)
@@ -94,7 +95,7 @@ def geometry_of(node: fx.Node, weight: nn.Parameter | None) -> dict[str, Any] | 
             if isinstance(options[name], str):
                 return str(options[name])
     options["groups"] = given.get("groups", 1)
-    if node.target in TRANSPOSED:
+    if row.transposed:
         value = given.get("output_padding", 0)
         options |= {"transposed": True, "output_padding": tuple(value) if isinstance(value, tuple | list) else (value,)}
     if any(

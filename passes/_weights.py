@@ -9,16 +9,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fedmef_fx.graph.nodes import bound, is_layer, source_of_weight
-from fedmef_fx.graph.operations import PRODUCTS
+from fedmef_fx.graph.nodes import source_of_weight
+from fedmef_fx.graph.operators import Operator, bound, operator_of
 from fedmef_fx.graph.program import Program, Region
 
 __all__ = [
-    "NOT_WEIGHTS",
     "embedded",
     "is_factor",
     "keeps_zeros",
@@ -27,18 +25,6 @@ __all__ = [
     "reading_regions",
 ]
 
-NOT_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-"""Modules whose parameters are never weights."""
-
-_ATTENTION_WEIGHTS: Final = ("in_proj_weight", "out_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_OPAQUE: Final = (
-    nn.Bilinear,
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
 _REPARAMETRIZED: Final = ("weight_orig", "weight_v")  # torch.nn.utils.prune and spectral_norm, weight_norm
 
 
@@ -68,19 +54,13 @@ def _weights_of(region: Region, graph: fx.Graph) -> Iterator[nn.Parameter]:
 def _weight_arguments(node: fx.Node) -> list[Any]:
     if node.op not in ("call_function", "call_method"):
         return []
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name not in PRODUCTS:
+    row = operator_of(node.target)
+    if row is None or not row.weights or row.plain is not None:
         return []
-    if is_layer(node):
-        return [node.args[1]]
-    if name == "bilinear":
-        return list(node.args[2:3])
-    if name.endswith("_cell"):
-        return list(node.args[2:4])  # after the input and the state come the two weights
-    if node.target is F.multi_head_attention_forward:
-        given = bound(node)
-        return [given.get(argument) for argument in _ATTENTION_WEIGHTS]
-    return list(node.all_input_nodes)
+    if row.weights == ("*",):
+        return list(node.all_input_nodes)
+    given = bound(node)
+    return [given.get(argument) for argument in row.weights]
 
 
 def _computed_from(region: Region, node: fx.Node) -> list[nn.Parameter]:
@@ -108,7 +88,8 @@ def opaque_weights(program: Program) -> set[str]:
     called = _called_modules(program)
     found = {name for name in program.products if program.model.get_parameter(name).dim() > 1}
     for path, module in program.model.named_modules():
-        if not isinstance(module, _OPAQUE) or not (called is None or id(module) in called):
+        row = operator_of(type(module))
+        if row is None or not row.weights or not (called is None or id(module) in called):
             continue
         prefix = f"{path}." if path else ""
         for leaf, parameter in module._parameters.items():
@@ -187,11 +168,15 @@ def layer_path(path: str) -> str:
 def embedded(program: Program) -> set[int]:
     """Identities of the parameters that embeddings look up."""
     modules = program.model.modules()
-    found = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    found = {id(module.weight) for module in modules if _looks_up(operator_of(type(module)))}
     for region, _, graph in program.graphs():
-        for node in graph.find_nodes(op="call_function", target=F.embedding):
-            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-            target = source_of_weight(region, weight)
-            if target is not None:
-                found.add(id(region.owner.get_parameter(target)))
+        for node in graph.nodes:
+            if node.op == "call_function" and _looks_up(operator_of(node.target)):
+                target = source_of_weight(region, bound(node).get("weight"))
+                if target is not None:
+                    found.add(id(region.owner.get_parameter(target)))
     return found
+
+
+def _looks_up(row: Operator | None) -> bool:
+    return row is not None and row.kind == "embedding"

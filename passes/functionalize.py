@@ -11,31 +11,20 @@ convolution called with `output_size`. Opaque modules with weights of their own 
 """
 
 import dataclasses
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fedmef_fx.config import is_ignored
 from fedmef_fx.graph.compiled import original_class
 from fedmef_fx.graph.hooks import has_user_hooks
-from fedmef_fx.graph.nodes import bound, is_layer, layers
+from fedmef_fx.graph.nodes import is_layer, layers
+from fedmef_fx.graph.operators import Layer, bound, named, operator_of, overrides
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["FunctionalizeWeights"]
-
-_FUNCTIONS: Final[dict[type[nn.Module], Any]] = {
-    nn.Linear: F.linear,
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
-_WITHOUT_PRUNABLE_WEIGHTS: Final = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +70,8 @@ class FunctionalizeWeights:
             node.args, node.kwargs = match
             return
         graph, path, module = node.graph, str(node.target), match
-        function = next(_FUNCTIONS[base] for base in type(module).__mro__ if base in _FUNCTIONS)
+        row = _layer(module)
+        assert row is not None  # noqa: S101 -- _match has seen it
         with graph.inserting_before(node):
             made = [graph.get_attr(f"{path}.weight")]
             bias = None
@@ -89,13 +79,13 @@ class FunctionalizeWeights:
                 bias = graph.get_attr(f"{path}.bias")
                 made.append(bias)
             x = node.args[0] if node.args else node.kwargs["input"]
-            kwargs = _geometry(module)
+            kwargs = {name: getattr(module, name) for name in row.options}
             if getattr(module, "padding_mode", "zeros") != "zeros":
                 pad = tuple(vars(module)["_reversed_padding_repeated_twice"])
-                x = graph.call_function(F.pad, (x, pad), {"mode": vars(module)["padding_mode"]})
+                x = graph.call_function(named("pad").function, (x, pad), {"mode": vars(module)["padding_mode"]})
                 kwargs["padding"] = (0,) * len(kwargs["stride"])
                 made.append(x)
-            call = graph.call_function(function, (x, made[0], bias), kwargs)
+            call = graph.call_function(row.function, (x, made[0], bias), kwargs)
         for new in (*made, call):
             set_provenance(new, by=self.name, origin=region.full_name(path))
         node.replace_all_uses_with(call)
@@ -116,15 +106,15 @@ def _by_position(node: fx.Node) -> _Arguments:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    if isinstance(module, _WITHOUT_PRUNABLE_WEIGHTS):
+    row = operator_of(type(module))
+    if row is not None and row.has_other_parameters:
         return False
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _refusal(node: fx.Node, module: nn.Module) -> str | None:
-    bases = original_class(module).__mro__
-    kind = next((base for base in bases if base in _FUNCTIONS), None)
-    if kind is None:
+    row = _layer(module)
+    if row is None:
         return f"{type(module).__name__} is opaque to the graph: its weights are used inside it"
     if nn.utils.parametrize.is_parametrized(module):
         return f"{type(module).__name__} has parametrizations"
@@ -132,18 +122,13 @@ def _refusal(node: fx.Node, module: nn.Module) -> str | None:
         return "it has hooks of the user, which need the module call"
     if not isinstance(dict(module.named_parameters(recurse=False)).get("weight"), nn.Parameter):
         return "its weight is not a parameter (weight_norm, prune, ...)"
-    own = {name for base in bases[: bases.index(kind)] for name in vars(base)}
-    if own & {"forward", "_conv_forward"}:
-        return f"{type(module).__qualname__} overrides the computation of {kind.__name__}"
+    if overrides(original_class(module)):
+        return f"{type(module).__qualname__} overrides the computation of {row.modules[0].__name__}"
     if len(node.args) > 1 or set(node.kwargs) - {"input"}:
         return "it is called with more than its input"
     return None
 
 
-def _geometry(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, nn.Linear):
-        return {}
-    names = ["stride", "padding", "dilation", "groups"]
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        names.append("output_padding")
-    return {name: getattr(module, name) for name in names}
+def _layer(module: nn.Module) -> Layer | None:
+    row = operator_of(original_class(module))
+    return row if isinstance(row, Layer) and row.functions else None

@@ -31,13 +31,13 @@ from torch.nn.utils import prune
 
 from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.passes._coarse_masks import coarse_masks, what_resulted, with_channels
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._weights import (
-    NOT_WEIGHTS,
     embedded,
     is_factor,
     keeps_zeros,
@@ -134,7 +134,8 @@ class InsertMasks:
             return Refusal(name, "an earlier pass made its layer one for a weight without a mask")
         reader = reads.weights.get(id(parameter))
         if reader is None and name not in reads.opaque:
-            if id(parameter) in reads.parameters or isinstance(owner, NOT_WEIGHTS):
+            row = operator_of(type(owner))
+            if id(parameter) in reads.parameters or (row is not None and row.has_other_parameters):
                 return None  # read, but by no product: a positional embedding, a learnable scale, ...
             return Refusal(name, "nothing that was traced or recorded reads it")
         if is_factor(program, name):

@@ -33,7 +33,7 @@ from fedmef_fx.graph.signature import AnyTensors
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
-from fedmef_fx.passes._batch_norm_pairs import BATCH_NORMS, Pair, affine_graphs, find_pairs
+from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs, is_plain_batch_norm
 from fedmef_fx.passes._nsconv_layers import erase_unused, normalize_pair, output_channels
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masks import mask_name
@@ -64,7 +64,7 @@ class NormalizeKernels:
             self._rewrite_fallbacks(program, pairs)
         for pair in pairs:
             norm = pair.region.owner.get_submodule(pair.path)
-            if type(norm) in BATCH_NORMS:
+            if is_plain_batch_norm(norm):
                 ScaleAndShift.replace(norm)
         rewrites = dict.fromkeys(pair.name for pair in pairs)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
@@ -92,7 +92,7 @@ class NormalizeKernels:
         norms = {pair.parts[1]: pair for pair in pairs}
         for pair in norms.values():
             norm = pair.region.owner.get_submodule(pair.path)
-            if type(norm) in BATCH_NORMS:
+            if is_plain_batch_norm(norm):
                 continue  # rule 5
             graphs = affine_graphs(norm)
             if graphs is None:

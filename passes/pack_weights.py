@@ -22,7 +22,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fedmef_fx.graph.nodes import is_layer
 from fedmef_fx.graph.origin import provenance, set_provenance
@@ -158,7 +157,7 @@ def _layers_on(region: Region, weight: fx.Node, parameter: MaskedParameter) -> I
         if not is_layer(user) or user.args[1] is not weight or user.args[0] is weight:
             yield f"{user.name} reads it, which is no convolution or linear layer"
             continue
-        geometry = {} if user.target is F.linear else geometry_of(user, parameter.parameter)
+        geometry = geometry_of(user, parameter.parameter)
         yield geometry if isinstance(geometry, str) else _Use(region, user, geometry)
 
 

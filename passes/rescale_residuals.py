@@ -17,7 +17,7 @@ from typing import ClassVar, Final
 
 from torch import fx
 
-from fedmef_fx.graph.nodes import ADDITIONS, is_inplace, is_view, layers, without_views
+from fedmef_fx.graph.nodes import is_addition, is_inplace, is_view, layers, without_views
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import nsconv_weight
@@ -69,7 +69,7 @@ class RescaleResiduals:
 
 def _is_sum_of(region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:
     """Whether a node adds up two tensors, one of them straight from an NSConv layer, and has no factor yet."""
-    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or node.kwargs:
+    if not is_addition(node) or node.kwargs:
         return False
     if any(user.target is operator.mul and user.args[1] == _FACTOR for user in node.users):
         return False

@@ -15,31 +15,23 @@ in-place activation whose input has other users, pooling that returns indices.
 """
 
 import dataclasses
-import math
 import operator
 from functools import partial
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 
-from fedmef_fx.graph.nodes import ADDITIONS, bound, is_inplace, is_layer, is_view, layers, owns_input, single_user
+from fedmef_fx.graph.nodes import is_inplace, is_layer, is_view, layers, operator_at, owns_input, single_user
+from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.origin import provenance, set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_by, kept_tensors
 from fedmef_fx.graph.sites import add_site
-from fedmef_fx.ops.dropout import BitDropout, bit_dropout
-from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+from fedmef_fx.ops.dropout import BitDropout
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.records.passes import PassResult, Refusal
 
 __all__ = ["ShrinkSaved", "replacement_of"]
-
-_MAX_POOLS: Final[dict[Any, int]] = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3}
-_AVG_POOLS: Final[dict[Any, int]] = {F.avg_pool2d: 2, F.avg_pool3d: 3}
-_ADAPTIVE_POOLS: Final[dict[Any, int]] = {F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
-_RELUS: Final = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,124 +99,12 @@ class ShrinkSaved:
 
 def replacement_of(region: Region, node: fx.Node) -> partial[Any] | None:
     """What may take a node's place; None for a node that keeps nothing, or must."""
-    module = region.module(node)
-    if module is not None:
-        return _match_module(module)
-    if node.op not in ("call_function", "call_method"):
+    operation = operation_of(region, node)
+    if operation.row is None or operation.row.small is None:
         return None
-    return _match_function(node)
-
-
-def _match_module(module: nn.Module) -> partial[Any] | None:
-    kind = type(module)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(isinstance(value, fx.Node) for name, value in operation.options.items() if name != "input"):
         return None
-    if kind is nn.Dropout:
-        return partial(BitDropout, p=module.p)  # type: ignore[arg-type]  # a float, as torch declares nowhere
-    if kind in (nn.ReLU, nn.ReLU6):
-        return partial(sign_relu, high=6.0 if kind is nn.ReLU6 else math.inf)
-    if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:
-        return partial(sign_relu, slope=module.negative_slope)
-    if kind in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        return _max_pool(int(kind.__name__[-2]), **{name: vars(module)[name] for name in names})
-    if kind in (nn.AvgPool2d, nn.AvgPool3d):
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return _avg_pool(int(kind.__name__[-2]), **{name: vars(module)[name] for name in names})
-    if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
-        return _adaptive_pool(int(kind.__name__[-2]), module.output_size)
-    return None
-
-
-def _match_function(node: fx.Node) -> partial[Any] | None:
-    target = node.target
-    if target in _RELUS:
-        return partial(sign_relu, high=math.inf)
-    if target is F.relu6:
-        return partial(sign_relu, high=6.0)
-    if target is F.leaky_relu:
-        slope = bound(node).get("negative_slope", 0.01)
-        return partial(sign_relu, slope=slope) if isinstance(slope, float) and slope > 0 else None
-    if target is F.dropout:
-        arguments = bound(node)
-        p, training = arguments.get("p", 0.5), arguments.get("training", True)
-        static = isinstance(p, float | int) and isinstance(training, bool) and not arguments.get("inplace", False)
-        return partial(bit_dropout, p=p, training=training) if static else None
-    if target not in _MAX_POOLS and target not in _AVG_POOLS and target not in _ADAPTIVE_POOLS:
-        return None
-    options: dict[str, Any] = {key: value for key, value in _pool_arguments(node).items() if key != "input"}
-    if any(isinstance(value, fx.Node) for value in options.values()):
-        return None
-    if target in _MAX_POOLS:
-        return _max_pool(_MAX_POOLS[target], **{"stride": None, **options})
-    if target in _AVG_POOLS:
-        return _avg_pool(_AVG_POOLS[target], **{"stride": None, **options})
-    return _adaptive_pool(_ADAPTIVE_POOLS[target], **options)
-
-
-def _pool_arguments(node: fx.Node) -> dict[str, Any]:
-    names = {
-        **dict.fromkeys(
-            _MAX_POOLS, ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        ),
-        **dict.fromkeys(
-            _AVG_POOLS,
-            ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-        ),
-        **dict.fromkeys(_ADAPTIVE_POOLS, ("input", "output_size")),
-    }[node.target]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _per_dimension(value: Any, dims: int) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,) * dims
-
-
-def _max_pool(
-    dims: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> partial[Any] | None:
-    if return_indices:
-        return None
-    kernel = _per_dimension(kernel_size, dims)
-    return partial(
-        max_pool,
-        kernel=kernel,
-        stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
-        padding=_per_dimension(padding, dims),
-        dilation=_per_dimension(dilation, dims),
-        ceil_mode=ceil_mode,
-    )
-
-
-def _avg_pool(
-    dims: int,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> partial[Any]:
-    kernel = _per_dimension(kernel_size, dims)
-    return partial(
-        avg_pool,
-        kernel=kernel,
-        stride=_per_dimension(stride, dims) if stride not in (None, ()) else kernel,
-        padding=_per_dimension(padding, dims),
-        ceil_mode=ceil_mode,
-        count_include_pad=count_include_pad,
-        divisor_override=divisor_override,
-    )
-
-
-def _adaptive_pool(dims: int, output_size: Any) -> partial[Any]:
-    return partial(adaptive_avg_pool, output_size=_per_dimension(output_size, dims))
+    return operation.row.small(operation.options)
 
 
 def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
@@ -234,8 +114,8 @@ def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
         return False
     if is_inplace(region, x):  # the sum of `a += b` lies in a, which may have other readers
         return x.target is operator.iadd and _may_write(region, x, kept)
-    makes_new = x in set(layers(x.graph)) or x.target in ADDITIONS
-    return makes_new or (not kept_by(region, x).output and x.target in (operator.mul, torch.mul))
+    row = operator_at(region, x)
+    return is_layer(x) or (row is not None and row.kind in ("add", "mul") and not kept_by(region, x).output)
 
 
 def _gradient_is_fresh(node: fx.Node) -> bool:

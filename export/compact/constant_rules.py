@@ -22,8 +22,8 @@ from fedmef_fx.export.compact.constant_views import (
 )
 from fedmef_fx.export.compact.known_slices import FloatArray, KnownSlices, Slices
 from fedmef_fx.export.compact.ties import Ties
-from fedmef_fx.graph.nodes import TRANSPOSED
 from fedmef_fx.graph.operations import Operation, operation_of
+from fedmef_fx.graph.operators import Pooling
 
 __all__ = ["RULES", "can_fold"]
 
@@ -38,7 +38,7 @@ def can_fold(ties: Ties, node: fx.Node) -> bool:
         return True
     padding = operation.options.get("padding", 0)
     unpadded = padding in (0, "valid") or (isinstance(padding, tuple | list) and not any(padding))
-    return operation.kind == "conv" and node.target not in TRANSPOSED and unpadded
+    return operation.kind == "conv" and not operation.is_transposed and unpadded
 
 
 def _same(c: KnownSlices, _: fx.Node, operation: Operation) -> Any:
@@ -123,7 +123,7 @@ def _conv(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
     x = np.full(c.ties.shape(operation.x)[channel], np.nan) if x is None else x
     sums, touch = c.layer(node, operation)
     if groups > 1:
-        sums, touch = _ungrouped(sums, touch, groups, transposed=node.target in TRANSPOSED)
+        sums, touch = _ungrouped(sums, touch, groups, transposed=operation.is_transposed)
     known = ~np.isnan(x) if can_fold(c.ties, node) else x == 0
     open_ = (touch & ~known[None, :]).any(1)
     values = np.where(open_, np.nan, sums @ np.where(known, x, 0.0) + c.bias(node, operation, size))
@@ -179,18 +179,22 @@ def _zeros_only(values: FloatArray | None) -> FloatArray | None:
 
 
 def _pool(c: KnownSlices, node: fx.Node, operation: Operation) -> Slices | None:
-    x = c.slices.get(operation.x)
-    if not isinstance(x, tuple):
+    x, pooling = c.slices.get(operation.x), operation.row
+    if not isinstance(x, tuple) or operation.options.get("return_indices"):
         return None
-    kept = len(x) - operation.options.get("spatial", len(x) - 2)
-    exact = operation.options.get("keeps_constants", False)
+    kept = len(x) - pooling.spatial if isinstance(pooling, Pooling) else 2
+    exact = isinstance(pooling, Pooling) and pooling.keeps_constants
     pass_on = (values if exact else _zeros_only(values) for values in x[:kept])
     return (*pass_on, *(None,) * (len(c.ties.shape(node)) - kept))
 
 
 def _pad(c: KnownSlices, _: fx.Node, operation: Operation) -> Slices | None:
     x = c.slices.get(operation.x)
-    if not isinstance(x, tuple) or operation.options.get("value") not in (None, 0, 0.0):
+    if (
+        not isinstance(x, tuple)
+        or "pad" not in operation.options
+        or operation.options.get("value") not in (None, 0, 0.0)
+    ):
         return None
     kept = len(x) - len(operation.options["pad"]) // 2
     return tuple(_zeros_only(values) if dim < kept else None for dim, values in enumerate(x))

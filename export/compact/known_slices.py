@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from torch import fx
 
 from fedmef_fx.export.compact.ties import Ties
-from fedmef_fx.graph.nodes import TRANSPOSED
 from fedmef_fx.graph.operations import Operation
 
 __all__ = ["FloatArray", "KnownSlices", "Slices"]
@@ -47,7 +46,7 @@ class KnownSlices:
             weight = self.ties.region.tensor(operation.options["weight"])
             assert weight is not None  # noqa: S101 -- its rule has seen it
             kernel = weight.detach().double().flatten(2) if weight.dim() > 2 else weight.detach().double().unsqueeze(2)
-            if node.target in TRANSPOSED:
+            if operation.is_transposed:
                 kernel = kernel.transpose(0, 1)
             known = self._weights[node] = kernel.sum(2).numpy(), (kernel != 0).any(2).numpy()
         return known

@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, fx
 
 from fedmef_fx.export.compact.ties import Dims, Exit, State, Ties, title
-from fedmef_fx.graph.nodes import TRANSPOSED
 from fedmef_fx.graph.operations import Operation
 
 __all__ = ["attention", "conv", "embedding", "linear", "matmul", "per_channel", "statistics"]
@@ -58,7 +57,7 @@ def conv(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     if found is None:
         return None
     weight, dims = found
-    groups, transposed = int(operation.options.get("groups", 1)), node.target in TRANSPOSED
+    groups, transposed = int(operation.options.get("groups", 1)), operation.is_transposed
     x, at = ties.of(operation.x), ties.shape(operation.x)
     channel = len(x) - (weight.dim() - 2) - 1
     for spatial in (*x[channel + 1 :], *dims[2:]):
@@ -77,7 +76,7 @@ def conv(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
 def _grouped(
     ties: Ties, node: fx.Node, operation: Operation, weight: Tensor, dims: Dims, channel: int
 ) -> State:  # inputs and outputs of a group leave together
-    groups, transposed = int(operation.options["groups"]), node.target in TRANSPOSED
+    groups, transposed = int(operation.options["groups"]), operation.is_transposed
     x = ties.of(operation.x)
     inputs = x[channel]
     first = dims[0]  # out of a convolution, in of a transposed one
@@ -99,6 +98,8 @@ def _grouped(
 def per_channel(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     """BatchNorm and PReLU: a few numbers per channel, along dimension 1."""
     x = ties.of(operation.x)
+    if operation.kind == "batch_norm" and operation.options.get("running_mean") is None:
+        return None
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = operation.options.get(name)
         if value is None:
@@ -116,7 +117,7 @@ def per_channel(ties: Ties, node: fx.Node, operation: Operation) -> State | None
 def statistics(ties: Ties, node: fx.Node, operation: Operation) -> State:
     """Ties of a normalisation that takes statistics over several channels: those stay."""
     x = ties.of(operation.x)
-    mixed = x[-operation.options["dims"] :] if "dims" in operation.options else x[1:]
+    mixed = x[-len(shape) :] if (shape := operation.options.get("normalized_shape")) else x[1:]
     for channels in mixed:
         ties.anchor(channels, f"{title(node)} takes statistics over all channels")
     for source in node.all_input_nodes[1:]:
@@ -167,6 +168,8 @@ def attention(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
 def embedding(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     """Ties of an embedding: its last dimension is that of its weight."""
     weight = operation.options.get("weight")
+    if operation.options.get("max_norm") is not None:
+        return None
     dims = ties.parameter(weight) if isinstance(weight, Tensor) else ties.of(weight)
     if len(dims) != 2:
         return None

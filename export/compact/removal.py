@@ -20,6 +20,7 @@ from fedmef_fx.export.compact.constants import Constants
 from fedmef_fx.export.compact.ties import Exit, IntArray, Ties, channels_in
 from fedmef_fx.export.freeze.weights import add_parameter, readers
 from fedmef_fx.graph.operations import operation_of
+from fedmef_fx.graph.operators import operator_of
 
 __all__ = ["Decision", "decide", "remove"]
 
@@ -239,11 +240,8 @@ def _cut(ties: Ties, gone: NDArray[np.bool_]) -> None:
             for leaf, found in list(held.items()):
                 if found is not None and id(found) in new:
                     held[leaf] = new[id(found)]  # type: ignore[assignment]  # of the same kind
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is not None:
-            module.num_features = len(module.weight)
-        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-            module.num_features = len(module.running_mean)
-        elif isinstance(module, nn.Embedding):
-            module.embedding_dim = module.weight.shape[1]
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = len(module.weight)
+        row = operator_of(type(module))
+        for size, name, dim in () if row is None else row.sizes:
+            tensor = getattr(module, name)
+            if tensor is not None:
+                setattr(module, size, tensor.shape[dim])

@@ -19,6 +19,7 @@ from fedmef_fx.export.compact.layer_ties import attention, conv, embedding, line
 from fedmef_fx.export.compact.ties import Dims, Exit, State, Ties, title
 from fedmef_fx.export.compact.view_ties import expanded, indexed, permuted, reshaped, split_part, unbound
 from fedmef_fx.graph.operations import Operation, operation_of
+from fedmef_fx.graph.operators import Pooling
 
 __all__ = ["tie_channels"]
 
@@ -132,17 +133,21 @@ def _reduce(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     return tuple(channels for index, channels in enumerate(x) if index not in reduced)
 
 
-def _pool(ties: Ties, node: fx.Node, operation: Operation) -> State:
-    x = ties.of(operation.x)
-    at = len(x) - operation.options["spatial"]
+def _pool(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
+    x, pooling = ties.of(operation.x), operation.row
+    if not isinstance(pooling, Pooling) or operation.options.get("return_indices"):
+        return None
+    at = len(x) - pooling.spatial
     for channels in x[at:]:
         ties.anchor(channels, f"{title(node)} slides along it")
-    return (*x[:at], *(None,) * operation.options["spatial"])
+    return (*x[:at], *(None,) * pooling.spatial)
 
 
-def _resize(ties: Ties, node: fx.Node, operation: Operation) -> State:
+def _resize(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     """Padding and interpolation: dimensions that change size are never cut."""
     x, before, after = ties.of(operation.x), ties.shape(operation.x), ties.shape(node)
+    if operation.kind == "pad" and "pad" not in operation.options:
+        return None
     padded = len(operation.options.get("pad", ())) // 2
     changed = [size != after[index] or index >= len(x) - padded for index, size in enumerate(before)]
     if operation.kind == "interpolate":

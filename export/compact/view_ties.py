@@ -48,7 +48,7 @@ def reshaped(ties: Ties, node: fx.Node, operation: Operation) -> State | None:
     """Channels after a reshape."""
     before, after = ties.shape(operation.x), ties.shape(node)
     x = ties.of(operation.x)
-    if 0 in before or not before:
+    if 0 in before or not before or "unflattened_size" in operation.options:  # a size that a module holds
         return None
     result: list[IntArray | None] = [None] * len(after)
     for old, new in matched_dims(before, after):

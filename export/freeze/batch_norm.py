@@ -9,21 +9,18 @@ After a linear layer BatchNorm1d counts dimension 1 as channels, which is the la
 only, so its input has to be one provably. The others stay BatchNorms in eval mode.
 """
 
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fedmef_fx.export.freeze.weights import add_parameter, readers
-from fedmef_fx.graph.activations import activation
-from fedmef_fx.graph.nodes import CONVOLUTIONS, TRANSPOSED, bound
+from fedmef_fx.graph.nodes import is_layer, is_transposed, operator_at
+from fedmef_fx.graph.operations import operation_of
+from fedmef_fx.graph.operators import bound
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.nsconv import from_rows, to_rows
 
 __all__ = ["fold_batch_norms"]
-
-_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Norm(NamedTuple):
@@ -54,14 +51,13 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def _batch_norm(region: Region, node: fx.Node) -> _Norm | None:
     """The BatchNorm that a node applies with running statistics, None for any other node."""
-    module = region.module(node)
-    if type(module) in _BATCH_NORMS:
-        assert module is not None  # noqa: S101 -- for the type checker
+    row, module = operator_at(region, node), region.module(node)
+    if row is None or row.kind != "batch_norm":
+        return None
+    if module is not None:
         hooked = module._forward_hooks or module._forward_pre_hooks
         values: Any = (module.running_mean, module.running_var, module.weight, module.bias, module.eps)
         return None if hooked or values[0] is None or values[1] is None else _Norm(*values)
-    if node.op != "call_function" or node.target is not F.batch_norm:
-        return None
     given = bound(node)
     optional = [given.get(name) for name in ("weight", "bias")]
     mean, var = (region.tensor(given.get(name)) for name in ("running_mean", "running_var"))
@@ -74,7 +70,7 @@ def _batch_norm(region: Region, node: fx.Node) -> _Norm | None:
 
 def _match(region: Region, layer: fx.Node, norm: _Norm) -> bool:
     """Whether a layer can take a BatchNorm that follows it."""
-    if layer.op != "call_function" or (layer.target not in CONVOLUTIONS and layer.target is not F.linear):
+    if not is_layer(layer):
         return False
     weight, bias = region.tensor(layer.args[1]), _bias(layer)
     if not isinstance(weight, nn.Parameter) or (bias is not None and region.tensor(bias) is None):
@@ -83,7 +79,7 @@ def _match(region: Region, layer: fx.Node, norm: _Norm) -> bool:
         return False
     if _channels(layer, weight) != norm.mean.numel():
         return False
-    return layer.target is not F.linear or _is_matrix(region, layer.args[0])
+    return operation_of(region, layer).kind != "linear" or _is_matrix(region, layer.args[0])
 
 
 def _bias(layer: fx.Node) -> Any:
@@ -91,36 +87,32 @@ def _bias(layer: fx.Node) -> Any:
 
 
 def _groups(layer: fx.Node) -> int:
-    return int(bound(layer).get("groups", 1)) if layer.target in TRANSPOSED else 1
+    return int(bound(layer).get("groups", 1)) if is_transposed(layer) else 1
 
 
 def _channels(layer: fx.Node, weight: Tensor) -> int:
-    return weight.shape[1] * _groups(layer) if layer.target in TRANSPOSED else weight.shape[0]
+    return weight.shape[1] * _groups(layer) if is_transposed(layer) else weight.shape[0]
 
 
 def _is_matrix(region: Region, node: object) -> bool:
     """Whether a tensor has two dimensions, as far as the nodes that make it show."""
     while isinstance(node, fx.Node):
-        module = region.module(node)
-        if isinstance(module, nn.Flatten):
-            return bool(module.start_dim == 1 and module.end_dim == -1)
-        if node.target in ("view", "reshape"):
+        operation = operation_of(region, node)
+        name = "" if operation.row is None else operation.row.name
+        if name in ("view", "reshape"):
             sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
             return len(sizes) == 2
-        if node.target in (torch.flatten, "flatten"):
-            dims = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | node.kwargs
-            return bool(dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1)
-        if type(module) is not nn.BatchNorm1d and node.target not in (F.batch_norm, F.linear):
-            row = activation(node.target if module is None else type(module))
-            # Methods and other aliases are not looked through.
-            if row is None or not row.proves_shape or (module is None and node.target is not row.function):
-                return False
+        if name == "flatten":
+            dims = {"start_dim": 0, "end_dim": -1} | operation.options
+            return bool(dims["start_dim"] == 1 and dims["end_dim"] == -1)
+        if operation.kind not in ("batch_norm", "elementwise", "linear"):
+            return False
         node = _input(node)
     return False
 
 
 def _rewrite(region: Region, layer: fx.Node, norm: _Norm) -> None:
-    graph, transposed = layer.graph, layer.target in TRANSPOSED
+    graph, transposed = layer.graph, is_transposed(layer)
     weight, bias = region.tensor(layer.args[1]), region.tensor(_bias(layer))
     assert weight is not None  # noqa: S101 -- _match has seen it
     # In float64, so that folding adds one rounding and no more.

@@ -18,6 +18,7 @@ from torch import fx, nn
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.freeze.computed_weights import compute_weights
 from fedmef_fx.graph.emit import restore_classes
+from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
@@ -83,8 +84,9 @@ def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, fx.Node]]:
 
 def _store_kernels(region: Region) -> None:
     """Write the kernels of a layer, or neutral statistics into a BatchNorm that only scales and shifts."""
-    owner = region.owner
-    if isinstance(owner, nn.modules.batchnorm._BatchNorm):  # a subclass, see `normalize-kernels`
+    owner: Any = region.owner
+    row = operator_of(type(owner))
+    if row is not None and row.kind == "batch_norm":
         owner.running_mean = torch.zeros(owner.num_features)
         owner.running_var = torch.full((owner.num_features,), 1.0 - owner.eps)
         owner.to(next(owner.parameters()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.errors import ExportError
-from fedmef_fx.graph.nodes import bound
+from fedmef_fx.graph.operators import bound
 from fedmef_fx.graph.program import Region
 from fedmef_fx.module_tree import join
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight

@@ -11,14 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.capture.state import fixed_seed, restored
-from fedmef_fx.graph.operations import PRODUCTS
+from fedmef_fx.graph.operators import Layer, operator_of
 from fedmef_fx.graph.signature import Call, Signature
 
 __all__ = ["Recording", "record_calls"]
 
 _CALLS_PER_MODULE: Final = 6
-
-_WEIGHT_SECOND: Final = frozenset(name for name in PRODUCTS if name.startswith("conv") or name == "linear")
 
 
 @dataclasses.dataclass
@@ -93,9 +91,9 @@ class _Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in PRODUCTS:
-            weights = args[1:2] if name in _WEIGHT_SECOND and len(args) > 1 else (args, kwargs)
+        row = operator_of(func)
+        if row is not None and row.weights:
+            weights = args[1:2] if isinstance(row, Layer) and len(args) > 1 else (args, kwargs)
             for leaf in pytree.tree_leaves(weights):
                 if isinstance(leaf, Tensor):
                     self._found |= {id(t) for t in (leaf, leaf._base) if t is not None and id(t) in self._parameters}

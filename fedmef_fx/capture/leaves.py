@@ -2,30 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 from torch import fx, nn
 
 from fedmef_fx.capture.symbolic import capture_graphs
 from fedmef_fx.capture.tracer import BaseTracer
-from fedmef_fx.graph.compiled import original_class
 from fedmef_fx.graph.hooks import has_user_hooks
+from fedmef_fx.graph.nodes import operator_of_module
+from fedmef_fx.graph.operators import Layer
 from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import AnyTensors
 from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["leaf_regions"]
-
-_LAYERS: Final = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) -> Iterator[Region]:
@@ -57,7 +47,8 @@ def _held_twice(model: nn.Module) -> set[int]:
 
 def _layer_graphs(module: nn.Module) -> dict[GraphMode, fx.Graph]:
     """The graph of a plain layer, which needs none of what `capture_graphs` guards against."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):  # has an optional argument
+    row = operator_of_module(module)
+    if isinstance(row, Layer) and row.transposed:  # has an optional argument
         return capture_graphs(module)
     tracer = BaseTracer()
     tracer.prepare(module)
@@ -69,12 +60,10 @@ def _layer_graphs(module: nn.Module) -> dict[GraphMode, fx.Graph]:
 
 def _is_plain_layer(module: nn.Module) -> bool:
     """A convolution or linear layer as torch.nn defines it, with its own parameter as weight."""
-    bases = original_class(module).__mro__
-    kind = next((base for base in bases if base in _LAYERS), None)
+    row = operator_of_module(module)
     if isinstance(module, torch.jit.ScriptModule):
         return False
     weight = module._parameters.get("weight")
-    if kind is None or weight is None or has_user_hooks(module) or nn.parameter.is_lazy(weight):
+    if not isinstance(row, Layer) or not row.functions or weight is None:
         return False
-    own = {name for base in bases[: bases.index(kind)] for name in vars(base)}
-    return not own & {"forward", "_conv_forward"}
+    return not has_user_hooks(module) and not nn.parameter.is_lazy(weight)

@@ -21,7 +21,7 @@ from fedmef_fx.capture.per_call import CaptureOnValues, drop_constants
 from fedmef_fx.capture.proof import Originals
 from fedmef_fx.capture.state import ChangedAttributeError, attributes_of, fixed_seed, settle
 from fedmef_fx.capture.symbolic import capture_graphs, failure
-from fedmef_fx.capture.tracer import COMPOSITES
+from fedmef_fx.capture.tracer import is_composite
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.program import Region
@@ -187,7 +187,7 @@ class _Search:
         """A module that the example call did not reach: only torch's own code is trusted without proof."""
         if not all(type(module).__module__.startswith("torch.nn") for module in child.modules()):
             return False
-        if isinstance(child, COMPOSITES):
+        if is_composite(child):
             return False
         self.found.regions.append(_without_example(child, path))
         return True
@@ -242,11 +242,11 @@ def has_weights(module: nn.Module) -> bool:
 def _is_single_layer(module: nn.Module) -> bool:
     """A module of torch.nn that no trace looks into."""
     of_torch = type(module).__module__.startswith("torch.nn")
-    return of_torch and (not list(module.children()) or not isinstance(module, _CONTAINERS + COMPOSITES))
+    return of_torch and (not list(module.children()) or not (isinstance(module, _CONTAINERS) or is_composite(module)))
 
 
 def _calls_composites(model: nn.Module, graphs: dict[GraphMode, fx.Graph]) -> bool:
     """Whether a graph calls modules with weights that a trace on values would look into."""
     targets = {str(node.target) for graph in graphs.values() for node in graph.find_nodes(op="call_module")}
     modules = [model.get_submodule(target) for target in targets]
-    return any(isinstance(module, COMPOSITES) or nn.utils.parametrize.is_parametrized(module) for module in modules)
+    return any(is_composite(module) or nn.utils.parametrize.is_parametrized(module) for module in modules)

@@ -9,30 +9,23 @@
 import math
 import threading
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fedmef_fx.capture.rebuild import Rebuild
 from fedmef_fx.graph.hooks import has_user_hooks
+from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.ops.grad_mode import enter_grad_mode, leave_grad_mode
 
-__all__ = ["COMPOSITES", "BaseTracer", "is_proxy"]
+__all__ = ["BaseTracer", "is_composite", "is_proxy"]
 
-COMPOSITES: Final = (
-    nn.Bilinear,
-    nn.GRUCell,
-    nn.LSTMCell,
-    nn.MultiheadAttention,
-    nn.RNNCell,
-    nn.Transformer,
-    nn.TransformerDecoder,
-    nn.TransformerDecoderLayer,
-    nn.TransformerEncoder,
-    nn.TransformerEncoderLayer,
-)
-"""Modules of torch.nn that compute with tensor functions only; tracers that know values look inside."""
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether a module of torch.nn computes with tensor functions only; tracers that know values look inside."""
+    row = operator_of(type(module))
+    return row is not None and row.is_composite
 
 
 def is_proxy(value: object) -> bool:
@@ -67,9 +60,10 @@ class BaseTracer(fx.Tracer):
         """Whether a module stays a call."""
         if has_user_hooks(m, besides=self._own_hooks) or isinstance(m, fx.GraphModule):
             return True
-        if self.looks_inside and (type(m) in COMPOSITES or type(m).__module__.startswith("torch.nn.utils.")):
+        if self.looks_inside and (is_composite(m) or type(m).__module__.startswith("torch.nn.utils.")):
             return False
-        return super().is_leaf_module(m, module_qualified_name)
+        row = operator_of(type(m))
+        return (row is not None and type(m) in row.modules) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module inside forward."""

@@ -1,51 +1,14 @@
 """Which values of a graph carry gradients: a product keeps an operand only for the gradient of the other one."""
 
-import operator
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import fx
 
+from fedmef_fx.graph.nodes import operator_at
 from fedmef_fx.graph.program import Region
 
 __all__ = ["differentiable"]
 
-_COMPARISONS: Final = (operator.eq, operator.ge, operator.gt, operator.le, operator.lt, operator.ne)
-_WITHOUT_GRADIENT: Final[frozenset[Any]] = frozenset(
-    {
-        *_COMPARISONS,
-        torch.arange,
-        torch.argmax,
-        torch.bernoulli,
-        torch.empty_like,
-        torch.full_like,
-        torch.ones_like,
-        torch.rand_like,
-        torch.randn_like,
-        torch.zeros_like,
-        "argmax",
-        "bernoulli",
-        "bernoulli_",
-        "bool",
-        "detach",
-        "dim",
-        "eq",
-        "ge",
-        "gt",
-        "int",
-        "le",
-        "long",
-        "lt",
-        "ne",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_tensor",
-        "new_zeros",
-        "numel",
-        "size",
-    }
-)
 _PLAIN_ATTRIBUTES: Final = ("device", "dtype", "ndim", "shape")
 
 
@@ -54,7 +17,7 @@ def differentiable(region: Region, graph: fx.Graph) -> frozenset[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         starts = node.op == "placeholder" or _has_trainable_tensor(region, node)
-        if starts or (not _cuts(node) and any(argument in found for argument in node.all_input_nodes)):
+        if starts or (not _cuts(region, node) and any(argument in found for argument in node.all_input_nodes)):
             found.add(node)
     return frozenset(found)
 
@@ -67,7 +30,8 @@ def _has_trainable_tensor(region: Region, node: fx.Node) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _cuts(node: fx.Node) -> bool:
+def _cuts(region: Region, node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _PLAIN_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and node.target in _WITHOUT_GRADIENT
+    row = operator_at(region, node)
+    return row is not None and not row.carries_gradient

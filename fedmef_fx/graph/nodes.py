@@ -1,98 +1,45 @@
 """What passes ask about nodes: is this a convolution, where does its weight come from, what follows it."""
 
-import inspect
-import operator
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Iterator
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from fedmef_fx.graph.compiled import original_class
+from fedmef_fx.graph.operators import Layer, Operator, operator_of, overrides, writes
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 
 __all__ = [
-    "ADDITIONS",
-    "CONVOLUTIONS",
-    "TRANSPOSED",
-    "VIEWS",
-    "bound",
+    "is_addition",
     "is_inplace",
     "is_layer",
+    "is_transposed",
     "is_view",
+    "layer_row",
     "layers",
+    "operator_at",
+    "operator_of_module",
     "owns_input",
     "single_user",
     "source_of_weight",
     "without_views",
 ]
 
-CONVOLUTIONS: Final[dict[Callable[..., Any], int]] = {
-    F.conv1d: 1,
-    F.conv2d: 2,
-    F.conv3d: 3,
-    F.conv_transpose1d: 1,
-    F.conv_transpose2d: 2,
-    F.conv_transpose3d: 3,
-}
-"""Functional convolutions and their number of spatial dimensions."""
 
-TRANSPOSED: Final = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
-
-ADDITIONS: Final = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-"""Targets of nodes that add two tensors."""
-
-VIEWS: Final[frozenset[Callable[..., Any] | str]] = frozenset(
-    {
-        operator.getitem,
-        torch.flatten,
-        torch.permute,
-        torch.reshape,
-        torch.squeeze,
-        torch.t,
-        torch.transpose,
-        torch.unflatten,
-        torch.unsqueeze,
-        "contiguous",
-        "expand",
-        "flatten",
-        "permute",
-        "reshape",
-        "squeeze",
-        "t",
-        "transpose",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    }
-)
-"""Targets of nodes whose result shares its argument's storage, or may."""
-
-_VIEW_MODULES: Final = (nn.Flatten, nn.Identity, nn.Unflatten)
+def operator_at(region: Region, node: fx.Node) -> Operator | None:
+    """What is known of the operator that a node calls; None for what has no row, and for nodes that call nothing."""
+    if node.op == "call_module":
+        module = region.module(node)
+        return None if module is None else operator_of_module(module)
+    return operator_of(node.target) if node.op in ("call_function", "call_method") else None
 
 
-_LAYER_SIGNATURE: Final = ("input", "weight", "bias")
-_CONVOLUTION_SIGNATURE: Final = (*_LAYER_SIGNATURE, "stride", "padding", "dilation", "groups")
-_TRANSPOSED_SIGNATURE: Final = (*_LAYER_SIGNATURE, "stride", "padding", "output_padding", "groups", "dilation")
-
-
-def bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments by name that a node gives to a functional convolution, linear or any Python function.
-
-    torch's builtins have no signature that Python can read, so those of the layers stand here.
-    """
-    target = node.target
-    if target in TRANSPOSED:
-        names: tuple[str, ...] = _TRANSPOSED_SIGNATURE
-    elif target in CONVOLUTIONS:
-        names = _CONVOLUTION_SIGNATURE
-    elif target is F.linear:
-        names = _LAYER_SIGNATURE
-    else:
-        names = tuple(inspect.signature(target).parameters) if callable(target) else ()
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+def operator_of_module(module: nn.Module) -> Operator | None:
+    """The row of what a module computes; None where its class overrides that."""
+    cls = original_class(module)
+    row = operator_of(cls)
+    return None if row is None or overrides(cls) else row
 
 
 def single_user(node: fx.Node) -> fx.Node | None:
@@ -102,10 +49,8 @@ def single_user(node: fx.Node) -> fx.Node | None:
 
 def is_view(region: Region, node: fx.Node) -> bool:
     """Whether a node's result shares the storage of its first argument, or may."""
-    if node.op == "call_module":
-        module = region.module(node)
-        return isinstance(module, _VIEW_MODULES)
-    return node.op in ("call_function", "call_method") and node.target in VIEWS
+    row = operator_at(region, node)
+    return row is not None and row.is_view
 
 
 def without_views(region: Region, node: object) -> object:
@@ -137,17 +82,30 @@ def is_inplace(region: Region, node: fx.Node) -> bool:
     """Whether a node writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(region.module(node), "inplace", False))
-    if node.kwargs.get("inplace") or node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv):
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method"):
-        return False
-    return name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (bool(node.kwargs.get("inplace")) or writes(node.target))
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two tensors."""
+    row = operator_of(node.target) if node.op in ("call_function", "call_method") else None
+    return row is not None and row.kind == "add"
+
+
+def layer_row(node: fx.Node) -> Layer | None:
+    """The row of a functional convolution or linear layer, None for any other node."""
+    row = operator_of(node.target) if node.op == "call_function" else None
+    return row if isinstance(row, Layer) and row.plain is None else None
 
 
 def is_layer(node: fx.Node) -> bool:
     """Whether a node is a functional convolution or linear layer."""
-    return node.op == "call_function" and (node.target in CONVOLUTIONS or node.target is F.linear)
+    return layer_row(node) is not None
+
+
+def is_transposed(node: fx.Node) -> bool:
+    """Whether a node is a functional transposed convolution."""
+    row = layer_row(node)
+    return row is not None and row.transposed
 
 
 def layers(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -6,26 +6,14 @@ keeps it dense. Unknown operations are taken to keep everything: too cautious co
 
 import operator
 from collections.abc import Collection
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 
-from fedmef_fx.graph.activations import activation
 from fedmef_fx.graph.gradients import differentiable
-from fedmef_fx.graph.nodes import ADDITIONS, is_inplace, is_view, without_views
+from fedmef_fx.graph.nodes import is_inplace, operator_at, without_views
+from fedmef_fx.graph.operators import Operator
 from fedmef_fx.graph.program import Region
-from fedmef_fx.ops.dropout import BitDropout, bit_dropout
-from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
-from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
-from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
-from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
-from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
-from fedmef_fx.ops.relu import sign_relu
-from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 
 __all__ = ["Kept", "kept_by", "kept_tensors"]
 
@@ -37,197 +25,39 @@ class Kept(NamedTuple):
     output: bool
 
 
-_NOTHING: Final = Kept(inputs=False, output=False)
-_INPUTS: Final = Kept(inputs=True, output=False)
-_OUTPUT: Final = Kept(inputs=False, output=True)
-_BOTH: Final = Kept(inputs=True, output=True)
-
-_ACTIVATION_KEEPS: Final = {"inputs": _INPUTS, "output": _OUTPUT, "both": _BOTH}
-
-_KEEP_NOTHING: Final[frozenset[Any]] = ADDITIONS | {
-    F.dropout,  # keeps its noise, which is no activation
-    F.embedding,  # and its indices
-    F.interpolate,
-    F.pad,
-    F.pixel_shuffle,
-    F.pixel_unshuffle,
-    getattr,
-    operator.sub,
-    operator.isub,
-    operator.neg,
-    torch.cat,
-    torch.chunk,
-    torch.clone,
-    torch.concat,
-    torch.masked_fill,  # keeps its mask, as `where` does
-    torch.mean,
-    torch.neg,
-    torch.split,
-    torch.stack,
-    torch.sub,
-    torch.sum,
-    torch.unbind,
-    torch.where,
-    torch._assert,
-    "bfloat16",
-    "chunk",
-    "clone",
-    "detach",
-    "dim",
-    "double",
-    "float",
-    "half",
-    "masked_fill",
-    "mean",
-    "numel",
-    "repeat",
-    "size",
-    "split",
-    "sub",
-    "sum",
-    "to",
-    "type",
-    "type_as",
-    "unbind",
-    # Their inputs and results are not kept; what they keep instead is small.
-    adaptive_avg_pool,
-    avg_pool,
-    bit_dropout,
-    compressed_activation,
-    compressed_attention,
-    compressed_batch_norm,
-    compressed_batch_norm_module,
-    compressed_matmul,
-    compressed_mul,
-    compressed_norm,
-    compressed_result,
-    masked_weight,  # a parameter and a mask, which exist anyway
-    max_pool,
-    pruned_convolution,
-    pruned_linear,
-    recomputed,
-    remasked,
-    sign_relu,
+_KEPT: Final = {
+    "nothing": Kept(inputs=False, output=False),
+    "inputs": Kept(inputs=True, output=False),
+    "output": Kept(inputs=False, output=True),
+    "both": Kept(inputs=True, output=True),
 }
-_KEEP_OUTPUT: Final[frozenset[Any]] = frozenset(
-    {
-        F.log_softmax,
-        F.softmax,
-        torch.exp,
-        torch.log_softmax,
-        torch.rsqrt,
-        torch.softmax,
-        torch.sqrt,
-        "exp",
-        "log_softmax",
-        "rsqrt",
-        "softmax",
-        "sqrt",
-    }
-)
-_KEEP_INPUTS: Final[frozenset[Any]] = frozenset(
-    {
-        F.batch_norm,
-        F.conv1d,
-        F.conv2d,
-        F.conv3d,
-        F.conv_transpose1d,
-        F.conv_transpose2d,
-        F.conv_transpose3d,
-        F.group_norm,
-        F.layer_norm,
-        F.linear,
-        torch.abs,
-        torch.log,
-        torch.pow,
-        operator.pow,
-    }
-)
-_PRODUCTS: Final[frozenset[Any]] = frozenset(
-    {operator.matmul, operator.mul, torch.bmm, torch.matmul, torch.mm, torch.mul, "bmm", "matmul", "mm", "mul"}
-)
-_SCALINGS: Final[frozenset[Any]] = frozenset({operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"})
-
-_MODULES_KEEP_NOTHING: Final = (
-    BitDropout,
-    KeepActivation,
-    PackActivation,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.ChannelShuffle,
-    nn.ConstantPad1d,
-    nn.ConstantPad2d,
-    nn.ConstantPad3d,
-    nn.Identity,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
-    nn.Upsample,
-    nn.ZeroPad2d,
-)
-_MODULES_KEEP_OUTPUT: Final = (nn.LogSoftmax, nn.Softmax)
-_MODULES_KEEP_INPUTS: Final = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.GroupNorm,
-    nn.InstanceNorm2d,
-    nn.LayerNorm,
-)
 
 
 def kept_by(region: Region, node: fx.Node) -> Kept:
     """What autograd keeps of a node's tensors, as PyTorch implements its operation."""
-    if node.op == "call_module":
-        return _kept_by_module(region.module(node))
-    if node.op not in ("call_function", "call_method") or is_view(region, node):
-        return _NOTHING
-    if is_inplace(region, node) and node.target not in _KEEP_NOTHING:
-        return _BOTH
-    if node.target in _KEEP_NOTHING:
-        return _NOTHING
-    if node.target in _SCALINGS and _is_scaling(node):
-        return _NOTHING
-    row = activation(node.target)
-    if row is not None:
-        return _ACTIVATION_KEEPS[row.keeps]
-    if node.target in _KEEP_OUTPUT:
-        return _OUTPUT
-    if node.target in _KEEP_INPUTS or node.target in _PRODUCTS:
-        return _INPUTS
-    return _BOTH
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return _KEPT["nothing"]
+    row = operator_at(region, node)
+    if row is None:
+        return _KEPT["both"]
+    if _is_scaling(row, node):
+        return _KEPT["nothing"]
+    # What it writes in place of its input is its result.
+    keeps_input_too = is_inplace(region, node) and row.keeps == "inputs"
+    return _KEPT["both" if keeps_input_too else row.keeps]
 
 
-def _is_scaling(node: fx.Node) -> bool:
-    """Whether a product or quotient of a tensor and a number is linear in the tensor."""
-    if len(node.args) != 2 or len(node.all_input_nodes) != 1:
+def _is_scaling(row: Operator, node: fx.Node) -> bool:
+    """Whether a node is a product or quotient of a tensor and a number, which is linear in the tensor."""
+    if row.kind not in ("mul", "div") or len(node.args) != 2 or len(node.all_input_nodes) != 1:
         return False
-    first, second = (isinstance(argument, fx.Node) for argument in node.args)
-    return (first and not second) or (second and not first and node.target in _PRODUCTS)
+    return isinstance(node.args[0], fx.Node) or row.kind == "mul"
 
 
-def _kept_by_module(module: nn.Module | None) -> Kept:
-    kind = type(module)
-    if kind in _MODULES_KEEP_NOTHING or isinstance(module, nn.Flatten | nn.Unflatten):
-        return _NOTHING
-    row = activation(kind)
-    kept = None if row is None else _ACTIVATION_KEEPS[row.keeps]
-    if getattr(module, "inplace", False) and kept is not _OUTPUT and kind not in _MODULES_KEEP_OUTPUT:
-        return _BOTH
-    if kept is not None:
-        return kept
-    if kind in _MODULES_KEEP_OUTPUT:
-        return _OUTPUT
-    return _INPUTS if kind in _MODULES_KEEP_INPUTS else _BOTH
-
-
-def _inputs_kept(node: fx.Node, carriers: Collection[fx.Node]) -> list[fx.Node]:
+def _inputs_kept(row: Operator | None, node: fx.Node, carriers: Collection[fx.Node]) -> list[fx.Node]:
     """The inputs that a node keeps, if it keeps them: a product needs an operand for the other one's gradient only."""
     operands = node.all_input_nodes
-    if node.target not in _PRODUCTS or len(operands) != 2:
+    if row is None or row.in_8_bits != "product" or len(operands) != 2:
         return operands
     first, second = operands
     return [x for x, other in ((first, second), (second, first)) if other in carriers]
@@ -272,7 +102,7 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
                 keep(tensor, "returned by the model")
         elif node.op != "placeholder" and node not in rewritten:
             what = kept_by(region, node)
-            for tensor in _inputs_kept(node, carriers) if what.inputs else ():
+            for tensor in _inputs_kept(operator_at(region, node), node, carriers) if what.inputs else ():
                 keep(tensor, f"{node.name} keeps its input")
             if what.output:
                 results.append(node)

@@ -9,30 +9,20 @@ inputs / in_channels for transposed convolutions.
 """
 
 import math
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from fedmef_fx.graph.nodes import operator_at
+from fedmef_fx.graph.operators import Layer, bound
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import nsconv_weight
 from fedmef_fx.records.graphs import TensorRecord
 
 __all__ = ["parameter_behind", "positions_by_parameter", "weights_of"]
-
-_TRANSPOSED: Final = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
-_LAYERS: Final[frozenset[Callable[..., Any]]] = _TRANSPOSED | {F.conv1d, F.conv2d, F.conv3d, F.linear}
-_PRUNED_LAYERS: Final = (pruned_convolution, pruned_linear)
-_PRODUCTS: Final[frozenset[Callable[..., Any] | str]] = frozenset(
-    {operator.matmul, torch.matmul, torch.mm, torch.bmm, "matmul", "mm", "bmm"}
-)
-_LAYER_MODULES: Final = (nn.Linear, nn.modules.conv._ConvNd)
 
 Tensors = Mapping[fx.Node, tuple[TensorRecord, ...]]
 
@@ -78,18 +68,16 @@ def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     out = tensors.get(node, ())
     if len(out) != 1:
         return
-    module = region.module(node)
-    if isinstance(module, _LAYER_MODULES):
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        weight = module.weight if isinstance(module.weight, nn.Parameter) else None
-        yield from _layer(weight, None, _tensor(node.all_input_nodes[0], tensors), out[0], transposed=transposed)
-    elif node.target in _LAYERS or node.target in _PRUNED_LAYERS:
-        at = 2 if node.target in _PRUNED_LAYERS else 1
-        weight = parameter_behind(region, node.args[at] if len(node.args) > at else node.kwargs.get("weight"))
-        x = _tensor(node.args[0] if node.args else node.kwargs.get("input"), tensors)
-        transposed = node.target in _TRANSPOSED or bool(node.kwargs.get("transposed"))
-        yield from _layer(weight, node.kwargs.get("packed_shape"), x, out[0], transposed=transposed)
-    elif node.target in _PRODUCTS and len(node.args) == 2:
+    row, module = operator_at(region, node), region.module(node)
+    if row is None:
+        return
+    if isinstance(row, Layer):
+        given = {} if module is not None else bound(node)
+        weight = parameter_behind(region, given.get("weight")) if module is None else module._parameters.get("weight")
+        x = _tensor(node.args[0] if node.args else given.get("input"), tensors)
+        transposed = row.transposed or bool(given.get("transposed"))
+        yield from _layer(weight, given.get("packed_shape"), x, out[0], transposed=transposed)
+    elif row.kind == "matmul" and len(node.args) == 2:
         yield from _product(region, node, tensors, out[0])
 
 

@@ -1,13 +1,13 @@
 """Sites and handles of tensors that are kept in few bits for the backward of the operations that read them."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
+from fedmef_fx.ops.named import NAMED
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import BlockCode, BlockwiseTensor, KeptTensor, why_dense
 from fedmef_fx.packing.bit_planes import Bits
@@ -72,21 +72,6 @@ class _Recomputed:
         return 0
 
 
-_FUNCTIONS: Final[dict[str, Callable[..., Tensor]]] = {
-    "gelu": F.gelu,
-    "group_norm": F.group_norm,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "layer_norm": F.layer_norm,
-    "mish": F.mish,
-    "pow": torch.pow,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "square": torch.square,
-}
-"""Functions whose results are computed again rather than kept, where their inputs are kept anyway."""
-
-
 @overridable
 def recomputed(kept: KeptTensor | None, *args: Any, function: str, **options: Any) -> KeptTensor | None:
     """Keep the result of a function by keeping its input.
@@ -94,13 +79,13 @@ def recomputed(kept: KeptTensor | None, *args: Any, function: str, **options: An
     Args:
         kept: The function's first argument, as it is kept; None for one that is not.
         *args: Its other arguments.
-        function: Its name in torch.
+        function: Its name, that of its row.
         **options: Its keyword arguments.
 
     Returns:
         A handle without bytes of its own; None where the input is not kept.
     """
-    return None if kept is None else _Recomputed(kept, _FUNCTIONS[function], args, options)
+    return None if kept is None else _Recomputed(kept, NAMED[function].function, args, options)
 
 
 @overridable

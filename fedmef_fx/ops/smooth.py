@@ -3,45 +3,19 @@
 Forward is exact. The gradient is the function's exact derivative at the kept input or result.
 """
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.keeping import encoded, value_of
+from fedmef_fx.ops.named import NAMED
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import KeptTensor
 from fedmef_fx.packing.bit_planes import Bits
 
 __all__ = ["compressed_activation", "compressed_result"]
-
-_aten = torch.ops.aten
-_ACTIVATIONS: Final[dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
-    "gelu": (F.gelu, lambda grad, x, approximate="none": _aten.gelu_backward(grad, x, approximate=approximate)),
-    "hardsigmoid": (F.hardsigmoid, _aten.hardsigmoid_backward),
-    "hardswish": (F.hardswish, _aten.hardswish_backward),
-    "mish": (F.mish, _aten.mish_backward),
-    "pow": (torch.pow, lambda grad, x, exponent: grad * (exponent * x.pow(exponent - 1))),
-    "silu": (F.silu, _aten.silu_backward),
-    "softplus": (
-        F.softplus,
-        lambda grad, x, beta=1.0, threshold=20.0: _aten.softplus_backward(grad, x, beta, threshold),
-    ),
-    "square": (torch.square, lambda grad, x: grad * (2 * x)),
-}
-_RESULTS: Final[dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]] = {
-    "log_softmax": (
-        torch.log_softmax,
-        lambda grad, out, dim, **_: _aten._log_softmax_backward_data(grad, out, dim, out.dtype),
-    ),
-    "sigmoid": (torch.sigmoid, _aten.sigmoid_backward),
-    "softmax": (torch.softmax, lambda grad, out, dim, **_: _aten._softmax_backward_data(grad, out, dim, out.dtype)),
-    "tanh": (torch.tanh, _aten.tanh_backward),
-}
 
 
 class _Activation(Function):
@@ -49,13 +23,13 @@ class _Activation(Function):
     def forward(ctx: Any, x: Tensor, kept: KeptTensor | None, function: str, options: dict[str, Any]) -> Tensor:
         ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
         ctx.save_for_backward(x if kept is None else None)
-        return _ACTIVATIONS[function][0](x, **options)
+        return NAMED[function].function(x, **options)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
-        result = _ACTIVATIONS[ctx.function][1](grad, x.to(grad.dtype), **ctx.options)
+        result = NAMED[ctx.function].derivative(grad, x.to(grad.dtype), **ctx.options)
         return result.to(ctx.dtype), None, None, None
 
 
@@ -64,7 +38,7 @@ class _Result(Function):
     def forward(
         ctx: Any, x: Tensor, function: str, bits: Bits, options: dict[str, Any]
     ) -> tuple[Tensor, KeptTensor | None]:
-        out = _RESULTS[function][0](x, **options)
+        out = NAMED[function].function(x, **options)
         kept, _ = encoded(out, bits)
         ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
         ctx.save_for_backward(out if kept is None else None)
@@ -74,7 +48,7 @@ class _Result(Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         out = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
-        return _RESULTS[ctx.function][1](grad, out, **ctx.options).to(ctx.dtype), None, None, None
+        return NAMED[ctx.function].derivative(grad, out, **ctx.options).to(ctx.dtype), None, None, None
 
 
 @overridable
@@ -84,14 +58,14 @@ def compressed_activation(x: Tensor, kept: KeptTensor | None, *, function: str, 
     Args:
         x: Any shape.
         kept: x as it is kept; None keeps x itself.
-        function: "gelu", "hardsigmoid", "hardswish", "mish", "pow", "silu", "softplus" or "square".
-        **options: Its options in torch: `approximate`, `exponent`, `beta`, `threshold`.
+        function: Its name, that of its row: "gelu", "pow", ...
+        **options: Its options in torch: `approximate`, `exponent`, ...
 
     Returns:
         What torch returns.
     """
     if not needs_backward(x):
-        return _ACTIVATIONS[function][0](x, **options)
+        return NAMED[function].function(x, **options)
     result: Tensor = _Activation.apply(x, kept, function, options)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
@@ -102,7 +76,7 @@ def compressed_result(x: Tensor, *, function: str, bits: Bits = 8, **options: An
 
     Args:
         x: Any shape.
-        function: "log_softmax", "sigmoid", "softmax" or "tanh".
+        function: Its name, that of its row: "softmax", "tanh", ...
         bits: In how many the result is kept.
         **options: Its options in torch: `dim` and `dtype` of the softmaxes.
 
@@ -111,6 +85,6 @@ def compressed_result(x: Tensor, *, function: str, bits: Bits = 8, **options: An
         the bits would not save memory.
     """
     if not needs_backward(x):
-        return _RESULTS[function][0](x, **options), None
+        return NAMED[function].function(x, **options), None
     result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, bits, options)  # type: ignore[no-untyped-call]  # torch's
     return result

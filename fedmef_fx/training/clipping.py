@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from fedmef_fx.config import is_ignored
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.graph.operators import Layer, operator_of
 from fedmef_fx.ops.rows import Rows, SegmentRows, packed_rows
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import is_transformed
 
 __all__ = ["clip_gradients"]
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
@@ -61,11 +60,13 @@ def clip_gradients(model: nn.Module, ratio: float, *, eps: float = 1e-3, ignore:
     for name, module in model.named_modules():
         if is_ignored(ignore, name, module):
             continue
+        row = operator_of(type(module))
+        unit = 1 if isinstance(row, Layer) and row.transposed else 0
         for parameter in module.parameters(recurse=False):
             if parameter.grad is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            masked_parameter, unit = masked.get(id(parameter)), 1 if isinstance(module, _TRANSPOSED) else 0
+            masked_parameter = masked.get(id(parameter))
             if masked_parameter is not None and masked_parameter.is_packed:
                 clipped.append(_clip_packed(masked_parameter, parameter.grad, ratio=ratio, eps=eps, unit=unit))
                 continue

@@ -78,7 +78,9 @@ def test_the_catalogue_has_every_pass():
 
 def test_a_type_is_written_as_in_config():
     step = CompressSaved(ignore=(nn.Linear, "head"))
-    assert describe(step) == "compress-saved{ignore=('type:torch.nn.modules.linear.Linear', 'head')}"
+    assert describe(step) == (
+        "compress-saved{ignore=('type:torch.nn.modules.linear.Linear', 'head'), saved_precision='int8'}"
+    )
     assert describe(parse_pass(describe(step))) == describe(step)
 
 
