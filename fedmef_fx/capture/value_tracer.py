@@ -14,6 +14,7 @@ from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.graph.compiled import original_forward
 from fedmef_fx.graph.hooks import has_user_hooks
+from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.graph.signature import Call
 
 __all__ = ["trace_call"]
@@ -62,21 +63,6 @@ _OF_KIND: Final = frozenset(
     }
 )
 """What all tensors of one dtype, device and rank have in common, which every signature fixes."""
-_SIZED_BY_DATA: Final = frozenset(
-    {
-        torch.bincount,
-        torch.masked_select,
-        torch.nonzero,
-        torch.unique,
-        torch.unique_consecutive,
-        "bincount",
-        "masked_select",
-        "nonzero",
-        "unique",
-        "unique_consecutive",
-    }
-)
-"""Operations whose result has a size that follows from what their inputs contain."""
 
 
 def trace_call(
@@ -295,7 +281,5 @@ def _is_sized_by_data(target: Any, values: Any) -> bool:
     if target in (torch.repeat_interleave, "repeat_interleave"):
         repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
         return isinstance(repeats, Tensor)
-    try:
-        return target in _SIZED_BY_DATA
-    except TypeError:
-        return False
+    row = operator_of(target)
+    return row is not None and row.is_sized_by_data

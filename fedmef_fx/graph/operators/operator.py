@@ -48,6 +48,7 @@ class Operator:
             correctness.
         is_view: Whether its result shares the storage of its first argument, or may.
         carries_gradient: Whether gradients pass through it.
+        is_sized_by_data: Whether the size of its result follows from what its tensors contain.
         weights: Which arguments, or parameters of the modules, it multiplies with something; "*" stands for any.
         has_rows: Whether the weights of its modules have a row for each output, `[out, in, ...]`.
         has_other_parameters: Whether its modules hold parameters that are no weights, whatever their shape.
@@ -72,6 +73,7 @@ class Operator:
     keeps: Keeps = "both"
     is_view: bool = False
     carries_gradient: bool = True
+    is_sized_by_data: bool = False
     weights: tuple[str, ...] = ()
     has_rows: bool = False
     has_other_parameters: bool = False
