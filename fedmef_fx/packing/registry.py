@@ -18,8 +18,6 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fedmef_fx.packing.tracers import is_traced
-
 __all__ = [
     "BufferKind",
     "HeldBuffer",
@@ -68,8 +66,8 @@ _listeners: Final[list[Listener]] = []
 
 
 def announce(buffer: Tensor, kind: BufferKind) -> None:
-    """Register the storage of a buffer until it is freed; what is traced has none."""
-    if is_traced():
+    """Register the storage of a buffer until it is freed; what is compiled has none."""
+    if torch.compiler.is_dynamo_compiling():
         return
     storage = buffer.untyped_storage()
     key = storage._cdata  # the address of the C++ object, which is unique while it lives

@@ -31,6 +31,9 @@ R = TypeVar("R")
 
 _MODES: Final = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 _PRE_DISPATCH: Final = torch._C.DispatchKey.PreDispatch
+_is_scripted: Final[Callable[[], bool]] = torch._C._is_tracing
+_innermost_transform: Final[Callable[[], object]] = torch._C._functorch.peek_interpreter_stack
+_count_modes: Final[Callable[[], int]] = torch._C._len_torch_dispatch_stack
 _DERIVATIVES: Final = ("Grad", "Jvp")
 _PLAIN: Final = (Tensor, Parameter, Buffer)
 _REMEDY: Final = "freeze first: fedmef_fx.freeze(model) is a plain module that can be traced and differentiated at will"
@@ -47,14 +50,15 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
 
 def is_traced() -> bool:
     """Whether somebody records the operations that run, or gives them another meaning."""
-    if torch.compiler.is_compiling():  # first: torch.compile, which takes it for True, then skips the rest
+    # First: torch.compile takes it for True, and does not look at the rest.
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return True
-    core = torch._C
-    if core._get_tracing_state() is not None or core._functorch.peek_interpreter_stack() is not None:
+    # Kernels ask hundreds of times in a step: cheap questions before dear ones.
+    if _is_scripted() or _innermost_transform() is not None:
         return True
-    if core._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+    if _count_modes() > 0 and any(torch._C._get_dispatch_mode(mode) for mode in _MODES):
         return True
-    return core._len_torch_dispatch_stack() > 0 and any(core._get_dispatch_mode(mode) for mode in _MODES)
+    return torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
 
 
 def is_exported() -> bool:
@@ -122,10 +126,10 @@ def refuse_batched(gradients: tuple[Tensor | None, ...]) -> None:
     Raises:
         FedmefError: Autograd was asked for such gradients.
     """
-    core = torch._C._functorch
-    if core.peek_interpreter_stack() is None and not any(
-        gradient is not None and core.is_legacy_batchedtensor(gradient) for gradient in gradients
-    ):
+    is_batched = _innermost_transform() is not None
+    for gradient in gradients:
+        is_batched = is_batched or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
+    if not is_batched:
         return
     raise FedmefError(
         "backward: got a batch of gradients (is_grads_batched=True, vectorize=True or torch.func.vmap around "

@@ -119,6 +119,10 @@ TRACERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "a counter of operations": lambda model, x: _counted(model),
     "saved tensor hooks": lambda model, x: _hooked(model),
 }
+CASES = [
+    *((tracer, "packed") for tracer in TRACERS),
+    *((tracer, "dense") for tracer in ("export", "jit.trace", "make_fx")),
+]
 IN_EVERY_MODE = ("functional_call", "a counter of operations", "saved tensor hooks")
 
 
@@ -142,8 +146,7 @@ def _hooked(model: nn.Module) -> Any:
     return call
 
 
-@pytest.mark.parametrize("storage", ["dense", "packed"])
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(("tracer", "storage"), CASES)
 def test_in_eval_mode_a_trace_computes_what_the_model_computes(tracer: str, storage: str):
     model, x = sparse_model(storage=storage)
     traced = TRACERS[tracer](copy.deepcopy(model), x)
