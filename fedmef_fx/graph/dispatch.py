@@ -18,7 +18,7 @@ from fedmef_fx.graph.compiled import (
 from fedmef_fx.graph.containers import container_methods
 from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
-from fedmef_fx.packing.tracers import is_traced, refuse_tracers
+from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.sparse_model.gradient_masks import clear_before_python
 
@@ -130,11 +130,6 @@ class _OfOneGraph:
         return getattr(only, self._name)
 
 
-_NOT_COMPILED: Final = (
-    "fedmef_fx: transformed graphs run as they are, between what is compiled, because they keep packed tensors for "
-    "their backward; to compile a whole model for inference, freeze first: fedmef_fx.freeze(model)"
-)
-
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -154,7 +149,7 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
-        "forward": torch.compiler.disable(forward, reason=_NOT_COMPILED),  # type: ignore[no-untyped-call]  # torch's
+        "forward": uncompiled(forward),
         "__reduce_ex__": _reduce,
     }
     body |= container_methods(kind)

@@ -24,7 +24,19 @@ from torch.nn.parameter import Buffer, Parameter
 
 from fedmef_fx.errors import FedmefError
 
-__all__ = ["is_exported", "is_traced", "refuse_batched", "refuse_tracers", "uncompiled", "weights_as_constants"]
+__all__ = [
+    "is_exported",
+    "is_traced",
+    "refuse_batched",
+    "refuse_tracers",
+    "uncompiled",
+    "weights_as_constants",
+]
+
+_NOT_COMPILED: Final = (
+    "fedmef_fx: transformed graphs run as they are, between what is compiled, because they keep packed tensors for "
+    "their backward; to compile a whole model for inference, freeze first: fedmef_fx.freeze(model)"
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +57,9 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     Autograd calls backward functions and hooks from Python that torch.compile may be compiling: it would look into
     them, too. torch's own decorator, which does not import the compiler before it is needed.
     """
-    return cast("Callable[P, R]", _disable_dynamo(function))
+    wrapper: Any = _disable_dynamo(function)
+    wrapper._torchdynamo_disable, wrapper._torchdynamo_disable_msg = True, _NOT_COMPILED
+    return cast("Callable[P, R]", wrapper)
 
 
 def is_traced() -> bool:

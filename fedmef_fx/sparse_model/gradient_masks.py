@@ -70,9 +70,10 @@ def keep_masks(model: nn.Module, *, runs_python: bool) -> None:
         hold_masks(model)
 
 
+@uncompiled
 def hold_masks(model: nn.Module, _: Any = None) -> None:
     """Let the masks of a transformed model hold from now on."""
-    if torch.compiler.is_compiling():  # the graphs themselves say then what cannot be compiled
+    if is_traced():
         return
     transformation = transformation_of(model)
     masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedmef_fx.packing.tracers import uncompiled
 from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
 
 __all__ = ["clear_below", "clear_if_written", "hold_mask", "watch_steps"]
@@ -92,6 +93,7 @@ def watch_steps() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+@uncompiled
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:

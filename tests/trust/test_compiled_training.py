@@ -219,3 +219,12 @@ def test_a_compiled_model_is_taken_for_the_model(tmp_path: Path):
     torch.testing.assert_close(fedmef_fx.freeze(compiled)(x), expected)
     torch.testing.assert_close(fedmef_fx.compact(compiled, (x,))(x), expected)
     torch.testing.assert_close(copy.deepcopy(compiled).eval()(x), expected)
+
+
+def test_masks_hold_under_matrix_optimizers_in_compiled_copies():
+    _, other = twins()  # a copy that never ran before it is compiled
+    compiled, (x, y) = torch.compile(other, backend="aot_eager"), batch()
+    matrices = [parameter for parameter in other.parameters() if parameter.dim() == 2]
+    train(compiled, torch.optim.Muon(matrices, lr=0.02), x, y)
+    for name, mask in masks(other).items():
+        assert not other.get_parameter(name)[~mask].any(), name
