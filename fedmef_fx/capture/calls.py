@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -45,7 +46,9 @@ def record_calls(model: nn.Module, call: Call, *, modes: tuple[bool, ...]) -> Re
     for training in modes:
         model.train(training)
         hooks = _recording(model, recording.calls[training])
-        with restored(model), fixed_seed(), torch.no_grad(), hooks, _Products(parameters, recording.products):
+        products = _Products(parameters, recording.products)
+        with restored(model), fixed_seed(), torch.no_grad(), hooks, products, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # checkpointing misses the gradients that a recording does without
             _copy(call).on(model.forward, model)
     return recording
 

@@ -2,7 +2,7 @@
 
 torch's argument parser refuses proxies in factories before any override could see them, and `autograd.Function.apply`
 would run its forward on proxies and lose its backward; therefore they are patched during a trace. Activation
-checkpointing is refused at the same place: a graph would drop it.
+checkpointing is refused at the same place: a graph would drop it, or call what runs under it as one opaque thing.
 """
 
 import contextlib
@@ -46,6 +46,7 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
     """
     originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM_FACTORIES)}
     apply, enter = vars(Function)["apply"], saved_tensors_hooks.__enter__
+    base: Any = Function.__mro__[1]  # where `run = MyFunction.apply`, taken before the trace, arrives
     thread = threading.get_ident()
 
     def is_traced() -> bool:
@@ -62,8 +63,18 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
 
     def traced_apply(cls: type[Function], *args: Any, **kwargs: Any) -> object:
         if is_traced() and _has_proxy(args, kwargs):
+            if any(callable(leaf) and not _is_proxy(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+                raise CaptureError(
+                    f"forward hands code to {cls.__name__}, as activation checkpointing does, which runs it again in "
+                    "backward: a graph would not show what it runs"
+                )
             return tracer.create_proxy("call_function", _apply_of(cls), args, kwargs)
         return apply.__get__(None, cls)(*args, **kwargs)
+
+    def bound_apply(cls: type[Function], *args: Any, **kwargs: Any) -> object:
+        if is_traced() and _has_proxy(args, kwargs):
+            return traced_apply(cls, *args, **kwargs)
+        return super(base, cls).apply(*args, **kwargs)
 
     def refuse(hooks: saved_tensors_hooks) -> None:
         if not is_traced():
@@ -77,6 +88,7 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
         for name, function in originals.items():
             setattr(torch, name, traced(function, always=name in _RANDOM_FACTORIES))
         Function.apply = classmethod(traced_apply)  # type: ignore[assignment]
+        base.apply = classmethod(bound_apply)
         saved_tensors_hooks.__enter__ = refuse  # type: ignore[method-assign]  # undone below
         yield
     finally:
@@ -84,10 +96,15 @@ def traced_calls(tracer: fx.Tracer, *, is_paused: Callable[[], bool] = lambda: F
         for name, function in originals.items():
             setattr(torch, name, function)
         Function.apply = apply  # type: ignore[method-assign]  # what it was
+        del base.apply
 
 
 def _has_proxy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+    return any(_is_proxy(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _is_proxy(value: object) -> bool:
+    return issubclass(type(value), fx.Proxy)
 
 
 class _Apply:

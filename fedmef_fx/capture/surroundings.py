@@ -23,7 +23,8 @@ _LOCK = threading.RLock()
 def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
     """A block with gradients on and everything else that surrounds it off; one thread at a time.
 
-    Off are inference mode, autocast, anomaly detection and the demand for deterministic algorithms; tensors are made on
+    Off are inference mode, autocast, anomaly detection, hooks on saved tensors (a layer may first be called under
+    activation checkpointing) and the demand for deterministic algorithms; tensors are made on
     the CPU unless something else is said. The default dtype is that of the model, or float32: a model that was built
     under another default goes on making such tensors. Afterwards everything is restored.
 
@@ -36,6 +37,7 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
         only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_saving_as_usual())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -50,6 +52,20 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.use_deterministic_algorithms(deterministic, warn_only=only_warns)
+
+
+@contextlib.contextmanager
+def _saving_as_usual() -> Iterator[None]:
+    """A block in which autograd keeps tensors without the hooks that are there."""
+    core, taken = torch._C._autograd, []
+    while (hooks := core._top_saved_tensors_default_hooks(True)) is not None:
+        core._pop_saved_tensors_default_hooks()
+        taken.append(hooks)
+    try:
+        yield
+    finally:
+        for hooks in reversed(taken):
+            core._push_saved_tensors_default_hooks(*hooks)
 
 
 def ordinary_tensors(value: Any) -> Any:

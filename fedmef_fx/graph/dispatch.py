@@ -18,6 +18,7 @@ from fedmef_fx.graph.compiled import (
 from fedmef_fx.graph.containers import container_methods
 from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyCall, AnyTensors, Call, Signature
+from fedmef_fx.graph.switches import Switch, is_turned_on, pass_of_graphs_alone, refuse_switch, switches_in
 from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.sparse_model.gradient_masks import clear_before_python
@@ -54,6 +55,8 @@ class RegionTable:
         extend: Captures another kind of call when it is first made, and adds it here; None for layers.
         attempts: How many more kinds of call may be tried.
         only_graph: The graph that serves all calls in both modes, if there is one.
+        switches: Switches for activation checkpointing that were off when it was captured.
+        graphs_alone: A pass that changed what its graphs compute, but not what Python does; else empty.
     """
 
     path: str
@@ -61,10 +64,14 @@ class RegionTable:
     extend: Extend | None = None
     attempts: int = 4
     only_graph: CompiledGraph | None = None
+    switches: tuple[Switch, ...] = ()
+    graphs_alone: str = ""
 
     def add(self, region: Region) -> None:
         """Take in a region; graphs of a known signature gain its mode."""
         signature = region.signature or AnyCall()
+        if region.signature is None:  # for other regions passes see to it that Python computes the same
+            self.graphs_alone = next(filter(None, map(pass_of_graphs_alone, region.graphs.values())), "")
         graphs = {mode: CompiledGraph(graph) for mode, graph in region.graphs.items()}
         for entry in self.entries:
             if entry.signature == signature and entry.by_name == region.by_name and not entry.graphs.keys() & graphs:
@@ -91,6 +98,12 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if torch.fx._symbolic_trace.is_fx_symbolic_tracing() and not is_traced():
         return original(*args, **kwargs)
     refuse_tracers(module, *args, *kwargs.values())
+    turned_on = next((s for s in table.switches if is_turned_on(module, s)), None) if module.training else None
+    if turned_on is not None:
+        if table.graphs_alone:
+            refuse_switch(module, turned_on, table.graphs_alone)
+        clear_before_python(module)
+        return original(*args, **kwargs)  # which does the checkpointing, over layers with masks of their own
     if table.only_graph is not None:
         return table.only_graph(module, *args, **kwargs)
     if not table.entries and table.extend is None:  # a model whose parts run graphs
@@ -180,7 +193,7 @@ def _table_of(owner: nn.Module, path: str, extend: Extend | None) -> RegionTable
     table: RegionTable | None = owner.__dict__.get(_TABLE)
     if table is not None:
         return table
-    table = owner.__dict__[_TABLE] = RegionTable(path, extend=extend)
+    table = owner.__dict__[_TABLE] = RegionTable(path, extend=extend, switches=switches_in(owner))
     if "forward" in owner.__dict__:  # set on the instance by the user, where it would hide that of the class
         owner.__dict__[ORIGINAL_FORWARD] = owner.__dict__.pop("forward")
     owner.__class__ = _running(type(owner))

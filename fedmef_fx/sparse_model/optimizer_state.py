@@ -3,7 +3,7 @@
 A momentum buffer that survives the pruning of its weight would move the weight away from 0 at the next step. A
 topology change therefore sets the state of the changed coordinates to 0, and moves the state of a packed parameter,
 whose number of values may have changed, to the places that its survivors have now. It does so at once and in every
-optimizer that has state of the parameter.
+optimizer that has state of the parameter. The history of an L-BFGS starts anew.
 
 The model is not told which optimizers train it. From the moment that a transformed model exists, a hook notes every
 optimizer that takes a step, so that all are known whose state came about here. What an optimizer has that never took a
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -109,6 +110,9 @@ class _Optimizers:
         """Apply a change to all that known optimizers have of a parameter."""
         self.watch()
         self._changed[parameter] = True
+        for optimizer in self._known:
+            if isinstance(optimizer, LBFGS) and any(p is parameter for p in optimizer.param_groups[0]["params"]):
+                _restart(optimizer)
         held = [optimizer.state[parameter] for optimizer in self._known if parameter in optimizer.state]
         # An optimizer that wraps another one may share its state with it.
         for state in {id(state): state for state in held}.values():
@@ -138,6 +142,12 @@ class _Optimizers:
                     "then the optimizer's, and change masks after a first step; to start anew, make a new optimizer"
                 )
         self._known.add(optimizer)
+
+
+def _restart(optimizer: LBFGS) -> None:
+    """Forget the history of an L-BFGS: differences of all weights in one row, which belong to the old topology."""
+    optimizer.state.clear()
+    optimizer._numel_cache = None
 
 
 _OPTIMIZERS = _Optimizers()

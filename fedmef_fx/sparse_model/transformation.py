@@ -136,6 +136,10 @@ class Transformation(nn.Module):
         self.plan: MemoryPlan | None = None
         self.original: tuple[GraphRecord, ...] = ()
 
+    def forward(self, x: Any) -> Any:
+        """The input itself: code that calls all children of a model in turn, as of a Sequential, may call this, too."""
+        return x
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy or a pickle, which are made without `__init__`."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
