@@ -99,6 +99,8 @@ class Config:
             read stay dense, see `docs/memory-packed-weights.md`.
         ignore: Module names (exact or glob) and module types whose parameters are never pruned and whose
             layers are left alone. Types are stored as `"type:module.Name"`.
+        output_layer: Whether the weights that make what the model returns are `"pruned"` like all others, or stay
+            `"dense"`, as in the paper.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
         adjustment_interval: Delta_R, rounds between two adjustment rounds.
         adjustment_stop: R_stop, the round from which masks stay fixed; None for the last round of a run.
@@ -147,6 +149,7 @@ class Config:
     saved_precision: Literal["exact", "int8", "int4", "int2"] = "exact"
     weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
+    output_layer: Literal["pruned", "dense"] = "pruned"
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10
     adjustment_stop: int | None = None
@@ -240,6 +243,39 @@ class Config:
         if not is_integer or value < low or (high is not None and value > high):
             expected = f">= {low}" if high is None else f"in [{low}, {high}]"
             raise ConfigError(f"Config.{name}: got {value!r}; expected an integer {expected}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """FedMef as published: every switch at the paper's value.
+
+        Top-k pruning of activations (gamma 0.9) whose values are kept as they are, weights in dense form, NSConv with
+        statistics over the active weights, random ERK masks, adjustments every 10 rounds with alpha 0.4, extrusion
+        with lambda 1e-4, an output layer that is not pruned.
+
+        Args:
+            **changes: Fields that differ.
+
+        Example:
+            >>> config = Config.paper(density=0.2)
+            >>> config.activation_sparsity, config.activation_bits, config.output_layer
+            (0.9, None, 'dense')
+        """
+        published: dict[str, Any] = {
+            "allocation": "erk",
+            "mask_init": "random",
+            "normalization": "nsconv",
+            "nsconv_statistics": "active",
+            "activation_sparsity": 0.9,
+            "activation_bits": None,
+            "packed_dtype": "same",
+            "saved_precision": "exact",
+            "weight_storage": "dense",
+            "output_layer": "dense",
+            "adjustment_rate": 0.4,
+            "adjustment_interval": 10,
+            "extrusion_strength": 1e-4,
+        }
+        return cls(**{**published, **changes})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated again."""

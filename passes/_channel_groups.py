@@ -21,6 +21,7 @@ from torch import fx, nn
 from fedmef_fx.graph.nodes import is_layer, is_transposed, layer_row, operator_at, source_of_weight
 from fedmef_fx.graph.operators import Layer, bound, operator_of
 from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.passes._weights import reaches_output
 from fedmef_fx.sparse_model.transformation import WeightChannels
 from fedmef_fx.sparsity.granularity import Layout
 
@@ -95,7 +96,7 @@ class _Search:
             if flow is not None:
                 flows[node] = flow
         for node in graph.nodes:
-            if is_layer(node) and _reaches_output(node):
+            if is_layer(node) and reaches_output(node):
                 weight = self.weight(region, node)
                 if weight is not None:
                     self.outputs.add(id(weight))
@@ -207,26 +208,6 @@ def _existing(model: nn.Module, names: Iterator[str]) -> tuple[str, ...]:
         path, _, leaf = name.rpartition(".")
         first.setdefault(id(getattr(model.get_submodule(path), leaf)), name)
     return tuple(first.values())
-
-
-def _reaches_output(layer: fx.Node) -> bool:
-    """Whether a layer's channels get to the output unmixed."""
-    waiting, seen = list(layer.users), set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "output":
-            return True
-        if is_layer(node) and not _is_depthwise(node):
-            continue
-        waiting += node.users
-    return False
-
-
-def _is_depthwise(node: fx.Node) -> bool:
-    return int(bound(node).get("groups", 1)) > 1
 
 
 def layout_of(node: fx.Node) -> Layout:

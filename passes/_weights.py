@@ -12,16 +12,19 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fedmef_fx.graph.nodes import source_of_weight
+from fedmef_fx.graph.nodes import is_layer, source_of_weight
 from fedmef_fx.graph.operators import Operator, bound, operator_of
 from fedmef_fx.graph.program import Program, Region
 
 __all__ = [
     "embedded",
+    "is_depthwise",
     "is_factor",
     "keeps_zeros",
     "layer_path",
     "opaque_weights",
+    "output_weights",
+    "reaches_output",
     "reading_regions",
 ]
 
@@ -180,3 +183,35 @@ def embedded(program: Program) -> set[int]:
 
 def _looks_up(row: Operator | None) -> bool:
     return row is not None and row.kind == "embedding"
+
+
+def output_weights(program: Program) -> set[int]:
+    """Identities of the weights whose layers make what the model returns; empty where no graph shows it."""
+    found: set[int] = set()
+    for region, _, graph in program.graphs():
+        for node in graph.nodes if not region.path and region.role == "region" else ():
+            target = source_of_weight(region, node.args[1]) if is_layer(node) and reaches_output(node) else None
+            if target is not None:
+                found.add(id(region.owner.get_parameter(target)))
+    return found
+
+
+def reaches_output(layer: fx.Node) -> bool:
+    """Whether a layer's channels get to the output unmixed."""
+    waiting, seen = list(layer.users), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "output":
+            return True
+        if is_layer(node) and not is_depthwise(node):
+            continue
+        waiting += node.users
+    return False
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a layer is a convolution in groups."""
+    return int(bound(node).get("groups", 1)) > 1

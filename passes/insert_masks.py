@@ -13,10 +13,10 @@ Rules
 4. With `granularity="channel"` a mask switches whole output channels, the same in all layers of a group
    (`_channel_groups`); with "N:M" it keeps N of M consecutive inputs.
 
-Left dense, with the reason in the coverage: ignored modules, frozen parameters, complex weights, weights tied to an
-embedding, and parametrized weights that are not 0 where their parameter is; with channel masks also weights that make
-the model's outputs and depthwise convolutions; with N:M weights whose inputs cannot be cut into groups of M. At density
-1 there are no masks.
+Left dense, with the reason in the coverage: ignored modules, the output layer where that is asked for, frozen
+parameters, complex weights, weights tied to an embedding, and parametrized weights that are not 0 where their parameter
+is; with channel masks also weights that make the model's outputs and depthwise convolutions; with N:M weights whose
+inputs cannot be cut into groups of M. At density 1 there are no masks.
 
 Refused: weights that nothing reads, that have a mask already, or whose layer another pass rewrote without one.
 """
@@ -43,6 +43,7 @@ from fedmef_fx.passes._weights import (
     keeps_zeros,
     layer_path,
     opaque_weights,
+    output_weights,
     reading_regions,
 )
 from fedmef_fx.records.passes import PassResult, Refusal
@@ -68,6 +69,7 @@ class InsertMasks:
         ignore: Modules whose parameters stay dense, as in `Config.ignore`.
         granularity: "weight", "channel" or "N:M".
         channel_multiple: Channels are kept in multiples of this.
+        output_layer: Whether the weights that make the model's output are pruned, as in `Config.output_layer`.
     """
 
     name: ClassVar[str] = "insert-masks"
@@ -78,6 +80,7 @@ class InsertMasks:
     ignore: tuple[str | type, ...] = ()
     granularity: str = "weight"
     channel_multiple: int = 8
+    output_layer: Literal["pruned", "dense"] = "pruned"
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph; registers the masks and the coverage on the model.
@@ -92,6 +95,8 @@ class InsertMasks:
         reads = _Reads.of(program)
         found = [self._match(program, reads, name, p) for name, p in program.model.named_parameters()]
         prunables = {prunable.name: prunable for prunable in found if isinstance(prunable, PrunableParameter)}
+        if self.output_layer == "dense":
+            prunables = _with_dense_output(program, prunables)
         prunables = with_channels(program, prunables, self.granularity)
         chosen = {
             name: prunable
@@ -235,6 +240,14 @@ class _Reads:
         finished = {id(tensor) for tensor, node in nodes if any(user.target in _FINAL for user in node.users)}
         sizes = {id(region): _modules_with_parameters(region) for region in program.regions}
         return cls(reading_regions(program), opaque_weights(program), parameters, finished, embedded(program), sizes)
+
+
+def _with_dense_output(program: Program, found: dict[str, PrunableParameter]) -> dict[str, PrunableParameter]:
+    """The same with the weights that make the output dense; the last one, where no graph shows which these are."""
+    outputs = output_weights(program)
+    named = [name for name in found if id(program.model.get_parameter(name)) in outputs] or list(found)[-1:]
+    reason = "it makes the model's output: Config.output_layer is 'dense'"
+    return {n: dataclasses.replace(p, masked=False, reason=reason) if n in named else p for n, p in found.items()}
 
 
 def _guard(program: Program, chosen: dict[str, PrunableParameter]) -> None:

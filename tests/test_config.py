@@ -35,6 +35,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "channel_multiple": [0, -8, None, *NOT_INTEGERS],
     "weight_storage": ["sparse", None],
     "ignore": ["fc", nn.Linear, None, 3, {"fc": 1}, ("",), ("fc", 3), (None,), (nn.ReLU(),)],
+    "output_layer": ["kept", None, True],
     "adjustment_rate": [0, -0.4, 1.01, *NOT_NUMBERS],
     "adjustment_interval": [0, -10, None, *NOT_INTEGERS],
     "adjustment_stop": [-1, *NOT_INTEGERS],

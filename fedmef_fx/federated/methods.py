@@ -56,7 +56,7 @@ class Method:
         if not self.extrudes:
             changes["extrusion_strength"] = 0.0
         if self.activations == "dense":
-            changes["activation_sparsity"] = 0.0
+            changes |= {"activation_sparsity": 0.0, "activation_bits": None, "layer_bits": ()}
         return config.replace(**changes)
 
 

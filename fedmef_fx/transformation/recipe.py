@@ -30,6 +30,7 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
             config.ignore,
             config.granularity,
             config.channel_multiple,
+            config.output_layer,
         ),
     ]
     if config.normalization == "nsconv":
@@ -71,7 +72,15 @@ def config_after(config: Config, passes: Iterable[Pass]) -> Config:
     for step in passes:
         match step:
             case InsertMasks():
-                names = ("density", "allocation", "mask_init", "seed", "granularity", "channel_multiple")
+                names = (
+                    "density",
+                    "allocation",
+                    "mask_init",
+                    "seed",
+                    "granularity",
+                    "channel_multiple",
+                    "output_layer",
+                )
                 changes |= {name: getattr(step, name) for name in names}
             case NormalizeKernels():
                 changes |= {"normalization": "nsconv", "nsconv_statistics": step.statistics}
