@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.native.compile_library import REASON, library_name
@@ -44,6 +45,8 @@ _SIGNATURES: Final = {
     "row_statistics": "ipppddddpni",
     "row_scale": "ippppni",
     "row_gradients": "ippppdppni",
+    "lay_out": "ippnnnnnnnnnnnnnpi",
+    "take_back": "ippnnnnnnnnnnnnnpi",
     "sparse_matrix": "pnnpp",
     "sparse_transpose": "ipppppnnnppp",
     "sparse_product": "ipppppnpnnnnni",
@@ -128,7 +131,8 @@ def loaded_isa() -> str | None:
 def call(name: str, *arguments: Tensor | float | None) -> int:
     """Run the kernel `fedmef_<name>`; its C source says what it takes.
 
-    Tensors are passed by their address, and live until the kernel returns.
+    Tensors are passed by their address, and live until the kernel returns. Among fake tensors nothing is computed: what
+    is allocated around a call can be predicted so.
 
     Raises:
         ConfigError: The kernels were not compiled.
@@ -137,6 +141,8 @@ def call(name: str, *arguments: Tensor | float | None) -> int:
     library, reason = _load()
     if library is None:
         raise ConfigError(f"native kernels: {reason}")
+    if any(isinstance(argument, FakeTensor) for argument in arguments):
+        return 0
     given = [_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
     result: int = getattr(library, f"fedmef_{name}")(*given)
     return result

@@ -13,7 +13,6 @@ from fedmef_fx.ops import packed_weight
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward
 from fedmef_fx.ops.packed_weight import Recipe
 from fedmef_fx.packing.bitmap import unpack_bits
-from fedmef_fx.packing.layout import has_no_values
 
 __all__ = ["Recipe", "StoredWeight", "effective_weight", "effective_weight_backward", "recipe_of"]
 
@@ -58,8 +57,6 @@ def recipe_of(stored: StoredWeight) -> Recipe | None:
     if gain is None:
         return None
     if shape is not None and mask is not None:
-        if has_no_values(weight):  # there are no bits that would say which row a value stands in
-            return None
         return packed_weight.packed_recipe(weight, gain, mask, form, shape=shape)
     return Recipe(form.standardize(*form.dense_rows(weight, mask), gain), None)
 

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedmef_fx.ops import pointwise
 from fedmef_fx.ops.effective_weight import Recipe, StoredWeight, effective_weight, effective_weight_backward
 from fedmef_fx.ops.packed_weight import active_values, active_values_backward
-from fedmef_fx.ops.pointwise import PackedMatrix
+from fedmef_fx.ops.sparse_ways import MakeWay
 
-__all__ = ["DenseProduct", "Layer", "LayerProduct", "SparseProduct", "is_sparse"]
+__all__ = ["DenseProduct", "Layer", "LayerProduct", "SparseProduct", "sparse_way"]
 
 
 class Layer(Protocol):
@@ -32,8 +31,8 @@ class Layer(Protocol):
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the bias."""
 
-    def is_pointwise(self, weight_shape: torch.Size) -> bool:
-        """Whether each pixel of the result depends on the same pixel of the input alone, by one matrix."""
+    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
+        """How it computes from so many active weights alone; None where a dense product is faster."""
 
 
 class LayerProduct(Protocol):
@@ -52,8 +51,8 @@ class LayerProduct(Protocol):
         """Gradient of an input of some shape."""
 
 
-def is_sparse(layer: Layer, stored: StoredWeight, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `SparseProduct` is the faster way.
+def sparse_way(layer: Layer, stored: StoredWeight, x: Tensor, dtype: torch.dtype) -> MakeWay | None:
+    """What `SparseProduct` takes, where that is the faster way.
 
     Args:
         layer: The layer.
@@ -61,12 +60,9 @@ def is_sparse(layer: Layer, stored: StoredWeight, x: Tensor, dtype: torch.dtype)
         x: Its input.
         dtype: To compute in.
     """
-    return (
-        stored.packed_shape is not None
-        and x.dtype == dtype == stored.weight.dtype
-        and layer.is_pointwise(stored.packed_shape)
-        and pointwise.is_faster(x, stored.weight.numel(), stored.packed_shape)
-    )
+    if stored.packed_shape is None or not x.dtype == dtype == stored.weight.dtype:
+        return None
+    return layer.sparse_way(x, stored.weight.numel(), stored.packed_shape)
 
 
 class DenseProduct:
@@ -102,24 +98,24 @@ class DenseProduct:
 
 
 class SparseProduct:
-    """By the active values alone; arguments as of `DenseProduct`."""
+    """By the active values alone; arguments as of `DenseProduct`, and from `sparse_way`."""
 
-    def __init__(self, layer: Layer, stored: StoredWeight, recipe: Recipe | None) -> None:
+    def __init__(self, layer: Layer, stored: StoredWeight, recipe: Recipe | None, way: MakeWay) -> None:
         weight, gain, bitmap, form, shape = stored
         if bitmap is None or shape is None:
             raise TypeError("SparseProduct: got a weight that is stored dense; expected a packed one")
         self._layer = layer
         self._given = (weight, gain, bitmap, form)
         self._options: dict[str, Any] = {"shape": shape, "recipe": recipe}
-        self._matrix = PackedMatrix(active_values(*self._given, **self._options), bitmap, shape)
+        self._weight = way(active_values(*self._given, **self._options), bitmap)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `LayerProduct.forward`."""
-        return self._matrix.forward(x, bias)
+        return self._weight.forward(x, bias)
 
     def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.gradients`; that of the active values, [active]."""
-        return self._matrix.weight_gradient(grad, x), self._layer.bias_gradient(grad) if has_bias else None
+        return self._weight.weight_gradient(grad, x), self._layer.bias_gradient(grad) if has_bias else None
 
     def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.stored_gradients`."""
@@ -127,5 +123,4 @@ class SparseProduct:
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
         """See `LayerProduct.input_gradient`."""
-        del x_shape  # that of grad says it
-        return self._matrix.input_gradient(grad)
+        return self._weight.input_gradient(grad, x_shape)

@@ -18,9 +18,11 @@ from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recipe_of
-from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, is_sparse
+from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, sparse_way
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.ops.sparse_convolution import Geometry
+from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, linear_way
 from fedmef_fx.packing import KeptTensor
 from fedmef_fx.packing.tracers import is_traced, weights_as_constants
 
@@ -94,10 +96,11 @@ class ConvolutionGeometry(NamedTuple):
         """Gradient of the bias."""
         return grad.sum(dim=[0, *range(2, grad.dim())])
 
-    def is_pointwise(self, weight_shape: torch.Size) -> bool:
-        """Whether each pixel of the result depends on the same pixel of the input alone, by one matrix."""
-        is_plain = not self.transposed and self.groups == 1 and not any(self.padding)
-        return is_plain and all(size == 1 for size in (*self.stride, *weight_shape[2:]))
+    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
+        """How it computes from so many active weights alone; None where a dense product is faster."""
+        if self.transposed or self.groups != 1:
+            return None
+        return convolution_way(x, active, weight_shape, Geometry(self.stride, self.padding, self.dilation))
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
         return torch.ops.aten.convolution_backward(
@@ -133,8 +136,8 @@ class _Linear:
     def bias_gradient(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
 
-    def is_pointwise(self, weight_shape: torch.Size) -> bool:
-        return False  # pixels are what is consecutive in memory there; here it is channels
+    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
+        return linear_way(x, active, weight_shape)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -168,7 +171,7 @@ class _PrunedLayer(Function):
             ctx.save_for_backward(weight, gain, x if keep_input else None)
         with under_autocast(x.device.type, None):
             ctx.recipe = recipe_of(stored)
-            ctx.is_sparse = is_sparse(layer, stored, computed, dtype)
+            ctx.way = sparse_way(layer, stored, computed, dtype)
             product = _product(ctx, stored, dtype)
             out = product.forward(computed, None if bias is None else bias.to(dtype))
         # Linear layers give a view for inputs of three or more dimensions, which nothing could change in place.
@@ -198,8 +201,8 @@ class _PrunedLayer(Function):
 
 def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct:
     """Growth candidates are collected from dense gradients, which the sparse way does not make."""
-    if ctx.is_sparse and not growth.is_collecting():
-        return SparseProduct(ctx.layer, stored, ctx.recipe)
+    if ctx.way is not None and not growth.is_collecting():
+        return SparseProduct(ctx.layer, stored, ctx.recipe, ctx.way)
     return DenseProduct(ctx.layer, stored, ctx.recipe, dtype)
 
 

@@ -46,6 +46,10 @@ class Recipe(NamedTuple):
 
 def packed_recipe(weight: Tensor, gain: Tensor, bitmap: Tensor, form: KernelForm, *, shape: torch.Size) -> Recipe:
     """The recipe of a packed weight; arguments as in `unpacked`."""
+    if has_no_values(weight):  # there are no bits that would say which row a value stands in
+        columns = Columns(*weight.new_empty(5, gain.numel(), requires_grad=False).unbind())
+        lengths = weight.new_empty(gain.numel(), dtype=torch.int64, requires_grad=False)
+        return Recipe(columns, None if form.transposed else SegmentRows(lengths, shape.numel() // max(gain.numel(), 1)))
     rows = form.packed_rows(bitmap, shape)
     columns = form.standardize(weight.detach(), rows, gain.detach())
     return Recipe(columns, rows if isinstance(rows, SegmentRows) else None)
@@ -164,6 +168,8 @@ def active_values_backward(
     """Gradients of the stored values and of gain from that of `active_values`, [active]; arguments as there."""
     if gain is None:
         return grad, None
+    if has_no_values(weight):
+        return torch.empty_like(weight), torch.empty_like(gain)
     rows, columns = _opened(recipe or packed_recipe(weight, gain, bitmap, form, shape=shape), bitmap, form, shape)
     return standardize_backward(weight.detach(), columns, rows, grad, g=form.g)
 

@@ -3,8 +3,7 @@
     out[n, o] = bias[o] + sum of w[o, i] * x[n, i] over the active (o, i),
 
 one vector operation over the pixels per active weight, so that a masked weight costs nothing; the gradients likewise
-(`benchmarks/pointwise.py` compares with dense products). For 32 and 64 bit floats on the CPU where the native
-kernels pack.
+(`benchmarks/sparse_layers.py` compares with dense products).
 """
 
 from typing import Final
@@ -12,41 +11,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedmef_fx.ops.sparse_matrix import SparseMatrix
-from fedmef_fx.packing import backend
-from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.ops.sparse_matrix import Rows, SparseMatrix, SparseRows
 
-__all__ = ["PackedMatrix", "is_faster"]
+__all__ = ["PackedMatrix", "has_long_rows"]
 
-_DTYPES: Final = (torch.float32, torch.float64)
-# A dense product is faster where more weights are active, and for images of fewer pixels in all of a batch.
-_LARGEST_DENSITY: Final = 0.3
-_FEWEST_PIXELS: Final = 64
 # Images of fewer pixels are laid side by side: a loop over pixels needs some length.
 _SHORT: Final = 65
 
 
-def is_faster(x: Tensor, active: int, shape: torch.Size) -> bool:
-    """Whether `PackedMatrix` computes a pointwise convolution, rather than a dense product.
-
-    Inputs that do not fit the weight are left to torch, which has an error for them.
-
-    Args:
-        x: The input, [N, in, *size].
-        active: Active weights.
-        shape: Of the dense weight, [out, in, 1, ...].
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _DTYPES
-        and not has_no_values(x)
-        and x.is_contiguous()
-        and x.dim() == len(shape)
-        and x.shape[1] == shape[1]
-        and active <= _LARGEST_DENSITY * shape.numel()
-        and x.numel() >= _FEWEST_PIXELS * x.shape[1]
-        and backend().name == "native"
-    )
+def has_long_rows(x: Tensor) -> bool:
+    """Whether the images [N, in, *size] are products' rows as they lie."""
+    return x.shape[0] == 1 or x.shape[2:].numel() >= _SHORT
 
 
 class PackedMatrix:
@@ -63,28 +38,35 @@ class PackedMatrix:
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of x, [N, in, *size]: [N, out, *size]."""
-        return _product(self._matrix, x, bias)
+        pixels = _pixels(x)
+        return _product(self._matrix.by_rows(pixels.shape[2]), self._matrix.rows, x, pixels, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
         """Gradient of the input, [N, in, *size], from that of the result, [N, out, *size]."""
-        return _product(self._matrix.transposed(), grad, None)
+        pixels = _pixels(grad)
+        matrix = self._matrix.by_columns(x_shape[1], pixels.shape[2])
+        return _product(matrix, x_shape[1], grad, pixels, None)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """Gradient of the values, [active], from that of the result and what was kept of the input."""
-        return self._matrix.inner_products(_pixels(grad), _pixels(x))
+        left, right = Rows.of(_pixels(grad)), Rows.of(_pixels(x))
+        out = torch.zeros_like(self._matrix.values)
+        self._matrix.by_rows(right.distance).add_inner_products(left, right, out)
+        return out
 
 
-def _product(matrix: SparseMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    out = matrix.multiply(_pixels(x), bias)
-    shape = (x.shape[0], matrix.rows, *x.shape[2:])
+def _product(matrix: SparseRows, rows: int, x: Tensor, pixels: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(pixels.shape[0], rows, pixels.shape[2])
+    matrix.multiply(Rows.of(pixels), Rows.of(out), bias)
+    shape = (x.shape[0], rows, *x.shape[2:])
     if out.shape[0] == x.shape[0]:
         return out.view(shape)
-    return out.view(matrix.rows, x.shape[0], -1).transpose(0, 1).contiguous().view(shape)
+    return out.view(rows, x.shape[0], -1).transpose(0, 1).contiguous().view(shape)
 
 
 def _pixels(x: Tensor) -> Tensor:
     """[N, channels, pixels]; small images side by side, as [1, channels, N * pixels]."""
     flat = x.detach().contiguous().view(*x.shape[:2], -1)
-    if flat.shape[0] == 1 or flat.shape[2] >= _SHORT:
+    if has_long_rows(x):
         return flat
     return flat.transpose(0, 1).reshape(1, flat.shape[1], -1)

@@ -17,7 +17,7 @@ enum { VECTOR_BYTES = 16 };
 /* Vectors of a result that are summed up at once: they hide the latency of the additions. */
 enum { VECTORS = 8 };
 /* Elements of a dense row that inner products take at a time, so that rows stay in the second-level cache. */
-enum { STRIP = 512 };
+enum { STRIP = 4096 };
 
 struct product {
     const int64_t *starts;
@@ -62,7 +62,7 @@ EXPORT void fedmef_sparse_product(int format, const int64_t *starts, const int32
     run_parts(format == FLOAT64 ? multiply_float64 : multiply_float32, &work, runs * tiles, 1, threads);
 }
 
-/* out[k] = sum over runs and elements of left[run, row of k] * source[run, offsets[k]:]. */
+/* out[k] += sum over runs and elements of left[run, row of k] * source[run, offsets[k]:]. */
 EXPORT void fedmef_sparse_inner(int format, const int64_t *starts, const int32_t *offsets, const void *left,
                                 int64_t left_run, int64_t left_row, const void *source, int64_t source_run, void *out,
                                 int64_t rows, int64_t runs, int64_t length, int threads) {

@@ -1,6 +1,7 @@
 /* The kernels of sparse.c for one FLOAT. */
 
 typedef FLOAT NAME(vector) __attribute__((vector_size(VECTOR_BYTES)));
+typedef FLOAT NAME(short_vector) __attribute__((vector_size(16)));
 #define VECTOR NAME(vector)
 #define LANES ((int64_t)(VECTOR_BYTES / sizeof(FLOAT)))
 
@@ -10,12 +11,14 @@ static inline __attribute__((always_inline)) VECTOR NAME(load)(const FLOAT *from
     return vector;
 }
 
-static inline FLOAT NAME(total)(VECTOR vector) {
-    FLOAT parts[VECTOR_BYTES / sizeof(FLOAT)];
+static inline __attribute__((always_inline)) FLOAT NAME(total)(VECTOR vector) {
+    NAME(short_vector) parts[VECTOR_BYTES / 16];
     memcpy(parts, &vector, sizeof vector);
-    for (int64_t half = LANES / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+    for (int half = VECTOR_BYTES / 32; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    FLOAT sum = 0;
+    for (int i = 0; i < (int)(16 / sizeof(FLOAT)); i++) sum += parts[0][i];
+    return sum;
 }
 
 /* `vectors` vectors of one row of the result; a constant where this is inlined. */
@@ -102,7 +105,6 @@ static void NAME(inner)(const void *argument, int64_t first, int64_t last) {
     FLOAT *out = work->out;
     int64_t first_row = 0;
     while (work->starts[first_row + 1] <= first) first_row++;
-    for (int64_t k = first; k < last; k++) out[k] = 0;
     for (int64_t run = 0; run < work->runs; run++) {
         for (int64_t begin = 0; begin < work->length; begin += STRIP) {
             int64_t count = least(work->length - begin, STRIP);
