@@ -46,7 +46,7 @@ def _zero(owner: nn.Module, leaf: str, alive: Tensor) -> None:
     tensor[grown & (tensor == 0)] = least_bias(tensor.dtype)
     if tensor.grad is not None:
         tensor.grad.mul_(alive & was_alive)
-    forget_state(tensor, keep=alive & was_alive)
+    forget_state(tensor, keep=alive & was_alive, before=was_alive)
     was_alive.copy_(alive)
 
 

@@ -13,16 +13,18 @@ A graph reads a weight through its mask, so that it sees 0 whatever stands there
 
 import dataclasses
 import functools
+import re
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.tracers import uncompiled
-from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
+from fedmef_fx.sparse_model.masked_parameter import bitmap_name, clear_masked, mask_name
 
 __all__ = ["clear_below", "clear_if_written", "hold_mask", "watch_steps"]
 
@@ -47,6 +49,8 @@ class _Held:
         return None if owner is None else owner._buffers.get(mask_name(self.leaf))
 
 
+_MATRICES: Final = re.compile("muon|shampoo|soap|scion|dion|psgd|kron|kfac|galore", re.IGNORECASE)
+"""Names of optimizers whose steps depend on the rows and columns of a weight."""
 _HELD: Any = WeakIdKeyDictionary()  # parameter -> _Held; torch leaves its methods unannotated
 
 
@@ -89,8 +93,28 @@ def clear_if_written(owner: nn.Module, leaf: str) -> None:
 
 @functools.cache
 def watch_steps() -> None:
-    """From now on, masked weights are 0 after each step of an optimizer."""
+    """From now on, masked weights are 0 after each step of an optimizer; a packed one may refuse it."""
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+
+
+@uncompiled
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    kind = next((base.__name__ for base in type(optimizer).__mro__ if _MATRICES.search(base.__name__)), None)
+    for group in optimizer.param_groups if kind is not None else ():
+        packed = [p for p in group["params"] if group.get("use_muon", True) and _is_packed(p)]
+        if packed:
+            raise ConfigError(
+                f"{kind}.step: got a packed weight of {packed[0].numel()} active values in a row; this optimizer works "
+                "on the rows and columns of matrices. Store weights dense, "
+                'fedmef_fx.Config(weight_storage="dense"), or give packed weights to an elementwise optimizer'
+            )
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    held = _HELD.get(parameter)
+    owner = None if held is None else held.owner()
+    return owner is not None and bitmap_name(held.leaf) in owner._buffers
 
 
 @uncompiled

@@ -135,8 +135,8 @@ class MaskedParameter:
         self.parameter.masked_fill_(pruned, 0.0)
         if self.parameter.grad is not None:
             self.parameter.grad.masked_fill_(pruned, 0.0)
+        forget_state(self.parameter, keep=survivors, before=self.buffer)
         self.buffer.copy_(new)
-        forget_state(self.parameter, keep=survivors)
 
     def _change_packed(self, new: Tensor) -> None:
         move = StateUpdate.between(self.mask, new)

@@ -37,6 +37,9 @@ class _Change(Protocol):
     def on(self, value: Tensor) -> Tensor:
         """The tensor after the change; may be the same object."""
 
+    def is_lost(self, value: Tensor) -> bool:
+        """Whether a tensor that it does not apply to means nothing any more."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Keep:
@@ -44,17 +47,27 @@ class _Keep:
 
     Attributes:
         mask: Boolean, of the parameter's shape.
+        before: The parameter's mask until now, where it had one.
     """
 
     mask: Tensor
+    before: Tensor
 
     def applies_to(self, value: Tensor) -> bool:
-        """See `_Change`."""
-        return value.shape == self.mask.shape
+        """See `_Change`; statistics of the rows or columns of a square weight are not 0 where the weight is masked."""
+        if value.shape != self.mask.shape:
+            return False
+        is_square = value.dim() == 2 and value.shape[0] == value.shape[1]
+        return not (is_square and bool((value * ~self.before.to(value.device)).any()))
 
     def on(self, value: Tensor) -> Tensor:
         """See `_Change`; in place."""
         return value.masked_fill_(~self.mask.to(value.device), 0.0)
+
+    def is_lost(self, value: Tensor) -> bool:
+        """See `_Change`; rows and columns stay what they were."""
+        del value
+        return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +103,10 @@ class StateUpdate:
         updated[self.place.to(value.device)] = value[self.survives.to(value.device)]
         return updated
 
+    def is_lost(self, value: Tensor) -> bool:
+        """See `_Change`; one that relates active values to others, such as a preconditioner."""
+        return value.dim() > 1 and self.survives.numel() in value.shape
+
 
 class _Optimizers:
     """The optimizers that took a step, held weakly, and the parameters whose loaded state cannot be trusted."""
@@ -97,6 +114,7 @@ class _Optimizers:
     def __init__(self) -> None:
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._changed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._lost: weakref.WeakKeyDictionary[Optimizer, str] = weakref.WeakKeyDictionary()
         self._watching = False
 
     def watch(self) -> None:
@@ -113,12 +131,14 @@ class _Optimizers:
         for optimizer in self._known:
             if isinstance(optimizer, LBFGS) and any(p is parameter for p in optimizer.param_groups[0]["params"]):
                 _restart(optimizer)
-        held = [optimizer.state[parameter] for optimizer in self._known if parameter in optimizer.state]
+        holders = [optimizer for optimizer in self._known if parameter in optimizer.state]
         # An optimizer that wraps another one may share its state with it.
-        for state in {id(state): state for state in held}.values():
+        for state in {id(o.state[parameter]): o.state[parameter] for o in holders}.values():
             for name, value in state.items():
                 if isinstance(value, Tensor) and change.applies_to(value):
                     state[name] = change.on(value)
+                elif isinstance(value, Tensor) and change.is_lost(value):
+                    self._lost.update(dict.fromkeys(holders, name))
 
     def trust_loaded(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take loaded state of parameters for that of their present masks."""
@@ -128,6 +148,12 @@ class _Optimizers:
 
     @uncompiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer in self._lost:
+            raise ConfigError(
+                f"{type(optimizer).__name__}.step: its {self._lost[optimizer]!r} relates the active values of a packed "
+                "weight to each other, and cannot follow the change of its mask; store weights dense, "
+                'fedmef_fx.Config(weight_storage="dense"), or make a new optimizer after each change'
+            )
         if optimizer in self._known:
             return
         for parameter in [p for group in optimizer.param_groups for p in group["params"] if p in self._changed]:
@@ -158,14 +184,15 @@ def watch_optimizers() -> None:
     _OPTIMIZERS.watch()
 
 
-def forget_state(parameter: nn.Parameter, *, keep: Tensor) -> None:
+def forget_state(parameter: nn.Parameter, *, keep: Tensor, before: Tensor) -> None:
     """Zero what optimizers know of some coordinates of a parameter.
 
     Args:
-        parameter: A parameter whose topology changed.
+        parameter: A parameter whose topology changes.
         keep: Boolean, of its shape: coordinates that keep their state.
+        before: Its mask before the change.
     """
-    _OPTIMIZERS.change(parameter, _Keep(keep))
+    _OPTIMIZERS.change(parameter, _Keep(keep, before))
 
 
 def update_state(parameter: nn.Parameter, update: StateUpdate) -> None:

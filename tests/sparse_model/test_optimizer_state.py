@@ -48,7 +48,7 @@ def _trained(make_optimizer) -> tuple[nn.Parameter, Optimizer]:
 def _prune(parameter: nn.Parameter, keep: torch.Tensor) -> None:
     with torch.no_grad():
         parameter.mul_(keep)
-    forget_state(parameter, keep=keep)
+    forget_state(parameter, keep=keep, before=torch.ones_like(keep))
 
 
 KEEP = torch.tensor([True, False, True, False])
@@ -164,7 +164,7 @@ def test_packed_state_follows_several_changes_at_once(make_optimizer):
         _repack(packed, StateUpdate.between(old, new))
         with torch.no_grad():
             dense.mul_(old & new)
-        forget_state(dense, keep=old & new)
+        forget_state(dense, keep=old & new, before=old)
     active = masks[-1].bool()
     for _ in range(2):
         packed.grad = torch.arange(1.0, 5.0)[active]
