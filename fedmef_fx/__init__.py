@@ -30,6 +30,7 @@ from fedmef_fx.training.distributed import watch_wrappers
 from fedmef_fx.training.extrusion import Extrusion
 from fedmef_fx.training.growth import growth_candidates
 from fedmef_fx.training.micro_batches import micro_batches
+from fedmef_fx.transformation.mask_layers import mask_layers
 from fedmef_fx.transformation.transform import transform
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "inspect",
     "inspect_onnx",
     "load",
+    "mask_layers",
     "masks",
     "memory",
     "memory_plan",

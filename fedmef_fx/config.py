@@ -101,6 +101,8 @@ class Config:
             layers are left alone. Types are stored as `"type:module.Name"`.
         output_layer: Whether the weights that make what the model returns are `"pruned"` like all others, or stay
             `"dense"`, as in the paper.
+        mask_frozen: Whether weights with `requires_grad=False` are masked, too, such as the base weights under LoRA
+            adapters, which are pruned once and then stay. By default they stay dense.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
         adjustment_interval: Delta_R, rounds between two adjustment rounds.
         adjustment_stop: R_stop, the round from which masks stay fixed; None for the last round of a run.
@@ -150,6 +152,7 @@ class Config:
     weight_storage: Literal["dense", "packed"] = "dense"
     ignore: tuple[str | type, ...] = ()
     output_layer: Literal["pruned", "dense"] = "pruned"
+    mask_frozen: bool = False
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10
     adjustment_stop: int | None = None
@@ -169,6 +172,8 @@ class Config:
             raise ConfigError(f'Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=("fc",)')
         object.__setattr__(self, "ignore", tuple(_ignore_entry(entry) for entry in self.ignore))
         self._check_choices()
+        if not isinstance(self.mask_frozen, bool):
+            raise ConfigError(f"Config.mask_frozen: got {self.mask_frozen!r}; expected True or False")
         self._check_number("density", low=0.0, high=1.0, open_low=True)
         self._check_number("activation_sparsity", low=0.0, high=1.0, open_high=True)
         self._check_number("adjustment_rate", low=0.0, high=1.0, open_low=True)

@@ -14,9 +14,9 @@ Rules
    (`_channel_groups`); with "N:M" it keeps N of M consecutive inputs.
 
 Left dense, with the reason in the coverage: ignored modules, the output layer where that is asked for, frozen
-parameters, complex weights, weights tied to an embedding, and parametrized weights that are not 0 where their parameter
-is; with channel masks also weights that make the model's outputs and depthwise convolutions; with N:M weights whose
-inputs cannot be cut into groups of M. At density 1 there are no masks.
+parameters unless `mask_frozen`, complex weights, weights tied to an embedding, and parametrized weights that are not 0
+where their parameter is; with channel masks also weights that make the model's outputs and depthwise convolutions; with
+N:M weights whose inputs cannot be cut into groups of M. At density 1 there are no masks.
 
 Refused: weights that nothing reads, that have a mask already, or whose layer another pass rewrote without one.
 """
@@ -70,6 +70,7 @@ class InsertMasks:
         granularity: "weight", "channel" or "N:M".
         channel_multiple: Channels are kept in multiples of this.
         output_layer: Whether the weights that make the model's output are pruned, as in `Config.output_layer`.
+        mask_frozen: Whether frozen parameters are masked, too.
     """
 
     name: ClassVar[str] = "insert-masks"
@@ -81,6 +82,7 @@ class InsertMasks:
     granularity: str = "weight"
     channel_multiple: int = 8
     output_layer: Literal["pruned", "dense"] = "pruned"
+    mask_frozen: bool = False
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph; registers the masks and the coverage on the model.
@@ -164,7 +166,7 @@ class InsertMasks:
             return "tied to an embedding, which stays dense"
         if is_ignored(self.ignore, path, layer):
             return "ignored by Config.ignore"
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not self.mask_frozen:
             return "frozen (requires_grad is False)"
         if parameter.is_complex():
             return "its numbers are complex, which the order by magnitude of pruning and growth does not cover"

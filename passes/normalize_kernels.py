@@ -30,11 +30,10 @@ from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyTensors
-from fedmef_fx.ops.masking import masked_weight
-from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics, nsconv_weight
+from fedmef_fx.ops.nsconv import DEGENERATE, KernelForm, Statistics
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs, is_plain_batch_norm
-from fedmef_fx.passes._nsconv_layers import erase_unused, normalize_pair, output_channels
+from fedmef_fx.passes._nsconv_layers import normalize_layer, normalize_pair
 from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masks import mask_name
 
@@ -88,7 +87,7 @@ class NormalizeKernels:
                     target = source_of_weight(region, layer.args[1])
                     kernel = None if target is None else kernels.get(id(region.attribute(target)))
                     if isinstance(kernel, fx.Node):
-                        self._rewrite_layer(region, layer, str(target), dict(kernel.kwargs))
+                        normalize_layer(region, layer, str(target), dict(kernel.kwargs), by=self.name)
         norms = {pair.parts[1]: pair for pair in pairs}
         for pair in norms.values():
             norm = pair.region.owner.get_submodule(pair.path)
@@ -101,21 +100,6 @@ class NormalizeKernels:
             for graph in graphs.values():
                 for node in graph.nodes:
                     set_provenance(node, by=self.name, origin=pair.name)
-
-    def _rewrite_layer(self, region: Region, layer: fx.Node, target: str, options: dict[str, Any]) -> None:
-        graph, masked = layer.graph, layer.args[1]
-        is_masked = isinstance(masked, fx.Node) and masked.target is masked_weight
-        channels = output_channels(layer, region.owner.get_parameter(target))
-        orphans = layer.all_input_nodes[1:]
-        with graph.inserting_before(layer):
-            weight = graph.get_attr(target)
-            mask = graph.get_attr(mask_name(target)) if is_masked else None
-            gain = graph.call_method("new_ones", (weight, (channels,)))
-            kernel = graph.call_function(nsconv_weight, (weight, gain, mask), options)
-        layer.args = (layer.args[0], kernel, None)
-        erase_unused(orphans)
-        for new in filter(None, (weight, mask, gain, kernel)):
-            set_provenance(new, by=self.name, origin=region.full_name(target))
 
 
 def _required(module: nn.Module) -> AnyTensors:

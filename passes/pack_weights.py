@@ -36,7 +36,7 @@ from fedmef_fx.records.passes import PassResult, Refusal
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
-__all__ = ["PackWeights", "unpack_weights"]
+__all__ = ["PackWeights", "pack_again", "unpack_weights"]
 
 _PRUNED = (pruned_convolution, pruned_linear)
 _WEIGHT, _MASK = 2, 5
@@ -88,10 +88,12 @@ class PackWeights:
         if parameter.parameter.dtype not in SUPPORTED_DTYPES:
             return Refusal(name, f"it is of {parameter.parameter.dtype}")
         uses: list[_Use] = []
+        with_graphs = {id(region.owner) for region in program.regions if region.role != "region"}
         for region, _, graph in program.graphs():
             for node in graph.nodes:
                 module = region.module(node)
-                if module is not None and any(p is parameter.parameter for p in module.parameters()):
+                inside = [] if module is None else [m for m in module.modules() if id(m) not in with_graphs]
+                if any(p is parameter.parameter for child in inside for p in child._parameters.values()):
                     return Refusal(name, f"{type(module).__name__} reads it where no graph shows how")
             for use in _uses(region, graph, parameter):
                 if isinstance(use, str):
@@ -112,6 +114,24 @@ class PackWeights:
         _replace(program.model, parameter.parameter, parameter.values())
         delattr(program.model.get_submodule(owner), mask_name(leaf))
         _note(program, name, tuple(parameter.shape))
+
+
+def pack_again(program: Program) -> str:
+    """Undo `unpack_weights` where more graphs were captured since; Python calls layers that have graphs of their own.
+
+    Returns:
+        Why a weight cannot be packed; nothing has changed then. Empty otherwise.
+    """
+    step = PackWeights()
+    found = []
+    for name, entry in masked_parameters_of(program).items():
+        uses = step._match(program, name, entry, "")
+        if isinstance(uses, Refusal):
+            return f"{uses.where}: {uses.reason}"
+        found.append((name, entry, uses))
+    for name, entry, uses in found:
+        step._rewrite(program, name, entry, uses)
+    return ""
 
 
 def masked_parameters_of(program: Program) -> dict[str, MaskedParameter]:

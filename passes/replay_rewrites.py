@@ -4,27 +4,29 @@ Rules
 1. A masked parameter is read through its mask (rule 2 of `insert-masks`); no masks are made.
 2. A layer and a BatchNorm that became an NSConv become one here too (rules 1 and 2 of `normalize-kernels`). Stored
    weights stay unchanged.
+3. A layer with an NSConv kernel whose BatchNorm is not the next to read its result, because another module took its
+   place or a hook looks in between, gets its kernel with a gain of 1 (rule 3 of `normalize-kernels`). The BatchNorm
+   scales and shifts where it is called.
 
 It runs after `functionalize-weights`. Nodes have the pass that is replayed as their origin.
 
-Refused: a graph that uses the parts of an NSConv in another way, because it would compute something else than the
-graphs that exist. The pass then fails as a whole, and the caller runs the Python code, which computes the same.
+Left alone: a layer that is new before a BatchNorm that only scales and shifts, which does that where it is called.
 """
 
 import dataclasses
-from typing import ClassVar, Final
+from collections.abc import Collection
+from typing import Any, ClassVar, Final
 
 from torch import nn
 
-from fedmef_fx.errors import PassError
 from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.program import Program
-from fedmef_fx.ops.nsconv import Statistics, nsconv_weight
+from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
 from fedmef_fx.passes._batch_norm_pairs import Pair, find_pairs
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
-from fedmef_fx.passes._nsconv_layers import normalize_pair
-from fedmef_fx.records.passes import PassResult, Refusal
+from fedmef_fx.passes._nsconv_layers import normalize_layer, normalize_pair, stored_kernels
+from fedmef_fx.records.passes import PassResult
 from fedmef_fx.sparse_model.masks import mask_name
 
 __all__ = ["ReplayRewrites"]
@@ -47,31 +49,17 @@ class ReplayRewrites:
     ignore: tuple[str | type, ...] = ()
 
     def run(self, program: Program) -> PassResult:
-        """Apply the rules to every graph.
+        """Apply the rules to every graph."""
+        kernels, affine = _normalized(program.model)
+        return PassResult(self.name, self._rewrite(program, self._match(program, kernels, affine), kernels))
 
-        Raises:
-            PassError: A graph uses the parts of an NSConv otherwise than together.
-        """
-        pairs = self._match(program)
-        if isinstance(pairs, Refusal):
-            raise PassError(f"{pairs.where} {pairs.reason}")
-        return PassResult(self.name, self._rewrite(program, pairs))
+    def _match(self, program: Program, kernels: Collection[int], affine: Collection[int]) -> list[Pair]:
+        """The pairs for rule 2."""
+        pairs = find_pairs(program, ignore=self.ignore)[0] if affine else []
+        return [pair for pair in pairs if pair.parts[0] in kernels and pair.parts[1] in affine]
 
-    def _match(self, program: Program) -> list[Pair] | Refusal:
-        """The pairs for rule 2, or a weight that is used otherwise than where it is normalised."""
-        normalized = _normalized(program.model)
-        pairs = find_pairs(program, ignore=self.ignore)[0] if normalized else []
-        together = {pair.layer for pair in pairs}
-        for region, _, graph in program.graphs():
-            for layer in layers(graph):
-                target = source_of_weight(region, layer.args[1])
-                has_kernel = layer in together or getattr(layer.args[1], "target", None) is nsconv_weight
-                if target is not None and has_kernel != (id(region.attribute(target)) in normalized):
-                    return Refusal(region.full_name(target), "is normalised in other graphs of the model only")
-        return pairs
-
-    def _rewrite(self, program: Program, pairs: list[Pair]) -> tuple[str, ...]:
-        """Apply rule 1, then rule 2 to the pairs; returns the names of what changed."""
+    def _rewrite(self, program: Program, pairs: list[Pair], kernels: dict[int, dict[str, Any]]) -> tuple[str, ...]:
+        """Apply rule 1, then rule 2 to the pairs, then rule 3; returns the names of what changed."""
         names = _masked_parameters(program.model)
         rewrites: dict[str, None] = {}
         for region, _, graph in program.graphs():
@@ -82,6 +70,14 @@ class ReplayRewrites:
         for pair in pairs:
             normalize_pair(pair, statistics=self.statistics, gains=gains, by=_NORMALIZE)
             rewrites[pair.name] = None
+        for region, _, graph in program.graphs():
+            for layer in layers(graph):
+                target = source_of_weight(region, layer.args[1])
+                has_kernel = getattr(layer.args[1], "target", None) is nsconv_weight
+                options = None if target is None or has_kernel else kernels.get(id(region.attribute(target)))
+                if target is not None and options is not None:
+                    normalize_layer(region, layer, target, options, by=_NORMALIZE)
+                    rewrites[region.full_name(target)] = None
         return tuple(rewrites)
 
 
@@ -95,12 +91,15 @@ def _masked_parameters(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def _normalized(model: nn.Module) -> set[int]:
-    """Identities of the weights whose layers have a graph of their own with an NSConv kernel."""
-    found = set()
+def _normalized(model: nn.Module) -> tuple[dict[int, dict[str, Any]], set[int]]:
+    """Options of the kernels of layers by identity of the weight, and identities of the BatchNorms that only scale."""
+    kernels: dict[int, dict[str, Any]] = {}
+    affine = set()
     for module, table in tables_in(model):
         for entry in table.entries:
-            for compiled in entry.graphs.values() if entry.role == "fallback" else ():
-                for node in compiled.graph.find_nodes(op="call_function", target=nsconv_weight):
-                    found.add(id(module.get_parameter(str(node.args[0].target))))
-    return found
+            for compiled in entry.graphs.values() if entry.role != "region" else ():
+                for kernel in stored_kernels(compiled.graph):
+                    kernels[id(getattr(module, str(kernel.weight.target)))] = kernel.options
+                if compiled.graph.find_nodes(op="call_function", target=channel_affine):
+                    affine.add(id(module))
+    return kernels, affine

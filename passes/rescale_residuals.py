@@ -18,12 +18,13 @@ from typing import ClassVar, Final
 from torch import fx
 
 from fedmef_fx.graph.nodes import is_addition, is_inplace, is_view, layers, without_views
-from fedmef_fx.graph.origin import set_provenance
+from fedmef_fx.graph.origin import module_of, set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.passes._nsconv_layers import calls_normalized
 from fedmef_fx.records.passes import PassResult, Refusal
 
-__all__ = ["RescaleResiduals"]
+__all__ = ["RescaleAllResiduals", "RescaleResiduals"]
 
 _FACTOR: Final = math.sqrt(0.5)
 
@@ -33,6 +34,8 @@ class RescaleResiduals:
     """The pass of this module; see the module docstring for its rules."""
 
     name: ClassVar[str] = "rescale-residuals"
+    in_all_regions: ClassVar[bool] = False
+    """Whether regions whose Python forward may run are rewritten, too."""
 
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
@@ -40,6 +43,7 @@ class RescaleResiduals:
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
             normalized = {node for node in layers(graph) if _is_nsconv(node)}
+            normalized |= {node for node in graph.find_nodes(op="call_module") if calls_normalized(region.module(node))}
             for node in list(graph.nodes):
                 match = self._match(region, node, normalized)
                 if isinstance(match, Refusal):
@@ -49,11 +53,23 @@ class RescaleResiduals:
                     rewrites[region.full_name(match.name)] = None
         return PassResult(self.name, tuple(rewrites), tuple(refusals.values()))
 
+    @staticmethod
+    def modules_with_sums(program: Program) -> tuple[str, ...]:
+        """Paths of the modules below the regions' owners whose forward makes sums that have the factor."""
+        sums = [
+            (region, node.all_input_nodes[0])
+            for region, _, graph in program.graphs()
+            for node in graph.find_nodes(op="call_function", target=operator.mul)
+            if node.args[1] == _FACTOR
+        ]
+        paths = {module_of(region, node): region for region, node in sums}
+        return tuple(path for path, region in paths.items() if path != region.path)
+
     def _match(self, region: Region, node: fx.Node, normalized: set[fx.Node]) -> fx.Node | Refusal | None:
         """The node, if it is a sum that grows; why its value may not change; None for any other node."""
         if not _is_sum_of(region, node, normalized):
             return None
-        if region.may_run_python:
+        if region.may_run_python and not self.in_all_regions:
             reason = "the model's Python code may run for other calls, without the factor"
             return Refusal(region.full_name(node.name), reason)
         if _is_seen_elsewhere(region, node):
@@ -65,6 +81,13 @@ class RescaleResiduals:
             scaled = node.graph.call_function(operator.mul, (node, _FACTOR))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
         set_provenance(scaled, by=self.name, origin=node.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class RescaleAllResiduals(RescaleResiduals):
+    """The same in models that ran a single graph with the factor: all that is captured later needs it."""
+
+    in_all_regions: ClassVar[bool] = True
 
 
 def _is_sum_of(region: Region, node: fx.Node, normalized: set[fx.Node]) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import is_inplace, is_layer, is_view, layers, operator_at, owns_input, single_user
 from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.origin import provenance, set_provenance
@@ -99,8 +100,8 @@ class ShrinkSaved:
 
 def replacement_of(region: Region, node: fx.Node) -> partial[Any] | None:
     """What may take a node's place; None for a node that keeps nothing, or must."""
-    operation = operation_of(region, node)
-    if operation.row is None or operation.row.small is None:
+    operation, module = operation_of(region, node), region.module(node)
+    if operation.row is None or operation.row.small is None or (module is not None and has_user_hooks(module)):
         return None
     if any(isinstance(value, fx.Node) for name, value in operation.options.items() if name != "input"):
         return None

@@ -54,6 +54,7 @@ BAD_VALUES: dict[str, list[object]] = {
     ],  # the last without activation_bits
     "micro_batch": [0, -1, *NOT_INTEGERS],
     "memory_budget": [0, -1, "", "64 parsecs", "-3MB", "1e3", 1.0, math.nan, True, [1]],
+    "mask_frozen": [0, 1, None, "yes"],
     "budget_optimizer": ["lion", None],
     "seed": [-1, 2**64, None, *NOT_INTEGERS],  # torch's generators take 64 bits
 }

@@ -25,11 +25,12 @@ from fedmef_fx.export.freeze.batch_norm import fold_batch_norms
 from fedmef_fx.export.freeze.computed_weights import compute_weights
 from fedmef_fx.export.freeze.plain_ops import restore_plain_ops
 from fedmef_fx.export.freeze.plain_results import restore_plain_results
-from fedmef_fx.export.freeze.restore import restore_model
+from fedmef_fx.export.freeze.restore import restore_called_layers, restore_model
 from fedmef_fx.export.freeze.weights import erase_unread, fold_weights
+from fedmef_fx.graph.dispatch import forget_later_hooks
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.module_tree import uncompiled_model
+from fedmef_fx.module_tree import duplicate_of, uncompiled_model
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
@@ -73,9 +74,10 @@ def freeze(model: nn.Module) -> nn.Module:
             f"freeze: {type(model).__name__} is not a transformed model; expected the result of "
             "fedmef_fx.transform(model). A plain model needs no freezing: fedmef_fx.export_onnx takes it as it is"
         )
-    duplicate = copy.deepcopy(model).eval()
+    duplicate = duplicate_of(model).eval()
     apply_masks(duplicate)
     forget_gradient_masks(duplicate)  # a module with hooks would not be folded
+    forget_later_hooks(duplicate)
     program = program_of(duplicate)
     unpack_weights(program)
     whole = next((region for region in program.regions if _runs_the_model(region)), None)
@@ -93,6 +95,7 @@ def _runs_the_model(region: Region) -> bool:
 @torch.no_grad()
 def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.GraphModule:
     """Fold the eval graph of a region in place, and leave the rest of its owner behind."""
+    restore_called_layers(program, region)
     graph = region.graph_for(training=False)
     inference = Region(region.path, region.owner, {"both": graph})
     for node in graph.find_nodes(op="call_module"):

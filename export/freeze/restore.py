@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.freeze.computed_weights import compute_weights
@@ -21,14 +21,14 @@ from fedmef_fx.graph.emit import restore_classes
 from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.sites import SITES
-from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
-from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_weight
+from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
+from fedmef_fx.passes._nsconv_layers import StoredKernel, stored_kernels
 from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME
 
-__all__ = ["restore_model"]
+__all__ = ["restore_called_layers", "restore_model"]
 
 _CONSTANT = "fedmef_constant_"
 
@@ -43,10 +43,10 @@ def restore_model(program: Program) -> nn.Module:
     model, layers = program.model, [region for region in program.regions if region.role != "region"]
     plain = {id(weight) for region in layers for weight, _ in _kernels(region)}
     for region in program.regions:
-        for weight, node in _kernels(region):
+        for weight, kernel in _kernels(region):
             if id(weight) not in plain:
                 raise ExportError(
-                    f"freeze: node {region.full_name(node.name)!r} has a normalised kernel that its layer has not, and "
+                    f"freeze: node {region.full_name(kernel.node.name)!r} has a kernel that its layer has not, and "
                     'Python may call the layer; transform the model with Config(normalization="keep")'
                 )
     for region in layers:
@@ -69,17 +69,11 @@ def restore_model(program: Program) -> nn.Module:
     return model
 
 
-def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, fx.Node]]:
-    """The parameters of a region that are read through NSConv, with the nodes that do it."""
+def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, StoredKernel]]:
+    """The parameters of a region that are read through NSConv, with the kernels."""
     for graph in region.graphs.values():
-        for node in graph.nodes:
-            if node.target is nsconv_weight:
-                stored = node.args[0]
-            elif node.target in (pruned_convolution, pruned_linear) and node.args[4] is not None:
-                stored = node.args[2]
-            else:
-                continue
-            yield region.owner.get_parameter(str(stored.target)), node
+        for kernel in stored_kernels(graph):
+            yield region.owner.get_parameter(str(kernel.weight.target)), kernel
 
 
 def _store_kernels(region: Region) -> None:
@@ -91,13 +85,22 @@ def _store_kernels(region: Region) -> None:
         owner.running_var = torch.full((owner.num_features,), 1.0 - owner.eps)
         owner.to(next(owner.parameters()))
         return
-    for weight, node in _kernels(region):
-        mask = None if node.args[2] is None else region.tensor(node.args[2])
-        options: dict[str, Any] = dict(node.kwargs)
-        form = KernelForm(**options)
+    for weight, kernel in _kernels(region):
+        mask = None if kernel.mask is None else region.tensor(kernel.mask)
+        form = KernelForm(**kernel.options)
         gain = weight.new_ones(form.rows(weight).shape[0])
         weight.copy_(nsconv_kernel(weight, gain, mask, form))
         owner.register_parameter("bias", None)
+
+
+@torch.no_grad()
+def restore_called_layers(program: Program, region: Region) -> None:
+    """Make the layers that a region's graphs call as modules plain, in place: hooks or other layers stand between."""
+    called = {id(region.module(node)) for graph in region.graphs.values() for node in graph.nodes}
+    for layer in program.regions:
+        if layer is not region and id(layer.owner) in called:
+            _store_kernels(layer)
+            restore_classes(layer.owner)
 
 
 def _strip(module: nn.Module) -> None:

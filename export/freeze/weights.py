@@ -40,7 +40,8 @@ def fold_weights(region: Region, graph: fx.Graph) -> None:
     for parameter, forms in by_parameter.items():
         values = [effective_weight(_stored(region, nodes[0])).clone() for nodes in forms.values()]
         folded = {node for nodes in forms.values() for node in nodes}
-        is_read_otherwise = any(reader not in folded for reader in readers(region, graph, parameter))
+        others = (reader for reader in readers(region, graph, parameter) if reader.target != "new_ones")
+        is_read_otherwise = any(reader not in folded for reader in others)
         for index, (nodes, value) in enumerate(zip(forms.values(), values, strict=True)):
             names = [str(node.all_input_nodes[0].target) for node in nodes]
             if index == 0 and not is_read_otherwise:
@@ -54,6 +55,8 @@ def fold_weights(region: Region, graph: fx.Graph) -> None:
 def _stored(region: Region, node: fx.Node) -> StoredWeight:
     given = bound(node)
     weight, gain, mask = (region.tensor(given.get(name)) for name in ("weight", "gain", "mask"))
+    if gain is None and getattr(given.get("gain"), "target", None) == "new_ones" and weight is not None:
+        gain = weight.new_ones(given["gain"].args[1])
     if not isinstance(weight, nn.Parameter):
         raise ExportError(
             f"freeze: node {region.full_name(node.name)!r} ({node.target.__name__}) does not read a parameter; "  # type: ignore[union-attr]  # a function
@@ -102,6 +105,6 @@ def erase_unread(graph: fx.Graph) -> None:
 
     Other unused nodes stay: some of them write in place.
     """
-    for node in graph.find_nodes(op="get_attr"):
+    for node in (*graph.find_nodes(op="call_method", target="new_ones"), *graph.find_nodes(op="get_attr")):
         if not node.users:
             graph.erase_node(node)

@@ -11,11 +11,11 @@ from fedmef_fx.capture.tracer import BaseTracer
 from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.graph.nodes import operator_of_module
 from fedmef_fx.graph.operators import Layer
-from fedmef_fx.graph.program import Region
+from fedmef_fx.graph.program import Region, Role
 from fedmef_fx.graph.signature import AnyTensors
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["leaf_regions"]
+__all__ = ["is_plain_layer", "layer_region", "leaf_regions"]
 
 
 def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) -> Iterator[Region]:
@@ -30,13 +30,16 @@ def leaf_regions(model: nn.Module, regions: list[Region], *, fallbacks: bool) ->
     owners = {id(region.owner) for region in regions}
     tied = _held_twice(model)
     for path, module in model.named_modules():
-        if not _is_plain_layer(module) or id(module) in owners:
+        if not is_plain_layer(module) or id(module) in owners:
             continue
         if id(module) in inside and (not fallbacks or id(module._parameters["weight"]) in tied):
             continue  # the mask of a tied weight stands beside one of its layers only
-        graphs = _layer_graphs(module)
-        role = "fallback" if id(module) in inside else "leaf"
-        yield Region(path, module, graphs, AnyTensors(frozenset({"input"})), role=role)  # type: ignore[arg-type]
+        yield layer_region(module, path, role="fallback" if id(module) in inside else "leaf")
+
+
+def layer_region(module: nn.Module, path: str, *, role: Role) -> Region:
+    """The region of a plain layer; see `is_plain_layer`."""
+    return Region(path, module, _layer_graphs(module), AnyTensors(frozenset({"input"})), role=role)
 
 
 def _held_twice(model: nn.Module) -> set[int]:
@@ -58,7 +61,7 @@ def _layer_graphs(module: nn.Module) -> dict[GraphMode, fx.Graph]:
     return {"both": graph}
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
+def is_plain_layer(module: nn.Module) -> bool:
     """A convolution or linear layer as torch.nn defines it, with its own parameter as weight."""
     row = operator_of_module(module)
     if isinstance(module, torch.jit.ScriptModule):

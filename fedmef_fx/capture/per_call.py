@@ -1,20 +1,20 @@
 """Capture a module on the values of the calls that it gets, as one region per kind of call, with proof."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from torch import fx, nn
 
 from fedmef_fx.capture.proof import Originals, prove
-from fedmef_fx.capture.symbolic import as_graphs, failure
+from fedmef_fx.capture.symbolic import as_graphs, capture_graphs, failure
 from fedmef_fx.capture.value_tracer import trace_call
 from fedmef_fx.errors import CaptureError
 from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.signature import Call, Signature
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["CaptureOnValues", "capture_call", "drop_constants"]
+__all__ = ["CaptureOnValues", "capture_call", "capture_every_call", "drop_constants"]
 
 _SIGNATURES: Final = 8
 
@@ -36,11 +36,34 @@ def capture_call(module: nn.Module, path: str, call: Call) -> list[Region]:
     except Exception as error:
         raise failure(module, error) from error
     for region in regions:
-        for graph in region.graphs.values():
-            for node in graph.nodes:
-                # Names classes that exist at run time only, which no pickle could find.
-                node.meta.pop("nn_module_stack", None)
+        _forget_classes(region.graphs)
     return regions
+
+
+def capture_every_call(module: nn.Module, call: Call | None) -> dict[GraphMode, fx.Graph]:
+    """Capture a module for all calls in both modes, with proof on one call in the mode it is in, if there is one.
+
+    Raises:
+        CaptureError: It cannot be traced faithfully.
+    """
+    before = set(module._buffers)
+    try:
+        graphs = capture_graphs(module)
+        if call is not None:
+            graph = graphs.get("both") or graphs[_mode(module.training)]
+            prove(module, call, graph, Originals(), by_name=True)
+    except Exception as error:
+        drop_constants(module, besides=before)
+        raise failure(module, error) from error
+    _forget_classes(graphs)
+    return graphs
+
+
+def _forget_classes(graphs: Mapping[GraphMode, fx.Graph]) -> None:
+    for graph in graphs.values():
+        for node in graph.nodes:
+            # Names classes that exist at run time only, which no pickle could find.
+            node.meta.pop("nn_module_stack", None)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ the mode and the kind of call, and runs the original forward where there is none
 `deepcopy` and pickling keep working.
 """
 
+from collections.abc import Iterator
 from typing import Final
 
 from torch import fx, nn
@@ -14,13 +15,21 @@ from fedmef_fx.graph.compiled import (
     CompiledGraph,
     original_class,
 )
-from fedmef_fx.graph.dispatch import _TABLE, Extend, RegionTable, _table_of, tables_in
+from fedmef_fx.graph.dispatch import (
+    _TABLE,
+    Extend,
+    RegionTable,
+    _table_of,
+    capture_when_called,
+    renew_graphs,
+    tables_in,
+)
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyCall
 from fedmef_fx.sparse_model.gradient_masks import keep_masks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
-__all__ = ["CompiledGraph", "emit", "program_of", "recompile", "restore_classes"]
+__all__ = ["CompiledGraph", "emit", "program_of", "recompile", "regions_in", "restore_classes"]
 
 _KEPT_BY_ROOT: Final = (
     "_forward_hooks",
@@ -52,9 +61,11 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
     for region in program.regions:
         _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)
     for path in program.pending:
-        _table_of(program.model.get_submodule(path), path, extend)
+        capture_when_called(program.model.get_submodule(path), path, extend)
     runs_graphs = "" in program.pending or any(region.owner is result for region in program.regions)
     _table_of(result, "", None)  # a model that runs no graph itself is transformed, too, and copied as such
+    for owner, table in tables_in(result):
+        table.look(owner)
     keep_masks(result, runs_python=not runs_graphs)
     return result
 
@@ -77,16 +88,20 @@ def program_of(model: nn.Module) -> Program:
         ConfigError: Not a transformed model.
     """
     transformation = transformation_of(model)
+    renew_graphs(model)
     if isinstance(model, fx.GraphModule):  # unpickled from a file of an earlier version
         return Program(model, [Region("", model, {"both": model.graph})], transformation)
-    regions = []
+    return Program(model, list(regions_in(model)), transformation)
+
+
+def regions_in(model: nn.Module) -> Iterator[Region]:
+    """The regions inside a module, with their names in it."""
     for path, module in model.named_modules():
         table: RegionTable | None = module.__dict__.get(_TABLE)
         for entry in table.entries if table is not None else ():
             graphs = {mode: compiled.graph for mode, compiled in entry.graphs.items()}
             signature = None if isinstance(entry.signature, AnyCall) else entry.signature
-            regions.append(Region(path, module, graphs, signature, entry.by_name, entry.role))
-    return Program(model, regions, transformation)
+            yield Region(path, module, graphs, signature, entry.by_name, entry.role)
 
 
 def recompile(model: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """Modules with state of their own that passes put into a model: packing sites, dropouts."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import fx, nn
 
 from fedmef_fx.graph.program import Region
 
-__all__ = ["SITES", "Sites", "add_site", "is_in_site", "is_site"]
+__all__ = ["SITES", "Sites", "add_site", "is_in_site", "is_site", "kept_sites"]
 
 SITES: Final = "fedmef_sites"
 
@@ -49,3 +51,22 @@ def is_site(node: fx.Node) -> bool:
 def is_in_site(path: str) -> bool:
     """Whether a module's path leads into one."""
     return SITES in path.split(".")
+
+
+@contextlib.contextmanager
+def kept_sites(owner: nn.Module, *, is_new: bool) -> Iterator[None]:
+    """A block that makes the sites of a region again: those that still have a place keep their state.
+
+    Args:
+        owner: The region's owner.
+        is_new: Whether the graphs that called the sites are gone; otherwise all sites stay.
+    """
+    before = owner._modules.pop(SITES, None) if is_new else None
+    yield
+    after = owner._modules.get(SITES)
+    if before is None or after is None:
+        return
+    for name, site in after._modules.items():
+        old = before._modules.get(name)
+        if site is not None and type(old) is type(site):
+            after._modules[name] = old

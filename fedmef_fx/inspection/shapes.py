@@ -15,6 +15,7 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.recording import Observation
 from fedmef_fx.graph.signature import Call
 from fedmef_fx.measure.meter import SavedTensors
+from fedmef_fx.module_tree import duplicate_of
 from fedmef_fx.records.graphs import TensorRecord
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
@@ -81,9 +82,9 @@ def _train(program: Program, duplicate: nn.Module, given: _Arguments, observatio
 def _duplicate(model: nn.Module) -> nn.Module:
     """A copy of a model; of a GraphModule only what its graph refers to: copying a graph takes as long as a run."""
     if not isinstance(model, fx.GraphModule):
-        duplicate = copy.deepcopy(model)
+        duplicate = duplicate_of(model)
         for _, table in tables_in(duplicate):
-            table.extend = None  # only graphs that the model has now are looked at
+            table.extend = table.watch = None  # only graphs that the model has now are looked at
         return duplicate
     tree = nn.Module()
     # Its hooks do not run with the graph, and refer to the whole of it.

@@ -13,6 +13,7 @@ from torch import fx, nn
 from fedmef_fx.graph.emit import program_of, recompile
 from fedmef_fx.graph.origin import layer_of
 from fedmef_fx.graph.sites import is_in_site, is_site
+from fedmef_fx.sparse_model.gradient_masks import OWN
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
 __all__ = ["LayerListener", "mark_layers"]
@@ -49,11 +50,17 @@ def mark_layers(model: nn.Module, listener: LayerListener) -> None:
 
 
 def _mark_module(module: nn.Module, path: str, listener: LayerListener) -> None:
-    module.register_forward_pre_hook(
-        lambda _, args, kwargs: listener.enter(path, (args, kwargs)), with_kwargs=True, prepend=True
-    )
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        listener.enter(path, (args, kwargs))
+
+    def leave(_: nn.Module, __: Any, result: Any) -> None:
+        listener.leave(result)
+
+    for hook in (enter, leave):
+        setattr(hook, OWN, True)
+    module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     # Also where the module raises, so that enter and leave stay in pairs.
-    module.register_forward_hook(lambda _, __, result: listener.leave(result), always_call=True)
+    module.register_forward_hook(leave, always_call=True)
 
 
 def _mark_node(node: fx.Node, path: str, listener: LayerListener) -> None:

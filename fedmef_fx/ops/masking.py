@@ -42,6 +42,8 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     Returns:
         `weight` where `mask`, 0 elsewhere; its gradient is 0 where masked.
     """
+    if mask.dtype is not torch.bool:  # of torch.nn.utils.prune, which pruned a masked layer further
+        mask = mask != 0
     if growth.is_collecting():
         result: Tensor = _CandidateMaskedWeight.apply(weight, mask)  # type: ignore[no-untyped-call]  # torch's own
         return result

@@ -7,8 +7,9 @@ it is copied or replaced, as by `deepcopy` or `load_state_dict(assign=True)`; ho
 again.
 """
 
+import contextlib
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,13 @@ from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
 from fedmef_fx.sparse_model.held_masks import clear_below, clear_if_written, hold_mask
 from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
-from fedmef_fx.sparse_model.transformation import transformation_of
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, Transformation, transformation_of
 
-__all__ = ["attach_gradient_masks", "clear_before_python", "forget_gradient_masks", "is_own_hook", "keep_masks"]
+__all__ = ["OWN", "attach_gradient_masks", "clear_before_python", "forget_gradient_masks", "is_own_hook", "keep_masks"]
+
+
+OWN: Final = "is_own_hook_of_fedmef_fx"
+"""An attribute that hooks have which only listen."""
 
 
 class _GradientMask:
@@ -75,10 +80,11 @@ def hold_masks(model: nn.Module, _: Any = None) -> None:
     """Let the masks of a transformed model hold from now on."""
     if is_traced():
         return
-    transformation = transformation_of(model)
+    transformation = _known(model)
     masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
     for name in (*masked, *transformation.guarded):
-        hold_mask(*owner_of(model, name))
+        with contextlib.suppress(AttributeError):  # a layer that is gone
+            hold_mask(*owner_of(model, name))
 
 
 @uncompiled
@@ -87,15 +93,24 @@ def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
     refuse_tracers(model)
     if is_traced():  # its parameters stand in for the model's
         return
-    transformation = transformation_of(model)
+    transformation = _known(model)
     for name in transformation.guarded:
-        _attach(*owner_of(model, name))
+        with contextlib.suppress(AttributeError):  # a layer that is gone
+            _attach(*owner_of(model, name))
     hold_masks(model)
     for name in transformation.bare:
-        owner, leaf = owner_of(model, name)
-        parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
-        if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
-            clear_masked(parameter, mask)
+        with contextlib.suppress(AttributeError):
+            owner, leaf = owner_of(model, name)
+            parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
+            if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
+                clear_masked(parameter, mask)
+
+
+def _known(model: nn.Module) -> Transformation:
+    """What a model knows, without looking for changed layers, which the calls of regions do."""
+    child = model.get_submodule(CHILD_NAME)
+    assert isinstance(child, Transformation)  # noqa: S101 -- for the type checker
+    return child
 
 
 @uncompiled
@@ -116,8 +131,8 @@ def clear_before_python(module: nn.Module) -> None:
 
 
 def is_own_hook(hook: object) -> bool:
-    """Whether a module's hook is one of this module's."""
-    return hook in (attach_gradient_masks, attach_own_gradient_masks, hold_masks)
+    """Whether a module's hook is one of this package's, which changes nothing that a graph has to know."""
+    return hook in (attach_gradient_masks, attach_own_gradient_masks, hold_masks) or hasattr(hook, OWN)
 
 
 def forget_gradient_masks(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What a transformed model knows about itself: its prunable parameters, coverage, pass reports and memory plan."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -9,9 +9,10 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.current_layers import is_current, renamed
 from fedmef_fx.sparse_model.held_masks import watch_steps
 from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
-from fedmef_fx.sparsity.granularity import Layout
+from fedmef_fx.sparse_model.prunable import PrunableParameter, Tier, WeightChannels
 
 if TYPE_CHECKING:
     from fedmef_fx.records.graphs import GraphRecord
@@ -32,51 +33,6 @@ __all__ = [
 
 
 CHILD_NAME = "fedmef"
-
-
-Tier = Literal["graph", "module", "hook"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class WeightChannels:
-    """How the channels of a weight relate to those of others; see `passes/_channel_groups.py`.
-
-    Attributes:
-        layout: Where its channels lie.
-        leader: The first weight of the group of layers that have the same channels; itself where it has its own.
-        dependents: Of a leader, names of biases and running means with one entry per channel, 0 where it is off.
-    """
-
-    layout: Layout
-    leader: str
-    dependents: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrunableParameter:
-    """One weight that a transformation may prune.
-
-    Attributes:
-        name: Its name in the original model.
-        numel: Number of weights, pruned ones included.
-        tier: Where it is rewritten: in a traced graph, in the graph of a single leaf module, or by hooks.
-        reason: Why the tier is not a higher one, or why the parameter is left dense; empty for the graph tier.
-        masked: Whether it has a mask.
-        region: Path of the traced region that holds it, None outside the graph tier.
-        region_modules: Number of modules with weights in that region; 1 is a leaf on its own.
-        channels: What granularities coarser than single weights need to know; None with single weights.
-        packed_shape: Shape of the weight where it is stored packed; None where it is stored dense.
-    """
-
-    name: str
-    numel: int
-    tier: Tier | None
-    reason: str = ""
-    masked: bool = True
-    region: str | None = None
-    region_modules: int = 0
-    channels: WeightChannels | None = None
-    packed_shape: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,6 +102,18 @@ class Transformation(nn.Module):
         watch_optimizers()
         watch_steps()
 
+    def follow(self, model: nn.Module) -> None:
+        """Bring what is known of weights up to date with the layers that the model has now; see `current_layers`."""
+        if self.masks_are_hidden or is_current(model, self.prunable):
+            return
+        found = renamed(model, self.prunable)
+        names = {former: prunable.name for former, prunable in found.items()}
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        places = {name: index for index, (name, _) in enumerate(tensors)}
+        rows = sorted((p.in_group(names, places) for p in found.values()), key=lambda p: places.get(p.name, -1))
+        self.prunable = {prunable.name: prunable for prunable in rows}
+        self.guarded = tuple(names.get(name, name) for name in self.guarded if names.get(name, name) in places)
+
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
         return f"density={self.config.density:g}, masked={sum(p.masked for p in self.prunable.values())}"
@@ -168,6 +136,7 @@ def transformation_of(model: nn.Module) -> Transformation:
             f"{type(model).__name__} is not a transformed model; expected the result of "
             "fedmef_fx.transform(model), e.g. sparse = fedmef_fx.transform(model); fedmef_fx.masks(sparse)"
         )
+    child.follow(model)
     return child
 
 

@@ -31,6 +31,7 @@ def passes_of(config: Config) -> tuple[Pass, ...]:
             config.granularity,
             config.channel_multiple,
             config.output_layer,
+            config.mask_frozen,
         ),
     ]
     if config.normalization == "nsconv":
@@ -80,6 +81,7 @@ def config_after(config: Config, passes: Iterable[Pass]) -> Config:
                     "granularity",
                     "channel_multiple",
                     "output_layer",
+                    "mask_frozen",
                 )
                 changes |= {name: getattr(step, name) for name in names}
             case NormalizeKernels():

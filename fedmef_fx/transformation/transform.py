@@ -23,6 +23,7 @@ from fedmef_fx.passes.catalogue import parse_passes
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.pack_weights import PackWeights
+from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport, PassResult
 from fedmef_fx.sparse_model.channels import zero_dead_channels
@@ -158,7 +159,12 @@ def _transformed(
         _apply_layer_levels(program, config)
     program.transformation.reports = PassReport((capture, *reports))
     # What is captured later would go through all passes.
-    extend = functools.partial(extend_region, config=config, passes=own_passes) if observer.runs_all else None
+    rescales = program.is_one_graph and config.normalization == "nsconv" and config.residual == "rescale"
+    recipe = functools.partial(extend_region, config=config, passes=own_passes, rescales=rescales)
+    extend = recipe if observer.runs_all else None
+    if rescales and extend is not None:
+        # Where Python calls them, their sums need the factor, too.
+        program.pending += RescaleResiduals.modules_with_sums(program)
     result = emit(program, extend=extend)
     zero_dead_channels(result)
     for name, module in result.named_modules():

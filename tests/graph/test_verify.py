@@ -115,7 +115,7 @@ def test_sound_passes_pass():
     assert [len(result.rewrites) for result in report] == [2, 2]
     assert report["insert-masks"].name == (
         "insert-masks{density=0.5, allocation='erk', mask_init='random', seed=0, ignore=(), "
-        "granularity='weight', channel_multiple=8, output_layer='pruned'}"
+        "granularity='weight', channel_multiple=8, output_layer='pruned', mask_frozen=False}"
     )
     with pytest.raises(KeyError, match="no pass 'x'; passes: functionalize"):
         report["x"]
