@@ -103,6 +103,9 @@ class Config:
             `"dense"`, as in the paper.
         mask_frozen: Whether weights with `requires_grad=False` are masked, too, such as the base weights under LoRA
             adapters, which are pruned once and then stay. By default they stay dense.
+        adjustment_space: What pruning, extrusion and growth look at: `"effective"`, the weights of an NSConv as they
+            take effect (w_hat, see `docs/effective-space.md`), or `"parameter"`, theta as the paper writes it. For
+            other layers the two are the same.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
         adjustment_interval: Delta_R, rounds between two adjustment rounds.
         adjustment_stop: R_stop, the round from which masks stay fixed; None for the last round of a run.
@@ -153,6 +156,7 @@ class Config:
     ignore: tuple[str | type, ...] = ()
     output_layer: Literal["pruned", "dense"] = "pruned"
     mask_frozen: bool = False
+    adjustment_space: Literal["effective", "parameter"] = "effective"
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10
     adjustment_stop: int | None = None
@@ -255,7 +259,7 @@ class Config:
 
         Top-k pruning of activations (gamma 0.9) whose values are kept as they are, weights in dense form, NSConv with
         statistics over the active weights, random ERK masks, adjustments every 10 rounds with alpha 0.4, extrusion
-        with lambda 1e-4, an output layer that is not pruned.
+        with lambda 1e-4, all of it by theta itself, an output layer that is not pruned.
 
         Args:
             **changes: Fields that differ.
@@ -276,6 +280,7 @@ class Config:
             "saved_precision": "exact",
             "weight_storage": "dense",
             "output_layer": "dense",
+            "adjustment_space": "parameter",
             "adjustment_rate": 0.4,
             "adjustment_interval": 10,
             "extrusion_strength": 1e-4,

@@ -17,9 +17,8 @@ from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
 from fedmef_fx.passes._batch_norm_pairs import Pair
-from fedmef_fx.sparse_model.masks import mask_name
 
-__all__ = ["StoredKernel", "calls_normalized", "normalize_layer", "normalize_pair", "stored_kernels"]
+__all__ = ["StoredKernel", "calls_normalized", "normalize_layer", "normalize_pair", "read_mask", "stored_kernels"]
 
 _FORM: Final = ("g", "groups", "transposed", "statistics")
 
@@ -73,11 +72,9 @@ def normalize_pair(pair: Pair, *, statistics: Statistics, gains: dict[str, float
     """
     region, layer, graph = pair.region, pair.layer, pair.layer.graph
     _ensure_affine(region, pair)
-    masked = layer.args[1]
-    is_masked = isinstance(masked, fx.Node) and masked.target is masked_weight
     with graph.inserting_before(layer):
         weight = graph.get_attr(pair.weight)
-        mask = graph.get_attr(mask_name(pair.weight)) if is_masked else None
+        mask = read_mask(layer)
         gain, shift = graph.get_attr(f"{pair.path}.weight"), graph.get_attr(f"{pair.path}.bias")
         options = {
             "g": _following_gain(region, pair.norm, gains),
@@ -107,19 +104,28 @@ def normalize_layer(region: Region, layer: fx.Node, target: str, options: dict[s
         options: Of the kernel.
         by: The pass, for provenance.
     """
-    graph, masked = layer.graph, layer.args[1]
-    is_masked = isinstance(masked, fx.Node) and masked.target is masked_weight
+    graph = layer.graph
     channels = _output_channels(layer, region.owner.get_parameter(target))
     orphans = layer.all_input_nodes[1:]
     with graph.inserting_before(layer):
         weight = graph.get_attr(target)
-        mask = graph.get_attr(mask_name(target)) if is_masked else None
+        mask = read_mask(layer)
         gain = graph.call_method("new_ones", (weight, (channels,)))
         kernel = graph.call_function(nsconv_weight, (weight, gain, mask), options)
     layer.args = (layer.args[0], kernel, None)
     _erase_unused(orphans)
     for new in filter(None, (weight, mask, gain, kernel)):
         set_provenance(new, by=by, origin=region.full_name(target))
+
+
+def read_mask(layer: fx.Node) -> fx.Node | None:
+    """Read the mask of a layer's weight once more; of a shared weight it stands next to one of the weight's names."""
+    masked = layer.args[1]
+    if not isinstance(masked, fx.Node) or masked.target is not masked_weight:
+        return None
+    mask = masked.args[1]
+    assert isinstance(mask, fx.Node)  # noqa: S101 -- insert-masks reads it as an attribute
+    return layer.graph.get_attr(str(mask.target))
 
 
 def _ensure_affine(region: Region, pair: Pair) -> None:

@@ -15,16 +15,17 @@ Rules
    steps keep the sum of a channel, because the gradient of a centred kernel sums to 0.
 5. A BatchNorm of torch.nn becomes a `ScaleAndShift` in place, with the same parameters and buffers, so that
    dictionaries of the original load; its running statistics are no longer read. Subclasses keep their class.
+6. The transformation notes how each weight is normalised, for what adjusts masks by w_hat (`ops/effective_space.py`).
 
 Refused: what `_batch_norm_pairs` lists, which finds the pairs.
 """
 
 import dataclasses
 import inspect
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.origin import set_provenance
@@ -35,7 +36,7 @@ from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.passes._batch_norm_pairs import Pair, affine_graphs, find_pairs, is_plain_batch_norm
 from fedmef_fx.passes._nsconv_layers import normalize_layer, normalize_pair
 from fedmef_fx.records.passes import PassResult, Refusal
-from fedmef_fx.sparse_model.masks import mask_name
+from fedmef_fx.sparse_model.transformation import NormalizedKernel
 
 __all__ = ["NormalizeKernels"]
 
@@ -57,8 +58,10 @@ class NormalizeKernels:
         """Apply the rules to every graph."""
         pairs, refusals = self._match(program)
         gains: dict[str, float] = {}
+        kernels: dict[int, list[NormalizedKernel]] = {}
         for pair in pairs:
-            self._rewrite(pair, gains)
+            kernels.setdefault(pair.parts[0], []).append(self._rewrite(pair, gains))
+        _note(program, kernels)
         if any(region.role == "fallback" for region in program.regions):
             self._rewrite_fallbacks(program, pairs)
         for pair in pairs:
@@ -73,10 +76,13 @@ class NormalizeKernels:
         pairs, refused = find_pairs(program, ignore=self.ignore)
         return pairs, [Refusal(*entry) for entry in refused.items()]
 
-    def _rewrite(self, pair: Pair, gains: dict[str, float]) -> None:
+    def _rewrite(self, pair: Pair, gains: dict[str, float]) -> NormalizedKernel:
         kernel = normalize_pair(pair, statistics=self.statistics, gains=gains, by=self.name)
+        form = KernelForm(**kernel.kwargs)  # type: ignore[arg-type]  # its options
         if self.statistics == "active":
-            _centre(pair, is_masked=kernel.args[2] is not None, options=dict(kernel.kwargs))
+            mask = kernel.args[2]
+            _centre(pair, pair.region.owner.get_buffer(str(mask.target)) if isinstance(mask, fx.Node) else None, form)
+        return NormalizedKernel(f"{pair.name}.weight", form)
 
     def _rewrite_fallbacks(self, program: Program, pairs: list[Pair]) -> None:
         """Rule 3, for the layers and BatchNorms of all pairs."""
@@ -102,19 +108,25 @@ class NormalizeKernels:
                     set_provenance(node, by=self.name, origin=pair.name)
 
 
+def _note(program: Program, kernels: dict[int, list[NormalizedKernel]]) -> None:
+    """Rule 5; the graphs of both modes say the same of a weight, unless several NSConvs share it."""
+    for name, parameter in program.model.named_parameters():
+        found = set(kernels.get(id(parameter), ()))
+        if len(found) == 1:
+            program.transformation.kernels[name] = found.pop()
+
+
 def _required(module: nn.Module) -> AnyTensors:
     parameters = inspect.signature(module.forward).parameters.values()
     return AnyTensors(frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty))
 
 
 @torch.no_grad()
-def _centre(pair: Pair, *, is_masked: bool, options: dict[str, Any]) -> None:
+def _centre(pair: Pair, mask: Tensor | None, form: KernelForm) -> None:
     """Subtract from each row of a kernel the mean that its NSConv subtracts anyway (rule 4)."""
-    owner = pair.region.owner
-    weight = owner.get_parameter(pair.weight)
-    form = KernelForm(**options)
+    weight = pair.region.owner.get_parameter(pair.weight)
     rows = form.rows(weight)
-    mask = form.rows(owner.get_buffer(mask_name(pair.weight))) if is_masked else torch.ones_like(rows).bool()
+    mask = torch.ones_like(rows, dtype=torch.bool) if mask is None else form.rows(mask)
     number = mask.sum(1, keepdim=True)
     mean = rows.sum(1, keepdim=True) / number.clamp_min(1)
     # Where nothing but the mean is left, NSConv does not subtract it either.

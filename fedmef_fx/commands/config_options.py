@@ -47,6 +47,10 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "seed": Annotated[int | None, typer.Option(help="Seed of every random choice.")],
 }
 _TRAINING: Final[dict[str, Any]] = {
+    "adjustment_space": Annotated[
+        str | None,
+        typer.Option(help="What is pruned, emptied and grown by: effective (NSConv's w_hat) or parameter (theta)."),
+    ],
     "adjustment_rate": Annotated[float | None, typer.Option(help="alpha of the adjustment schedule, (0, 1].")],
     "adjustment_interval": Annotated[int | None, typer.Option(help="Rounds between adjustments.")],
     "adjustment_stop": Annotated[int | None, typer.Option(help="Round from which masks stay fixed.")],

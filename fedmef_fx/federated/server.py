@@ -14,12 +14,10 @@ from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import Method
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
-from fedmef_fx.sparse_model.masks import set_masks
-from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
 from fedmef_fx.sparsity.sparse_gradient import average_sparse_gradients
-from fedmef_fx.training.adjustment import adjusted_masks, unit_sizes
+from fedmef_fx.training.adjustment import adjust, unit_sizes
 
 __all__ = ["Server"]
 
@@ -117,16 +115,12 @@ class Server:
         return churn
 
     def _adjust(self, updates: list[Update], counts: Mapping[str, int]) -> dict[str, int]:
-        """Prune the lowest averaged magnitudes and grow, at 0, where the averaged gradients are largest."""
+        """Prune the lowest averaged magnitudes and grow, without effect, where the averaged gradients are largest."""
         gradients = {
             name: average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])
             for name in self.schema.masked
         }
-        adjusted = adjusted_masks(self.model, gradients, counts)
-        parameters = masked_parameters(self.model).items()
-        churn = {name: int((adjusted[name] & ~parameter.mask).count_nonzero()) for name, parameter in parameters}
-        set_masks(self.model, adjusted)
-        return churn
+        return adjust(self.model, gradients, counts)
 
     def _advance(self, version: int) -> None:
         """Note which masks and dense tensors the new version changes."""

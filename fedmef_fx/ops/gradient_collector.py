@@ -19,8 +19,8 @@ was forgotten is understated by what it had collected, which is at most the smal
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,12 +44,15 @@ class Request(NamedTuple):
         units: Number of the unit of each coordinate, of the mask's shape, for candidates that are whole units such as
             channels: then a position is a unit's number, and its value the mean over batches of its gradient's norm.
             None for single coordinates.
+        space: Whose gradients are collected where a kernel is made of the parameter: the parameter's, or those of the
+            "effective" weight; see `ops/effective_space.py`.
     """
 
     mask: Tensor
     k: int
     where: Tensor | None = None
     units: Tensor | None = None
+    space: Literal["effective", "parameter"] = "parameter"
 
 
 # Coordinates that are looked at together; a multiple of 8.
@@ -69,6 +72,7 @@ class _Layer:
     capacity: int
     where: Tensor | None  # bool, of the shape, the coordinates that are looked at; None for all inactive ones
     units: Tensor | None  # int64 [looked at], for candidates that are whole units
+    space: Literal["effective", "parameter"]
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     kept: Tensor | None = None  # int64 [<= capacity], ascending
     sums: Tensor | None = None  # [<= capacity], running sums of weight * gradient
@@ -211,7 +215,7 @@ def collecting(
         raise ConfigError(f"collecting: oversampling: got {oversampling}; expected an integer >= 1")
     layers, shapes = {}, packed_shapes or {}
     for name, request in requests.items():
-        mask, k, where, units = Request(*request)
+        mask, k, where, units, space = Request(*request)
         if k < 0:
             raise ConfigError(f"collecting: {name!r}: got k={k}; expected an integer >= 0")
         if mask.numel() and _key(mask) in _COLLECTED:
@@ -219,7 +223,7 @@ def collecting(
                 f"collecting: {name!r}: its gradients are being collected already; expected one collection at a time"
             )
         looked_at = units if units is None or where is None else units.flatten()[where.flatten()]
-        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k, where, looked_at)
+        layers[name] = _Layer(name, mask, shapes.get(name, mask.shape), k, oversampling * k, where, looked_at, space)
     collector = Collector(layers)
     # Empty tensors all share the address 0, and have nothing to add.
     registered = {_key(layer.buffer): layer for layer in layers.values() if layer.buffer.numel()}
@@ -236,7 +240,7 @@ def is_collecting() -> bool:
     return bool(_COLLECTED)
 
 
-def add_candidates(mask: Tensor, gradient: Tensor) -> None:
+def add_candidates(mask: Tensor, gradient: Tensor, *, of_parameter: Callable[[], Tensor] | None = None) -> None:
     """Show the dense gradient of a masked weight to whoever collects; called by ops in backward.
 
     Costs one dictionary look-up when nobody collects. The gradient is copied as far as it is needed and may be changed
@@ -245,6 +249,7 @@ def add_candidates(mask: Tensor, gradient: Tensor) -> None:
     Args:
         mask: The mask buffer of the weight, boolean, or its bitmap.
         gradient: Gradient of the loss with respect to the effective weight, of its dense shape, not yet masked.
+        of_parameter: Makes that of the parameter, for whoever asked for it; None where the two are the same.
 
     Raises:
         PassError: A gradient of another shape: a bug of the op.
@@ -254,6 +259,8 @@ def add_candidates(mask: Tensor, gradient: Tensor) -> None:
     layer = _COLLECTED.get(_key(mask))
     if layer is None:
         return
+    if of_parameter is not None and layer.space == "parameter":
+        gradient = of_parameter()
     if gradient.shape != layer.shape:
         raise PassError(
             f"add_candidates: {layer.name!r}: got a gradient of shape {tuple(gradient.shape)}; "

@@ -249,14 +249,19 @@ def nsconv_kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `nsconv_weight` with respect to weight and gain.
 
-    While growth candidates are collected, the gradient that an inactive weight would get is added as
-    scale * dL/dw_hat: the effect of the weight itself, its pull on the channel's mean and deviation left out.
+    While growth candidates are collected, the gradient of an inactive weight is added: dL/dw_hat, or as that of the
+    parameter scale * dL/dw_hat: its own effect, without its pull on the channel's mean and deviation.
     """
     values, rows = form.dense_rows(weight, mask)
     grad_rows = form.rows(grad).to(weight.dtype)
     columns = columns or form.standardize(values, rows, gain)
     if mask is not None and growth.is_collecting():
-        growth.add_candidates(mask, form.kernel(grad_rows * columns.scale, weight.shape))
+        scale = columns.scale
+        growth.add_candidates(
+            mask,
+            form.kernel(grad_rows, weight.shape),
+            of_parameter=lambda: form.kernel(grad_rows * scale, weight.shape),
+        )
     grad_weight, grad_gain = standardize_backward(values, columns, rows, grad_rows, g=form.g)
     return form.kernel(grad_weight, weight.shape), grad_gain
 

@@ -151,7 +151,8 @@ def unpacked_backward(
         return active, None
     if growth.is_collecting():
         recipe = recipe or packed_recipe(weight, gain, bitmap, form, shape=shape)
-        growth.add_candidates(bitmap, _scaled(grad, recipe.columns.scale, form))
+        scale = recipe.columns.scale
+        growth.add_candidates(bitmap, grad, of_parameter=lambda: _scaled(grad, scale, form))
     return active_values_backward(weight, gain, bitmap, form, shape=shape, grad=active, recipe=recipe)
 
 

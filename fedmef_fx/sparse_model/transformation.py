@@ -7,6 +7,7 @@ from torch import nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.ops.nsconv import KernelForm
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport
 from fedmef_fx.sparse_model.current_layers import is_current, renamed
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHILD_NAME",
     "Coverage",
+    "NormalizedKernel",
     "PrunableParameter",
     "Tier",
     "Transformation",
@@ -33,6 +35,19 @@ __all__ = [
 
 
 CHILD_NAME = "fedmef"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NormalizedKernel:
+    """How an NSConv makes its kernel of a weight; see `ops/nsconv.py`.
+
+    Attributes:
+        gain: Name of the parameter with gain_i.
+        form: How it is standardised.
+    """
+
+    gain: str
+    form: KernelForm
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +85,7 @@ class Transformation(nn.Module):
     Attributes:
         config: The configuration of the transformation.
         prunable: Original parameter name -> `PrunableParameter`.
+        kernels: Name of each weight that an NSConv normalises -> how; without those that several do in different ways.
         guarded: Names of the masked parameters that code outside graphs may read, whose gradients hooks mask.
         bare: Those of them that are read so in each call of the model.
         reports: What the passes did, in order.
@@ -87,6 +103,7 @@ class Transformation(nn.Module):
         watch_steps()
         self.config = config
         self.prunable: dict[str, PrunableParameter] = {}
+        self.kernels: dict[str, NormalizedKernel] = {}
         self.guarded: tuple[str, ...] = ()
         self.reports: PassReport = PassReport(())
         self.plan: MemoryPlan | None = None
@@ -98,7 +115,7 @@ class Transformation(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy or a pickle, which are made without `__init__`."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        super().__setstate__({"kernels": {}} | state)  # type: ignore[no-untyped-call]  # torch's own
         watch_optimizers()
         watch_steps()
 

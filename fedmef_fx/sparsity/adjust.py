@@ -35,21 +35,24 @@ def lowest_magnitude(weight: Tensor, mask: Tensor, k: int) -> Tensor:
     return active[smallest_positions(magnitudes(torch.take(weight.detach(), active)), k)]
 
 
-def adjust_mask(weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int) -> Tensor:
+def adjust_mask(
+    weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int, *, may_go: Tensor | None = None
+) -> Tensor:
     """The mask after one adjustment: k active weights pruned, k inactive coordinates grown.
 
     1. Candidates for growth are the coordinates that are inactive in `mask` and have a gradient other than 0 (one that
        nobody sent counts as 0). A weight that this adjustment prunes is therefore never grown back by it.
-    2. Where there are fewer than k candidates, or fewer than k active weights, k shrinks to that number: the number of
-       active weights never changes.
-    3. The k active weights of lowest magnitude are pruned, the k candidates of largest |gradient| are grown.
+    2. Where there are fewer than k candidates, or fewer than k active weights that may go, k shrinks to that number:
+       the number of active weights never changes.
+    3. The k of these active weights of lowest magnitude are pruned, the k candidates of largest |gradient| are grown.
 
     Args:
-        weight: A parameter, any shape; grown weights have to start at 0, which is for the caller to do
-            (`fedmef_fx.set_masks` does).
+        weight: A parameter, any shape, or its weights as they take effect. Grown weights have to start without effect,
+            which is for the caller to do (`fedmef_fx.set_masks` sets them to 0).
         mask: Boolean, of its shape; True = active. It is not changed.
         gradient: Averaged gradient of the parameter.
         k: How many weights change places, >= 0.
+        may_go: Boolean, of its shape: the weights that may be pruned; None for all.
 
     Returns:
         A new mask of the same shape, on the same device, with as many active weights.
@@ -67,9 +70,10 @@ def adjust_mask(weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int) 
     positions, values = gradient.positions.to(mask.device), gradient.values.to(mask.device)
     is_candidate = ~torch.take(mask, positions) & (values != 0)
     positions, values = positions[is_candidate], values[is_candidate]
-    k = min(k, positions.numel(), int(mask.count_nonzero()))
+    prunable = mask if may_go is None else mask & may_go
+    k = min(k, positions.numel(), int(prunable.count_nonzero()))
     adjusted = mask.flatten().clone()
-    adjusted[lowest_magnitude(weight, mask, k)] = False
+    adjusted[lowest_magnitude(weight, prunable, k)] = False
     adjusted[positions[largest_positions(magnitudes(values), k)]] = True
     return adjusted.reshape(mask.shape)
 

@@ -129,13 +129,20 @@ def best_in_groups(gradient: SparseGradient, *, shape: torch.Size, pattern: Patt
 
 
 def adjust_pattern(
-    weight: Tensor, mask: Tensor, gradient: SparseGradient, k: int, *, pattern: Pattern, layout: Layout
+    weight: Tensor,
+    mask: Tensor,
+    gradient: SparseGradient,
+    k: int,
+    *,
+    pattern: Pattern,
+    layout: Layout,
+    may_go: Tensor | None = None,
 ) -> Tensor:
     """The mask after one adjustment within groups of M; the number of active weights of every group stays.
 
     1. Candidates are inactive coordinates with a gradient other than 0, the largest |gradient| of each group.
-    2. Of the groups with a candidate and an active weight, the k change whose lowest active weight is lowest: it is
-       pruned, the candidate is grown.
+    2. Of the groups with a candidate and an active weight that may go, the k change whose lowest such weight is lowest:
+       it is pruned, the candidate is grown.
 
     Args:
         weight: A parameter, any shape.
@@ -144,6 +151,7 @@ def adjust_pattern(
         k: How many weights change places.
         pattern: N:M.
         layout: Of the parameter.
+        may_go: Boolean, of its shape: the weights that may be pruned; None for all.
     """
     positions, values = gradient.positions.to(mask.device), gradient.values.to(mask.device)
     is_candidate = ~torch.take(mask, positions) & (values != 0)
@@ -151,7 +159,7 @@ def adjust_pattern(
     best = best_in_groups(found, shape=mask.shape, pattern=pattern, layout=layout).positions
     block = _block_numbers(mask.shape, pattern, layout).to(mask.device)[best]
     positions_of = _positions(mask.shape, pattern, layout, device=mask.device)[block]
-    active = layout.blocks(mask, pattern.of)[block]
+    active = layout.blocks(mask if may_go is None else mask & may_go, pattern.of)[block]
     lowest = torch.where(active, torch.take(weight.detach(), positions_of).abs().float(), torch.inf).min(1)
     can_move = active.any(1).nonzero().squeeze(1)
     chosen = can_move[smallest_positions(lowest.values[can_move], min(k, len(can_move)))]

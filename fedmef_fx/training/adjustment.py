@@ -7,6 +7,7 @@ of its gradients over all layers of the group as its value. So messages stay as 
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from fedmef_fx.module_tree import owner_of
 from fedmef_fx.ops.gradient_collector import Request
 from fedmef_fx.sparse_model.channels import least_bias
-from fedmef_fx.sparse_model.masks import MaskedParameter, mask_name
+from fedmef_fx.sparse_model.effective import EffectiveParameter, effective_parameters, start_grown
+from fedmef_fx.sparse_model.masks import MaskedParameter, mask_name, masks, set_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.adjust import adjust_mask, lowest_magnitude
@@ -23,7 +25,7 @@ from fedmef_fx.sparsity.patterns import adjust_pattern, best_in_groups, lowest_i
 from fedmef_fx.sparsity.selection import largest_positions, magnitudes, smallest_positions
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["adjusted_masks", "growth_requests", "lowest_units", "sampled", "unit_candidates", "unit_sizes"]
+__all__ = ["adjust", "adjusted_masks", "growth_requests", "lowest_units", "sampled", "unit_candidates", "unit_sizes"]
 
 # How far the biases of depthwise convolutions stand above those of what they read while candidates are collected.
 _ABOVE = 2.0**20
@@ -51,8 +53,12 @@ def _alive(model: nn.Module, name: str, parameter: MaskedParameter) -> Tensor:
     return _layout(model, name).rows(parameter.mask).any(1)
 
 
-def _norms(model: nn.Module, parameters: Mapping[str, MaskedParameter], members: list[str]) -> Tensor:
+def _norms(model: nn.Module, parameters: Mapping[str, EffectiveParameter], members: list[str]) -> Tensor:
     return row_norms([(parameters[name].dense(), _layout(model, name)) for name in members])
+
+
+def _space(model: nn.Module) -> Literal["effective", "parameter"]:
+    return transformation_of(model).config.adjustment_space
 
 
 def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -73,13 +79,13 @@ def unit_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def lowest_units(
-    model: nn.Module, parameters: Mapping[str, MaskedParameter], counts: Callable[[str], int]
+    model: nn.Module, parameters: Mapping[str, EffectiveParameter], counts: Callable[[str], int]
 ) -> dict[str, Tensor]:
     """theta_low: flat positions of the weights in the lowest active units of each parameter, ascending.
 
     Args:
         model: A transformed model.
-        parameters: Its masked parameters that are looked at.
+        parameters: Those of its parameters that are looked at, in the space of adjustments.
         counts: Number of units by parameter name.
     """
     granularity = _granularity(model)
@@ -92,13 +98,13 @@ def lowest_units(
         }
     if granularity == "weight":
         return {
-            name: parameter.positions()[smallest_positions(magnitudes(parameter.values()), counts(name))]
+            name: parameter.masked.positions()[smallest_positions(magnitudes(parameter.values()), counts(name))]
             for name, parameter in parameters.items()
         }
     result = {}
-    everything = masked_parameters(model)
+    everything = effective_parameters(model)
     for leader, members in _groups(model).items():
-        alive = _alive(model, leader, everything[leader])
+        alive = _alive(model, leader, everything[leader].masked)
         low = torch.zeros_like(alive)
         low[lowest_magnitude(_norms(model, everything, members), alive, counts(leader))] = True
         for name in members:
@@ -109,17 +115,44 @@ def lowest_units(
     return {name: result[name] for name in parameters}
 
 
-def adjusted_masks(
-    model: nn.Module, gradients: Mapping[str, SparseGradient], counts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """The masks after one adjustment; see `sparsity.adjust` and `sparsity.patterns`.
+def adjust(
+    model: nn.Module,
+    gradients: Mapping[str, SparseGradient],
+    counts: Mapping[str, int],
+    *,
+    marked: Mapping[str, Tensor] | None = None,
+) -> dict[str, int]:
+    """Adjust the masks of a model in place: prune the lowest, grow where gradients are largest.
+
+    Grown weights start without effect: at 0, or where their w_hat is 0 (`ops/effective_space.py`).
 
     Args:
         model: A transformed model.
-        gradients: Averaged growth candidates of each masked parameter.
-        counts: Number of units by parameter name.
+        gradients: Averaged growth candidates of each masked parameter, as of `growth_candidates`.
+        counts: Parameter name -> number of units that change places.
+        marked: Parameter name -> flat positions of the weights that may be pruned, as of `Extrusion.marked`; None for
+            the lowest there are now.
+
+    Returns:
+        Parameter name -> number of weights that were grown.
     """
-    parameters, granularity = masked_parameters(model), _granularity(model)
+    before = masks(model)
+    adjusted = adjusted_masks(model, gradients, counts, marked=marked)
+    set_masks(model, adjusted)
+    start_grown(model, before)
+    return {name: int((mask & ~before[name]).count_nonzero()) for name, mask in adjusted.items()}
+
+
+def adjusted_masks(
+    model: nn.Module,
+    gradients: Mapping[str, SparseGradient],
+    counts: Mapping[str, int],
+    *,
+    marked: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The masks after one adjustment; see `adjust`, `sparsity.adjust` and `sparsity.patterns`."""
+    parameters, granularity = effective_parameters(model), _granularity(model)
+    may_go = {name: _may_go(p.masked, None if marked is None else marked[name]) for name, p in parameters.items()}
     if isinstance(granularity, Pattern):
         return {
             name: adjust_pattern(
@@ -129,21 +162,37 @@ def adjusted_masks(
                 counts[name],
                 pattern=granularity,
                 layout=_layout(model, name),
+                may_go=may_go[name],
             )
             for name, parameter in parameters.items()
         }
     if granularity == "weight":
-        return {n: adjust_mask(e.dense(), e.mask, gradients[n], counts[n]) for n, e in parameters.items()}
+        return {
+            name: adjust_mask(parameter.dense(), parameter.mask, gradients[name], counts[name], may_go=may_go[name])
+            for name, parameter in parameters.items()
+        }
     result = {}
     for leader, members in _groups(model).items():
-        alive = _alive(model, leader, parameters[leader])
-        scores = _channel_scores(gradients[leader], _layout(model, leader), parameters[leader].mask.shape)
-        new = adjust_mask(_norms(model, parameters, members), alive, scores, counts[leader])
+        layout, mask = _layout(model, leader), parameters[leader].mask
+        alive = layout.rows(mask).any(1)
+        scores = _channel_scores(gradients[leader], layout, mask.shape)
+        chosen = may_go[leader]
+        rows = None if chosen is None else layout.rows(chosen).any(1)
+        new = adjust_mask(_norms(model, parameters, members), alive, scores, counts[leader], may_go=rows)
         for name in members:
             mask, layout = parameters[name].mask, _layout(model, name)
             # A mask that was set by hand may have holes in its channels: those of channels that stay, stay.
             result[name] = (mask & layout.spread(new, mask.shape)) | layout.spread(new & ~alive, mask.shape)
     return {name: result[name] for name in parameters}
+
+
+def _may_go(parameter: MaskedParameter, marked: Tensor | None) -> Tensor | None:
+    """Marked positions as a mask of the weight."""
+    if marked is None:
+        return None
+    may_go = torch.zeros(parameter.numel, dtype=torch.bool, device=parameter.buffer.device)
+    may_go[marked.to(may_go.device)] = True
+    return may_go.view(parameter.shape)
 
 
 def _channel_scores(gradient: SparseGradient, layout: Layout, shape: torch.Size) -> SparseGradient:
@@ -162,28 +211,32 @@ def growth_requests(
     model: nn.Module, parameters: Mapping[str, MaskedParameter], counts: list[int]
 ) -> dict[str, Request]:
     """What to collect of each parameter so that `unit_candidates` can choose."""
-    granularity = _granularity(model)
+    granularity, space = _granularity(model), _space(model)
     requests = {}
     wanted = dict(zip(parameters, counts, strict=True))
     leaders = {name: leader for leader, members in _groups(model).items() for name in members}
+    effective = effective_parameters(model)
     for name, parameter in parameters.items():
         layout = _layout(model, name)
         if granularity == "weight":
-            requests[name] = Request(parameter.buffer, wanted[name])
+            requests[name] = Request(parameter.buffer, wanted[name], space=space)
         elif isinstance(granularity, Pattern):
             blocks = torch.zeros_like(layout.blocks(parameter.mask, granularity.of))
             low = torch.zeros_like(parameter.mask).flatten()
             low[
-                lowest_in_groups(parameter.dense(), parameter.mask, wanted[name], pattern=granularity, layout=layout)
+                lowest_in_groups(
+                    effective[name].dense(), parameter.mask, wanted[name], pattern=granularity, layout=layout
+                )
             ] = True
             blocks |= layout.blocks(low.reshape(parameter.mask.shape), granularity.of).any(1, keepdim=True)
             where = layout.unblocked(blocks, parameter.mask.shape) & ~parameter.mask
-            requests[name] = Request(parameter.buffer, int(where.sum()), where)
+            requests[name] = Request(parameter.buffer, int(where.sum()), where, space=space)
         else:
             dead = ~_alive(model, name, parameter)
             k = int(dead.sum()) if wanted[leaders[name]] else 0
             number = layout.spread(torch.arange(len(dead), device=dead.device), parameter.mask.shape)
-            requests[name] = Request(parameter.buffer, k, layout.spread(dead, parameter.mask.shape), number)
+            where = layout.spread(dead, parameter.mask.shape)
+            requests[name] = Request(parameter.buffer, k, where, number, space)
     return requests
 
 

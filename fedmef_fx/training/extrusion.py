@@ -6,11 +6,14 @@ weights of lowest magnitude of each layer, is fixed at the start; then
     L_s  = L + lambda * ||theta_low||_2^2        (Eq. 2): adds 2 * lambda * theta to the gradient of a marked weight
     mu_s = max(eta_s, beta_s)                    (Eq. 3-5): the rate of step s; see `sparsity.extrusion_schedule`
 
+With `Config.adjustment_space="effective"` weights of an NSConv count as they take effect: w_hat takes the place of
+theta in both, and the gradient of the term reaches all active weights of a row and its gain (`ops/effective_space.py`).
+
 Both act through hooks that are gone when the context ends; the loop, its loss and its scheduler stay unchanged.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.tracers import uncompiled
-from fedmef_fx.sparse_model.masks import MaskedParameter
+from fedmef_fx.sparse_model.effective import EffectiveParameter, effective_parameters
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.extrusion_schedule import floored_rate
@@ -32,14 +35,17 @@ from fedmef_fx.training.wrapped_optimizer import innermost_optimizer
 __all__ = ["Extrusion"]
 
 
+_Hook = Callable[["_Places", Tensor], Tensor]
+
+
 class _Places:
     """Where the marked weights of a parameter are in its stored form.
 
     Attributes:
-        parameter: The masked parameter.
+        parameter: The masked parameter, in the space of adjustments.
     """
 
-    def __init__(self, parameter: MaskedParameter, positions: Tensor) -> None:
+    def __init__(self, parameter: EffectiveParameter, positions: Tensor) -> None:
         self.parameter = parameter
         self._positions = positions
         self._found = positions
@@ -47,11 +53,12 @@ class _Places:
 
     def now(self) -> Tensor:
         """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
-        if not self.parameter.is_packed:
+        masked = self.parameter.masked
+        if not masked.is_packed:
             return self._positions
-        version = self.parameter.buffer._version
+        version = masked.buffer._version
         if version != self._version:  # the topology changed: every value may have another place
-            found = self.parameter.places(self._positions)
+            found = masked.places(self._positions)
             self._found, self._version = found[found >= 0], version
         return self._found
 
@@ -164,9 +171,13 @@ class Extrusion:
         ]
         if self.strength > 0:
             for places in self._places.values():
-                hook = functools.partial(self._extrude, places)
-                handle = places.parameter.parameter.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's own
-                self._handles.append(handle)
+                extruded: list[tuple[Tensor, _Hook]] = [(places.parameter.masked.parameter, self._extrude)]
+                gain = places.parameter.gain
+                if gain is not None and gain.requires_grad:
+                    extruded.append((gain, self._extrude_gain))
+                for tensor, hook in extruded:
+                    handle = tensor.register_hook(functools.partial(hook, places))  # type: ignore[no-untyped-call]
+                    self._handles.append(handle)
         return self
 
     def __exit__(
@@ -179,10 +190,7 @@ class Extrusion:
 
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, at present; 0 before the first entry."""
-        squares = [
-            torch.take(places.parameter.parameter.detach(), places.now()).float().square().sum()
-            for places in self._places.values()
-        ]
+        squares = [places.parameter.at(places.now()).float().square().sum() for places in self._places.values()]
         if not squares:
             return 0.0
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
@@ -197,15 +205,21 @@ class Extrusion:
 
     @uncompiled
     def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
-        """Gradient hook: one layer's gradient with 2 * lambda * theta added at its marked positions."""
-        positions = places.now()
-        term = torch.take(places.parameter.parameter.detach(), positions) * (
-            2 * self.strength / self.accumulation_steps
-        )
+        """Gradient hook of a weight: its gradient with that of the term added."""
+        term, _ = places.parameter.penalty_gradients(places.now(), self.strength / self.accumulation_steps)
+        return self._added(gradient, term)
+
+    @uncompiled
+    def _extrude_gain(self, places: "_Places", gradient: Tensor) -> Tensor:
+        """Gradient hook of a gain: the same."""
+        _, term = places.parameter.penalty_gradients(places.now(), self.strength / self.accumulation_steps)
+        return gradient if term is None else self._added(gradient, term)
+
+    def _added(self, gradient: Tensor, term: Tensor) -> Tensor:
         if self._scaler is not None:
             term = self._scaler.scale(term)
         # Out of place: autograd may hand the same gradient tensor to other parts of the graph.
-        return gradient.flatten().index_add(0, positions, term.to(gradient.dtype)).view_as(gradient)
+        return gradient + term.to(gradient.dtype)
 
     @uncompiled
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -236,9 +250,9 @@ class Extrusion:
         self._replaced = []
 
 
-def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, MaskedParameter]:
+def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, EffectiveParameter]:
     """The masked parameters that the optimizer moves."""
-    parameters = masked_parameters(model)
+    parameters = effective_parameters(model)
     if not parameters:
         raise ConfigError(
             "Extrusion: the model has no masks, so nothing will be pruned; expected a density below 1, "
@@ -246,9 +260,9 @@ def _trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Mas
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {
-        name: masked
-        for name, masked in parameters.items()
-        if id(masked.parameter) in held and masked.parameter.requires_grad
+        name: parameter
+        for name, parameter in parameters.items()
+        if id(parameter.masked.parameter) in held and parameter.masked.parameter.requires_grad
     }
     if not trained:
         raise ConfigError(
