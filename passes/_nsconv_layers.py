@@ -16,6 +16,7 @@ from fedmef_fx.ops.gain import activation_gain
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
+from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.passes._batch_norm_pairs import Pair
 
 __all__ = ["StoredKernel", "calls_normalized", "normalize_layer", "normalize_pair", "read_mask", "stored_kernels"]
@@ -53,6 +54,8 @@ def calls_normalized(module: nn.Module | None) -> bool:
     """Whether what a module returns comes straight from the scale and shift of an NSConv, where Python calls it."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
+    if isinstance(module, ScaleAndShift):
+        return True
     table = None if module is None else next((t for owner, t in tables_in(module) if owner is module), None)
     graphs = [compiled.graph for entry in table.entries for compiled in entry.graphs.values()] if table else []
     return any(graph.find_nodes(op="call_function", target=channel_affine) for graph in graphs)

@@ -23,6 +23,7 @@ from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.program import Program
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
+from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.passes._batch_norm_pairs import Pair, find_pairs
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._nsconv_layers import normalize_layer, normalize_pair, stored_kernels
@@ -94,7 +95,7 @@ def _masked_parameters(model: nn.Module) -> dict[int, str]:
 def _normalized(model: nn.Module) -> tuple[dict[int, dict[str, Any]], set[int]]:
     """Options of the kernels of layers by identity of the weight, and identities of the BatchNorms that only scale."""
     kernels: dict[int, dict[str, Any]] = {}
-    affine = set()
+    affine = {id(module) for module in model.modules() if isinstance(module, ScaleAndShift)}
     for module, table in tables_in(model):
         for entry in table.entries:
             for compiled in entry.graphs.values() if entry.role != "region" else ():

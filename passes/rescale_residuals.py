@@ -20,7 +20,7 @@ from torch import fx
 from fedmef_fx.graph.nodes import is_addition, is_inplace, is_view, layers, without_views
 from fedmef_fx.graph.origin import module_of, set_provenance
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.ops.nsconv import channel_affine, nsconv_weight
 from fedmef_fx.passes._nsconv_layers import calls_normalized
 from fedmef_fx.records.passes import PassResult, Refusal
 
@@ -43,6 +43,7 @@ class RescaleResiduals:
         refusals: dict[str, Refusal] = {}
         for region, _, graph in program.graphs():
             normalized = {node for node in layers(graph) if _is_nsconv(node)}
+            normalized |= set(graph.find_nodes(op="call_function", target=channel_affine))
             normalized |= {node for node in graph.find_nodes(op="call_module") if calls_normalized(region.module(node))}
             for node in list(graph.nodes):
                 match = self._match(region, node, normalized)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from fedmef_fx.module_tree import copy_computed_tensors
 
@@ -98,6 +99,10 @@ class TransformedModule(nn.Module):
         if own is not None:
             copied: nn.Module = own(memo)
             return copied
+        if parametrize.is_parametrized(self):  # a class that torch made for this module, which refuses to be reduced
+            replica = memo[id(self)] = type(self).__new__(type(self))
+            vars(replica).update(copy.deepcopy(vars(self), memo))
+            return replica
         parts: Any = self.__reduce_ex__(4)  # three, as dispatch gives them
         make, arguments, state = parts
         duplicate = memo[id(self)] = make(*arguments)

@@ -21,7 +21,7 @@ from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
-from fedmef_fx.ops.nsconv import nsconv_weight
+from fedmef_fx.ops.nsconv import channel_affine, nsconv_weight
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
@@ -124,6 +124,14 @@ def _batch_norm_module(node: fx.Node) -> PlainCall:
     return str(module.target), (node.args[0],), {}
 
 
+def _affine(node: fx.Node) -> PlainCall:
+    """Channels last for a moment, which serves any number of dimensions."""
+    x, gain, shift = node.args
+    last = node.graph.call_method("transpose", (x, 1, -1))
+    scaled = node.graph.call_function(operator.mul, (last, gain))
+    return torch.transpose, (node.graph.call_function(operator.add, (scaled, shift)), 1, -1), {}
+
+
 def _mul(node: fx.Node) -> PlainCall:
     return operator.mul, (node.args[0], node.args[2]), {}
 
@@ -152,6 +160,7 @@ ROWS: Final = (
     _op(adaptive_avg_pool, _adaptive_avg_pool),
     _op(avg_pool, _avg_pool),
     _op(bit_dropout, _dropout, kind="dropout"),
+    Operator(name="fedmef_fx.channel_affine", functions=(channel_affine,), plain=_affine),  # keeps its input
     _op(compressed_activation, _named),
     _op(compressed_attention, _attention),
     _op(compressed_batch_norm, _batch_norm),
