@@ -111,7 +111,9 @@ class BlockwiseTensor:
         if has_no_values(x) and not is_traced():
             # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
             gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
-            announce_temporary(gathered + _chunk_nbytes(x, _wide(x.dtype)))
+            elements = _chunk_nbytes(x, torch.uint8)
+            noise = 0 if code.rounding == "nearest" else elements * _wide(x.dtype).itemsize
+            announce_temporary(gathered + noise + elements * (_wide(x.dtype).itemsize + 1))  # steps, and their codes
             return cls(codes, parameters, layout, x.dtype, code)
         if code.rounding == "nearest":
             key = None
@@ -128,8 +130,10 @@ class BlockwiseTensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         dense = self.codes.new_empty_strided(self.layout.shape, self.layout.stride, dtype=self.dtype)
         if has_no_values(dense) and not is_traced():
-            if dense.dtype != _wide(dense.dtype) or self.code.bits < 8:  # codes, or a chunk that is rounded afterwards
-                announce_temporary(_chunk_nbytes(dense, _wide(dense.dtype)))
+            # Codes one per byte, and a chunk that is rounded afterwards.
+            unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(dense, torch.uint8)
+            is_wide = dense.dtype == _wide(dense.dtype)
+            announce_temporary(unpacked + (0 if is_wide else _chunk_nbytes(dense, _wide(dense.dtype))))
             return dense
         flat = self.layout.flatten(dense)
         for values, codes, parameters in self._in_blocks(flat):
@@ -253,6 +257,7 @@ def _encode(
             if found is None:
                 return False
             pack_planes(found, code.bits, out)
+            del found  # before the next chunk's are made
             at += part.numel()
         start, first = start + chunk.numel(), first + code.codes_nbytes(chunk.numel())
     return True
