@@ -33,6 +33,7 @@ from fedmef_fx.models import gpt2_bytes, vit_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = Config(density=0.1, activation_sparsity=0.9, saved_precision="int8")
+FOUR_BITS = Config(density=0.1, activation_bits=4, saved_precision="int4")
 MASKED = Config(density=0.1, activation_sparsity=0.0)
 
 
@@ -80,8 +81,10 @@ def variants() -> Iterator[tuple[str, Config | None]]:
     yield "masked dense", MASKED
     yield "ours, exact", OURS.replace(saved_precision="exact")
     yield "ours", OURS
+    yield "ours, 4 bits", FOUR_BITS
     try:
         yield "ours, packed weights", OURS.replace(weight_storage="packed")
+        yield "ours, 4 bits, packed weights", FOUR_BITS.replace(weight_storage="packed")
     except ConfigError:
         return
 
