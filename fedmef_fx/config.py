@@ -156,7 +156,7 @@ class Config:
     ignore: tuple[str | type, ...] = ()
     output_layer: Literal["pruned", "dense"] = "pruned"
     mask_frozen: bool = False
-    adjustment_space: Literal["effective", "parameter"] = "effective"
+    adjustment_space: Literal["effective", "parameter"] = "parameter"
     adjustment_rate: float = 0.4
     adjustment_interval: int = 10
     adjustment_stop: int | None = None
