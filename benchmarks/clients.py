@@ -237,10 +237,10 @@ def main() -> None:
     if options.docs is not None:
         command = "python benchmarks/clients.py --docs docs/clients.md"
         head = (
-            "# Clients\n\nWhich runtime computes which exported file right: seconds to load and to run once, one "
+            "# Clients\n\nWhich runtime computes which exported file right: milliseconds to load and to run once, one "
             f"thread, batch of the example. Made by `{command}`, not by hand.\n\n{machine()}\n\n{summary}\n\n"
         )
-        options.docs.write_text(head.replace("seconds", "milliseconds") + table(rows))
+        options.docs.write_text(head + table(rows))
 
 
 if __name__ == "__main__":
