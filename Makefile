@@ -17,12 +17,13 @@ INSTALLED := .venv/.installed
 KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native.py tests/ops/test_rows.py \
 	tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
+ECOSYSTEM := .venv-ecosystem
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-native lint format bench docs-images clean
+.PHONY: help install demo test test-fast test-slow test-native test-ecosystem lint format bench docs-images clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py wheel_backend.py $(KERNELS)
 	test -x $(BIN)/pip || $(or $(PYTHON),$(error no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3)) -m venv .venv
@@ -35,7 +36,7 @@ demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a m
 	$(BIN)/fedmef-fx demo
 
 # Threads that wait by spinning slow each other down many times over when another process wants a core.
-test test-fast test-slow: export OMP_WAIT_POLICY ?= passive
+test test-fast test-slow test-ecosystem: export OMP_WAIT_POLICY ?= passive
 
 test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
@@ -53,6 +54,20 @@ test-native: $(INSTALLED)  ## Run the kernels' tests with checks of addresses an
 	CC=gcc $(BIN)/python fedmef_fx/native/compile_library.py --sanitize build/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -p no:randomly $(KERNEL_TESTS) $(PYTEST_ARGS)
+
+test-ecosystem: $(ECOSYSTEM)/.installed  ## Run the tests with accelerate, Lightning, peft, timm, opacus and transformers
+	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# An environment beside .venv, which it sees: the libraries do not change what `make test` runs with. timm asks for a
+# torchvision with compiled operators, which indexes do not have for every build of torch; its Python code is enough.
+$(ECOSYSTEM)/.installed: $(INSTALLED) constraints-ecosystem.txt
+	test -x $(ECOSYSTEM)/bin/python || $(BIN)/python -m venv $(ECOSYSTEM)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -c constraints-ecosystem.txt \
+		$(shell sed -n '/^ecosystem = \[/,/^\]/s/^ *"\(.*\)",/'"'\1'"'/p' pyproject.toml)
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps timm torchvision
+	touch $@
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check
@@ -72,4 +87,4 @@ docs-images: $(INSTALLED)  ## Make the pictures of the docs anew; needs Chromium
 
 clean:  ## Remove build products and caches; .venv stays
 	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .nox .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
