@@ -30,7 +30,7 @@ from fedmef_fx.export.freeze.weights import erase_unread, fold_weights
 from fedmef_fx.graph.dispatch import forget_later_hooks
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.program import Program, Region
-from fedmef_fx.module_tree import duplicate_of, uncompiled_model
+from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.pack_weights import unpack_weights
 from fedmef_fx.sparse_model.gradient_masks import forget_gradient_masks
@@ -74,7 +74,7 @@ def freeze(model: nn.Module) -> nn.Module:
             f"freeze: {type(model).__name__} is not a transformed model; expected the result of "
             "fedmef_fx.transform(model). A plain model needs no freezing: fedmef_fx.export_onnx takes it as it is"
         )
-    duplicate = duplicate_of(model).eval()
+    duplicate = copy.deepcopy(model).eval()
     apply_masks(duplicate)
     forget_gradient_masks(duplicate)  # a module with hooks would not be folded
     forget_later_hooks(duplicate)

@@ -14,12 +14,11 @@ lightning = pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
-    StochasticWeightAveraging,
     WeightAveraging,
 )
 
 import fedmef_fx
-from fedmef_fx import Config, Extrusion, masks, transform
+from fedmef_fx import Config, Extrusion, transform
 from tests.ecosystem.networks import (
     CONFIG,
     PACKED,
@@ -170,22 +169,6 @@ class _Recording(lightning.Callback):
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         state = fedmef_fx.dense_state_dict(module.network)
         self.seen.append({name: value.clone() for name, value in state.items()})
-
-
-@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["dense", "packed"])
-def test_stochastic_weight_averaging(tmp_path: Path, config: Config) -> None:
-    """Three epochs are averaged, each with other masks."""
-    module = _Holder(sparse_net(config))
-    recording = _Recording()
-    swa = StochasticWeightAveraging(0.005, swa_epoch_start=2, annealing_epochs=1)
-    _trainer(tmp_path, max_epochs=4, callbacks=[_Moving(), recording, swa]).fit(module, _loader())
-    check_sparse(module.network, images()[0], expected_density=0.4)
-    found = fedmef_fx.dense_state_dict(module.network)
-    for name, mask in [*masks(module.network).items(), ("7.bias", torch.ones(4, dtype=torch.bool))]:
-        values = torch.stack([state[name] for state in recording.seen[:3]])
-        stayed = mask & (values != 0).all(0)
-        assert stayed.any()
-        torch.testing.assert_close(found[name][stayed], values.mean(0)[stayed], rtol=1e-4, atol=1e-6)
 
 
 def test_predict_and_validate_after_fit(tmp_path: Path) -> None:
