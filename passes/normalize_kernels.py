@@ -5,9 +5,8 @@ batch size.
 
 Rules
 1. `bn(layer(x, weight, bias))` -> `layer(x, nsconv_weight(weight, gain, mask), shift)`, where gain and shift are the
-   BatchNorm's weight and bias under their old names. A bias of the layer had no effect before the BatchNorm, is no
-   longer read, and asks for no gradient, which data parallel training would wait for. A BatchNorm without affine
-   parameters gets them (1 and 0).
+   BatchNorm's weight and bias under their old names. A bias of the layer had no effect before the BatchNorm and is no
+   longer read. A BatchNorm without affine parameters gets them (1 and 0).
 2. g is the gain of the nonlinearity that follows (views in between are looked through), 1 where none does.
 3. Where Python code may run instead of the graph, the two modules compute the same when called one after the other:
    `layer(x)` -> `layer(x, nsconv_weight(weight, 1, mask))` and `bn(x)` -> `channel_affine(x, gain, shift)`.
@@ -23,7 +22,7 @@ Refused: what `_batch_norm_pairs` lists, which finds the pairs.
 
 import dataclasses
 import inspect
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,7 +59,6 @@ class NormalizeKernels:
         pairs, refusals = self._match(program)
         gains: dict[str, float] = {}
         kernels: dict[int, list[NormalizedKernel]] = {}
-        biases = [_bias(pair) for pair in pairs]
         for pair in pairs:
             kernels.setdefault(pair.parts[0], []).append(self._rewrite(pair, gains))
         _note(program, kernels)
@@ -70,7 +68,6 @@ class NormalizeKernels:
             norm = pair.region.owner.get_submodule(pair.path)
             if is_plain_batch_norm(norm):
                 ScaleAndShift.replace(norm)
-        _let_rest(program, [bias for bias in biases if isinstance(bias, nn.Parameter)])
         rewrites = dict.fromkeys(pair.name for pair in pairs)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
@@ -117,18 +114,6 @@ def _note(program: Program, kernels: dict[int, list[NormalizedKernel]]) -> None:
         found = set(kernels.get(id(parameter), ()))
         if len(found) == 1:
             program.transformation.kernels[name] = found.pop()
-
-
-def _bias(pair: Pair) -> Any:
-    return pair.region.tensor(pair.layer.args[2] if len(pair.layer.args) > 2 else pair.layer.kwargs.get("bias"))
-
-
-def _let_rest(program: Program, biases: list[nn.Parameter]) -> None:
-    """Let biases that no graph reads any more ask for no gradient."""
-    read = {id(r.tensor(node)) for r, _, graph in program.graphs() for node in graph.find_nodes(op="get_attr")}
-    for bias in biases:
-        if id(bias) not in read:
-            bias.requires_grad = False
 
 
 def _required(module: nn.Module) -> AnyTensors:

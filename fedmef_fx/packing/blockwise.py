@@ -128,21 +128,21 @@ class BlockwiseTensor:
 
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
-        dense = self.codes.new_empty_strided(self.layout.shape, self.layout.stride, dtype=self.dtype)
-        if has_no_values(dense) and not is_traced():
+        # The view comes last: compilers refuse to write through views with strides of their own.
+        flat = self.codes.new_empty(self.layout.numel, dtype=self.dtype)
+        if has_no_values(flat) and not is_traced():
             # Codes one per byte, and a chunk that is rounded afterwards.
-            unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(dense, torch.uint8)
-            is_wide = dense.dtype == _wide(dense.dtype)
-            announce_temporary(unpacked + (0 if is_wide else _chunk_nbytes(dense, _wide(dense.dtype))))
-            return dense
-        flat = self.layout.flatten(dense)
+            unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(flat, torch.uint8)
+            is_wide = flat.dtype == _wide(flat.dtype)
+            announce_temporary(unpacked + (0 if is_wide else _chunk_nbytes(flat, _wide(flat.dtype))))
+            return flat.as_strided(self.layout.shape, self.layout.stride)
         for values, codes, parameters in self._in_blocks(flat):
             _decode(codes, self.code, parameters, values, has_exceptions=self.has_exceptions)
         if self.kinds is not None:
             kinds = unpack_planes(self.kinds.view(1, -1), flat.numel(), 2)[0]
             for kind, value in enumerate(_KINDS, start=1):
                 flat.masked_fill_(kinds == kind, value)
-        return dense
+        return flat.as_strided(self.layout.shape, self.layout.stride)
 
     def _in_blocks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         step, first = _chunk_elements(flat), 0
