@@ -14,12 +14,14 @@ instead of by the coordinate that they belong to. So each update of an average h
 `averaged` makes such an average. `torch.optim.swa_utils.AveragedModel` and timm's `ModelEmaV2` and `ModelEmaV3`, and
 what derives from them or uses them (Lightning's `WeightAveraging` does), get the same steps when they are put around a
 transformed model: torch says when a module becomes part of another one, and the class of the average is then replaced
-by a subclass of it that has them.
+by a subclass of it that has them. Lightning's `StochasticWeightAveraging` is no module and averages in static methods;
+these get the steps where they meet transformed models.
 """
 
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +46,9 @@ _UPDATES = {
     ("timm.utils.model_ema", "ModelEmaV3"): ("update", "set"),
 }
 """Classes of averages, which keep their copy as `module`, and their methods that move it towards a model."""
+
+_CALLBACKS = ("lightning.pytorch.callbacks.stochastic_weight_avg", "pytorch_lightning.callbacks.stochastic_weight_avg")
+"""Modules with Lightning's `StochasticWeightAveraging`."""
 
 
 def averaged(
@@ -114,10 +119,36 @@ def watch_averages() -> None:
 
 def _obey_masks(parent: nn.Module, name: str, copy: Any) -> None:
     """Called by torch when a module becomes a child of another one."""
+    for callback in _CALLBACKS:
+        if hasattr(sys.modules.get(callback), "StochasticWeightAveraging"):
+            _watch_callback(callback)
     updates = _updates_of(type(parent)) if name == "module" else ()
     if updates and isinstance(copy, nn.Module) and not isinstance(parent, _ObeysMasks) and transformed_parts(copy):
         kind: Any = type(parent)  # a type that can be hashed, which mypy doubts of types of modules
         parent.__class__ = _subclass(kind)
+
+
+@functools.cache
+def _watch_callback(module: str) -> None:
+    """Let Lightning's callback obey masks."""
+    kind: Any = sys.modules[module].StochasticWeightAveraging
+    update, transfer = kind.update_parameters, kind.transfer_weights
+
+    @functools.wraps(update)
+    def update_parameters(average_model: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _steps(average_model, model):
+            return update(average_model, model, *args, **kwargs)
+
+    @functools.wraps(transfer)
+    def transfer_weights(average_model: nn.Module, model: nn.Module) -> None:
+        pairs = _pairs(average_model, model)
+        for average, source in pairs:
+            _follow(average, source)
+        transfer(average_model, model)
+        for _, source in pairs:
+            apply_masks(source)
+
+    kind.update_parameters, kind.transfer_weights = staticmethod(update_parameters), staticmethod(transfer_weights)
 
 
 def _updates_of(kind: Any) -> tuple[str, ...]:
@@ -148,20 +179,29 @@ def _subclass(base: Any) -> Any:
 
 def _update(name: str) -> Any:
     def update(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        pairs = _pairs(self.module, model)
-        for average, source in pairs:
-            _follow(average, source)
-        with _out_of_sight(self.module) as counters, _out_of_sight(model) as newest:
-            result = getattr(type(self).__mro__[2], name)(self, model, *args, **kwargs)
-        with torch.no_grad():
-            for counter, value in zip(counters, newest, strict=True):
-                counter.copy_(value)
-        for average, _ in pairs:
-            apply_masks(average)
-        return result
+        with _steps(self.module, model):
+            return getattr(type(self).__mro__[2], name)(self, model, *args, **kwargs)
 
     update.__name__ = name
     return update
+
+
+@contextlib.contextmanager
+def _steps(average: nn.Module, model: nn.Module) -> Iterator[None]:
+    """A block that moves the numbers of an average; see the module docstring."""
+    pairs = _pairs(average, model)
+    if not pairs:
+        yield
+        return
+    for copied, source in pairs:
+        _follow(copied, source)
+    with _out_of_sight(average) as counters, _out_of_sight(model) as newest:
+        yield
+    with torch.no_grad():
+        for counter, value in zip(counters, newest, strict=True):
+            counter.copy_(value)
+    for copied, _ in pairs:
+        apply_masks(copied)
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -14,11 +14,12 @@ lightning = pytest.importorskip("lightning")
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     WeightAveraging,
 )
 
 import fedmef_fx
-from fedmef_fx import Config, Extrusion, transform
+from fedmef_fx import Config, Extrusion, masks, set_masks, transform
 from tests.ecosystem.networks import (
     CONFIG,
     PACKED,
@@ -169,6 +170,35 @@ class _Recording(lightning.Callback):
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         state = fedmef_fx.dense_state_dict(module.network)
         self.seen.append({name: value.clone() for name, value in state.items()})
+
+
+class _Swapping(lightning.Callback):
+    """Lets one active weight of each layer and one that is not change places, once an epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        changed = masks(module.network)
+        for mask in changed.values():
+            flat = mask.view(-1)
+            if not flat.all():
+                leaving, coming = flat.nonzero()[0], (~flat).nonzero()[-1]
+                flat[leaving], flat[coming] = False, True
+        set_masks(module.network, changed)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["dense", "packed"])
+def test_stochastic_weight_averaging(tmp_path: Path, config: Config) -> None:
+    """Three epochs are averaged, each with other masks."""
+    module = _Holder(sparse_net(config))
+    recording = _Recording()
+    swa = StochasticWeightAveraging(0.005, swa_epoch_start=2, annealing_epochs=1)
+    _trainer(tmp_path, max_epochs=4, callbacks=[_Swapping(), recording, swa]).fit(module, _loader())
+    check_sparse(module.network, images()[0], expected_density=0.4)
+    found = fedmef_fx.dense_state_dict(module.network)
+    for name, mask in masks(module.network).items():
+        values = torch.stack([state[name] for state in recording.seen[:3]])
+        stayed = mask & (values != 0).all(0)
+        assert stayed.any()
+        torch.testing.assert_close(found[name][stayed], values.mean(0)[stayed], rtol=1e-4, atol=1e-6)
 
 
 def test_predict_and_validate_after_fit(tmp_path: Path) -> None:
