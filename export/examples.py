@@ -193,16 +193,14 @@ def run(model: nn.Module, call: ExampleCall) -> list[Tensor]:
 
 def containers(value: Any) -> Any:
     """A result with dictionaries for dataclasses that torch cannot take apart, without their fields that are None."""
-    if isinstance(value, Tensor):
-        return value
-    if is_unknown_dataclass(type(value)):
-        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: containers(part) for name, part in fields if part is not None}
-    if type(value) in (tuple, list):
-        return type(value)(map(containers, value))
-    if type(value) is dict:
-        return {name: containers(part) for name, part in value.items()}
-    return value
+    return pytree.tree_map(_container, value)
+
+
+def _container(leaf: Any) -> Any:
+    if not is_unknown_dataclass(type(leaf)):
+        return leaf
+    fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
+    return {name: containers(part) for name, part in fields if part is not None}
 
 
 def is_unknown_dataclass(kind: type) -> bool:

@@ -51,7 +51,11 @@ def folded(proto: ModelProto, manifest: Manifest) -> dict[str, TensorProto]:
         return {}
     model = _model_of(proto, decoders, outputs)
     _check_sizes(model, manifest)
-    arrays = open_session(model.SerializeToString()).runtime.run(outputs, {})
+    session = open_session(model.SerializeToString())
+    try:
+        arrays = session.runtime.run(outputs, {})
+    except Exception as error:  # onnxruntime's errors have no other common base
+        raise ExportError(f"its decoders cannot be run: {error!s:.200}; the file is damaged or hostile") from error
     constants = {name: numpy_helper.from_array(array, name) for name, array in zip(outputs, arrays, strict=True)}
     for row in manifest.tensors:
         shape = tuple(constants[row.value].dims)
@@ -84,8 +88,11 @@ def _check_sizes(model: ModelProto, manifest: Manifest) -> None:
     total = 0
     for node in model.graph.node:
         for name in node.output:
-            dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in shapes[name].shape.dim]
-            if any(size < 0 for size in dims):
+            known = name in shapes and shapes[name].HasField("shape")
+            dims = (
+                [dim.dim_value if dim.HasField("dim_value") else -1 for dim in shapes[name].shape.dim] if known else []
+            )
+            if not known or any(size < 0 for size in dims):
                 raise ExportError(f"the size of {name!r:.100}, which a decoder makes, is not fixed")
             total += 4 * math.prod(dims)
     if total > allowed:

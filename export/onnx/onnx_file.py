@@ -147,6 +147,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
                     temporary, reference, converted, built, calibration or (), target=runtime_target
                 )
             notices += more
+        elif runtime_target.module:
+            notices.append(f"not tried in {target}, as verify=False: only the format was checked")
     return ExportReport(
         path=destination,
         bytes=total_bytes(destination),

@@ -138,9 +138,15 @@ def check_target_runtime(
 
 
 def _compare(name: str, expected: Array, got: Array, target: Target, relative: float) -> None:
-    wide = expected.astype(np.float64)
-    scale = float(np.abs(wide).max(initial=0.0)) or 1.0
-    difference = float(np.abs(got.reshape(expected.shape) - wide).max(initial=0.0))
+    if got.shape != expected.shape:
+        raise ExportError(
+            f"export_onnx: {target.name} returns {list(got.shape)} for output {name!r}; expected {list(expected.shape)}"
+        )
+    left, right = expected.astype(np.float64), got.astype(np.float64)
+    same = (left == right) | (np.isnan(left) & np.isnan(right))  # equal infinities have no difference
+    scale = float(np.abs(left[np.isfinite(left)]).max(initial=0.0)) or 1.0
+    with np.errstate(invalid="ignore"):
+        difference = float(np.abs(np.where(same, 0.0, left - right)).max(initial=0.0))
     if not difference <= relative * scale:
         raise ExportError(
             f"export_onnx: {target.name} differs from onnxruntime by up to {difference:.3g} in output {name!r}, whose "

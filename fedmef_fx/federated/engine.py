@@ -243,7 +243,7 @@ def _on(network: nn.Module, device: torch.device | str) -> nn.Module:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without a kind of device
         raise ConfigError(
-            f"federated.run: device: got {str(device)!r}, which this machine does not have: {error!s:.200}; expected "
+            f"federated.run: device: got {str(device)!r}, which cannot be used here: {error!s:.200}; expected "
             "cpu, cuda, cuda:1, ..."
         ) from error
 

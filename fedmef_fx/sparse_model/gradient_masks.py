@@ -7,8 +7,8 @@ it is copied or replaced, as by `deepcopy` or `load_state_dict(assign=True)`; ho
 again.
 """
 
-import contextlib
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -82,9 +82,8 @@ def hold_masks(model: nn.Module, _: Any = None) -> None:
         return
     transformation = _known(model)
     masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
-    for name in (*masked, *transformation.guarded):
-        with contextlib.suppress(AttributeError):  # a layer that is gone
-            hold_mask(*owner_of(model, name))
+    for owner, leaf in _present(model, (*masked, *transformation.guarded)):
+        hold_mask(owner, leaf)
 
 
 @uncompiled
@@ -94,16 +93,22 @@ def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
     if is_traced():  # its parameters stand in for the model's
         return
     transformation = _known(model)
-    for name in transformation.guarded:
-        with contextlib.suppress(AttributeError):  # a layer that is gone
-            _attach(*owner_of(model, name))
+    for owner, leaf in _present(model, transformation.guarded):
+        _attach(owner, leaf)
     hold_masks(model)
-    for name in transformation.bare:
-        with contextlib.suppress(AttributeError):
-            owner, leaf = owner_of(model, name)
-            parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
-            if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
-                clear_masked(parameter, mask)
+    for owner, leaf in _present(model, transformation.bare):
+        parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
+        if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
+            clear_masked(parameter, mask)
+
+
+def _present(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    """Owner and name of each parameter whose layer is not gone."""
+    for name in names:
+        try:
+            yield owner_of(model, name)
+        except AttributeError:
+            continue
 
 
 def _known(model: nn.Module) -> Transformation:

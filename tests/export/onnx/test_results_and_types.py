@@ -55,11 +55,16 @@ def _nested(a: Tensor, b: Tensor) -> Any:
     return Output(a, Pair(b, (a,)))
 
 
+def _inside(a: Tensor, b: Tensor) -> Any:
+    return Pair(a, collections.OrderedDict(first=Output(b)))
+
+
 RESULTS = {
     "named tuple": (Pair, Pair),
     "dataclass": (Output, Output),
     "ordered": (_ordered, collections.OrderedDict),
     "nested": (_nested, Output),
+    "inside": (_inside, Pair),
 }
 
 

@@ -81,6 +81,14 @@ def test_a_runtime_that_computes_something_else_gets_no_file(tmp_path: Path, mon
     _pretend(monkeypatch, wrong)
     with pytest.raises(ExportError, match="openvino differs from onnxruntime by up to"):
         _export(tmp_path / "m.onnx", "openvino")
+
+    def other_shape(path: str, inputs: dict[str, Any], count: int) -> Sequence[Any]:
+        del path, inputs, count
+        return [np.zeros((3, 32), np.float32)]
+
+    _pretend(monkeypatch, other_shape)
+    with pytest.raises(ExportError, match=r"openvino returns \[3, 32\] for output 'output'; expected \[2, 32\]"):
+        _export(tmp_path / "m.onnx", "openvino")
     _pretend(monkeypatch, fails)
     with pytest.raises(ExportError, match="openvino does not run the file: no such operator"):
         _export(tmp_path / "m.onnx", "openvino")
@@ -90,4 +98,6 @@ def test_a_runtime_that_computes_something_else_gets_no_file(tmp_path: Path, mon
 def test_a_runtime_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     report = _export(tmp_path / "m.onnx", "openvino")
+    unverified = _export(tmp_path / "n.onnx", "openvino", verify=False)
+    assert "not tried in openvino, as verify=False: only the format was checked" in unverified.notices
     assert "openvino is not installed here: of openvino only the format was checked" in report.notices

@@ -132,9 +132,17 @@ def _repeats_a_table(proto: ModelProto) -> None:
     proto.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
 
 
+def _reads_beyond_a_table(proto: ModelProto) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(4, np.float32), "short"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([9], np.int64), "beyond"))
+    proto.graph.node.insert(0, helper.make_node("Gather", ["short", "beyond"], ["taken"]))
+    proto.graph.output.append(helper.make_tensor_value_info("taken", onnx.TensorProto.FLOAT, None))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_reads_beyond_a_table, "its decoders cannot be run|onnxruntime cannot load"),
         (_claims_other_shape, r"its manifest says \(1, "),
         (_names_a_value_that_runs, "it depends on input|no decoder makes it"),
         (_makes_a_huge_tensor, "its decoders would make .* bytes; expected at most"),
