@@ -1,52 +1,84 @@
 """The thresholds and the noise of packed activations as state.
 
-Without it a resumed training drops other elements at first, and rounds others up.
+Without it a resumed training drops other elements at first, and rounds others up. A place that packs is known by the
+name of its module, as its number: what a model captured late, for a kind of call that it had not seen before, is not
+there yet in the one that goes on from its state. Such states wait until their place is captured.
 """
 
 import json
+import zlib
 
 import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError
-from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.sparse_model.transformation import CHILD_NAME
+from fedmef_fx.ops.pack_activation import PackActivation, SiteState
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, Transformation, transformation_of
 
-__all__ = ["THRESHOLDS", "set_thresholds", "thresholds", "thresholds_from_json", "thresholds_to_json"]
+__all__ = [
+    "THRESHOLDS",
+    "set_late_thresholds",
+    "set_thresholds",
+    "thresholds",
+    "thresholds_from_json",
+    "thresholds_to_json",
+]
 
 THRESHOLDS = f"{CHILD_NAME}.thresholds"
 """The entry of a state dictionary."""
 
-_COLUMNS = 5
-_WITHOUT_DRAWS = 4  # as written before there was noise
+_COLUMNS = 6
+_FORMER_COLUMNS = (5, 4)  # as written before there were names, and before there was noise
 _UNKNOWN = -1.0  # a share; NaN would equal nothing, not even itself
 
 
 def thresholds(model: nn.Module) -> Tensor:
-    """What the estimators of a model know, in the order of its modules.
+    """What the estimators of a model know, in the order of its modules; then what waits for its place.
 
     Returns:
-        float64 `[sites, 5]`: threshold, calls since it was estimated, whether it has drifted, the share last kept (-1
-        where nothing was packed yet), and how often noise was drawn.
+        float64 `[sites, 6]`: threshold, calls since it was estimated, whether it has drifted, the share last kept (-1
+        where nothing was packed yet), how often noise was drawn, and the checksum of the name of the place.
     """
-    states = [site.state for site in _sites(model)]
-    rows = [(*known, _UNKNOWN if kept is None else kept, draws) for *known, kept, draws in states]
+    states = {number: site.state for number, site in _sites(model, "").items()}
+    rows = [
+        (*known, _UNKNOWN if kept is None else kept, draws, number)
+        for number, (*known, kept, draws) in (states | transformation_of(model).late_thresholds).items()
+    ]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), _COLUMNS)
 
 
 def set_thresholds(model: nn.Module, state: object) -> None:
     """Let the estimators of a model go on from what `thresholds` returned.
 
-    Of a model that packs other tensors, which other example inputs may lead to, nothing is taken: its estimators look
-    at their tensors when they are first called, as always.
+    Places that the model does not have yet get theirs when they are captured. Of a state without names, as former
+    versions wrote it, nothing is taken if the model packs another number of tensors: its estimators look at their
+    tensors when they are first called, as always.
     """
-    sites = _sites(model)
-    shapes = [(len(sites), columns) for columns in (_COLUMNS, _WITHOUT_DRAWS)]
-    if not isinstance(state, Tensor) or state.shape not in shapes:
+    sites = _sites(model, "")
+    if not isinstance(state, Tensor) or state.ndim != 2 or state.shape[1] not in (_COLUMNS, *_FORMER_COLUMNS):
         return
-    for site, (threshold, calls, drifted, kept, *draws) in zip(sites, state.double().tolist(), strict=True):
-        drawn = round(draws[0]) if draws else 0
-        site.state = threshold, round(calls), drifted > 0, None if kept < 0 else kept, drawn
+    rows = state.double().tolist()
+    if state.shape[1] in _FORMER_COLUMNS:
+        if len(state) != len(sites):
+            return
+        rows = [[*([*row, 0.0][:5]), number] for row, number in zip(rows, sites, strict=True)]
+    states = {round(row[5]): _state_of(row) for row in rows}
+    for number in sites.keys() & states.keys():
+        sites[number].state = states.pop(number)
+    transformation_of(model).late_thresholds = states
+
+
+def set_late_thresholds(transformation: Transformation, owner: nn.Module, path: str) -> None:
+    """Give the places of a module that was captured just now the states that waited for them.
+
+    Args:
+        transformation: Of the model.
+        owner: The module.
+        path: Its name in the model.
+    """
+    for number, site in _sites(owner, path).items():
+        if number in transformation.late_thresholds:
+            site.state = transformation.late_thresholds.pop(number)
 
 
 def thresholds_to_json(model: nn.Module) -> str:
@@ -62,7 +94,7 @@ def thresholds_from_json(text: str) -> Tensor:
     """
     try:
         rows = json.loads(text)
-        width = _WITHOUT_DRAWS if all(len(row) == _WITHOUT_DRAWS for row in rows) else _COLUMNS
+        width = len(rows[0]) if rows and len(rows[0]) in _FORMER_COLUMNS else _COLUMNS
         state = torch.tensor(rows, dtype=torch.float64).view(len(rows), width)
     except (ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"load: damaged: the thresholds of activations cannot be read: {error}") from error
@@ -74,5 +106,12 @@ def thresholds_from_json(text: str) -> Tensor:
     return state
 
 
-def _sites(model: nn.Module) -> list[PackActivation]:
-    return [module for module in model.modules() if isinstance(module, PackActivation)]
+def _state_of(row: list[float]) -> SiteState:
+    threshold, calls, drifted, kept, draws, _ = row
+    return threshold, round(calls), drifted > 0, None if kept < 0 else kept, round(draws)
+
+
+def _sites(module: nn.Module, path: str) -> dict[int, PackActivation]:
+    """The places in a module by the checksums of their names in the model, in order."""
+    named = ((".".join(filter(None, (path, name))), child) for name, child in module.named_modules())
+    return {zlib.crc32(name.encode()): child for name, child in named if isinstance(child, PackActivation)}

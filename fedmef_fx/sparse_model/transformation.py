@@ -16,6 +16,7 @@ from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
 from fedmef_fx.sparse_model.prunable import PrunableParameter, Tier, WeightChannels
 
 if TYPE_CHECKING:
+    from fedmef_fx.ops.pack_activation import SiteState
     from fedmef_fx.records.graphs import GraphRecord
 
 __all__ = [
@@ -91,6 +92,8 @@ class Transformation(nn.Module):
         reports: What the passes did, in order.
         plan: How the memory budget is kept; None without one.
         original: Records of the graphs as they were captured, before any pass.
+        late_thresholds: States of places that pack activations, by their numbers, that are not captured yet; see
+            `thresholds`.
         masks_are_hidden: Whether masks are out of sight for a moment, while an average takes the other numbers.
     """
 
@@ -108,6 +111,7 @@ class Transformation(nn.Module):
         self.reports: PassReport = PassReport(())
         self.plan: MemoryPlan | None = None
         self.original: tuple[GraphRecord, ...] = ()
+        self.late_thresholds: dict[int, SiteState] = {}
 
     def forward(self, x: Any) -> Any:
         """The input itself: code that calls all children of a model in turn, as of a Sequential, may call this, too."""
@@ -115,7 +119,7 @@ class Transformation(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy or a pickle, which are made without `__init__`."""
-        super().__setstate__({"kernels": {}} | state)  # type: ignore[no-untyped-call]  # torch's own
+        super().__setstate__({"kernels": {}, "late_thresholds": {}} | state)  # type: ignore[no-untyped-call]  # torch's own
         watch_optimizers()
         watch_steps()
 

@@ -23,6 +23,7 @@ from fedmef_fx.passes.normalize_kernels import NormalizeKernels
 from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.replay_rewrites import ReplayRewrites
 from fedmef_fx.passes.rescale_residuals import RescaleAllResiduals
+from fedmef_fx.sparse_model.thresholds import set_late_thresholds
 from fedmef_fx.sparse_model.transformation import Transformation
 from fedmef_fx.transformation.packed_capture import dense_weights
 from fedmef_fx.transformation.recipe import memory_passes
@@ -41,6 +42,7 @@ def extend_region(
     config: Config,
     passes: Sequence[Pass] = (),
     rescales: bool = False,
+    transformation: Transformation | None = None,
 ) -> None:
     """Capture a region's owner for a kind of call that no graph serves yet, with the masks and kernels that it has.
 
@@ -51,12 +53,15 @@ def extend_region(
         config: Of the transformation.
         passes: The caller's own passes of the transformation; those that change stored weights do not run again.
         rescales: Whether residual sums have their factor, because no Python code ran instead of the graphs.
+        transformation: Of the model; None in a model that was pickled before it was passed on.
 
     Raises:
         FedmefError: One of the caller's passes failed, or left a program that breaks an invariant.
     """
     with neutral_surroundings(module), silent_hooks(module), paused_regions(module):
         _extend(module, table, call, config, passes, rescales)
+        if transformation is not None:
+            set_late_thresholds(transformation, module, table.path)
 
 
 def _extend(

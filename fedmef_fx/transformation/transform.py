@@ -160,7 +160,9 @@ def _transformed(
     program.transformation.reports = PassReport((capture, *reports))
     # What is captured later would go through all passes.
     rescales = program.is_one_graph and config.normalization == "nsconv" and config.residual == "rescale"
-    recipe = functools.partial(extend_region, config=config, passes=own_passes, rescales=rescales)
+    recipe = functools.partial(
+        extend_region, config=config, passes=own_passes, rescales=rescales, transformation=program.transformation
+    )
     extend = recipe if observer.runs_all else None
     if rescales and extend is not None:
         # Where Python calls them, their sums need the factor, too.

@@ -59,6 +59,63 @@ def test_it_goes_on_bit_for_bit(tmp_path: Path, way: str, storage: Storage) -> N
     assert all(map(torch.equal, _weights(model), _weights(resumed)))
 
 
+class _Block(nn.Module):
+    """Layers that are specialised to shapes, so that calls with another size are captured when they first come up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            x = x * 2
+        return self.second(self.first(x).relu()).relu()  # type: ignore[no-any-return]
+
+
+class _Steered(nn.Module):
+    """Python control flow, that values decide, around a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.head = _Block(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x).mean((2, 3))
+        return self.head(y * 2 if y.sum() > 0 else y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("way", ["save", "state_dict", "saved twice"])
+def test_a_kind_of_call_that_was_captured_late_goes_on(tmp_path: Path, way: str, storage: Storage) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, example = torch.randn(8, 3, 9, 9, generator=generator), torch.randn(2, 3, 8, 8)
+
+    def steps(model: nn.Module, shift: float) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.train()(x + shift).square().sum().backward()
+            optimizer.step()
+
+    model = transform(_Steered(), _config(storage), example_inputs=(example,))
+    steps(model, 0.0)
+    resumed = transform(_Steered(), _config(storage), example_inputs=(example,))
+    if way == "state_dict":
+        resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    else:
+        fedmef_fx.save(model, tmp_path / "m.safetensors")
+        fedmef_fx.load(tmp_path / "m.safetensors", resumed)
+    if way == "saved twice":
+        fedmef_fx.save(resumed, tmp_path / "m.safetensors")
+        resumed = fedmef_fx.load(tmp_path / "m.safetensors", _Steered(), example_inputs=(example,))
+    assert sorted(thresholds(resumed).tolist()) == sorted(thresholds(model).tolist())
+    for each in (model, resumed):
+        steps(each, 0.3)
+    assert sorted(thresholds(resumed).tolist()) == sorted(thresholds(model).tolist())
+    assert all(map(torch.equal, _weights(model), _weights(resumed)))
+
+
 def test_a_dictionary_without_thresholds_loads() -> None:
     model = transform(_network(), _config("dense"))
     _steps(model, 1)
