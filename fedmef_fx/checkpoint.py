@@ -25,6 +25,7 @@ from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
 from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.packing import pack_bits
+from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
 from fedmef_fx.sparse_model.optimizer_state import trust_loaded_state
@@ -136,6 +137,7 @@ def load(
     masks = _masks(tensors, model, own_ties)
     values = {name: _value(tensors, name, tensor, masks.get(name)) for name, tensor in state.items()}
 
+    forget_copy(transformation_of(model))
     parameters = masked_parameters(model)
     set_masks(model, {name: masks[own_ties.get(name, name)] for name in parameters})
     for name, parameter in parameters.items():

@@ -26,6 +26,7 @@ from fedmef_fx.graph.dispatch import (
 )
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import AnyCall
+from fedmef_fx.sparse_model.copies import note_model
 from fedmef_fx.sparse_model.gradient_masks import keep_masks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
@@ -57,6 +58,7 @@ def emit(program: Program, *, extend: Extend | None = None) -> nn.Module:
         The model, with the classes of the regions' owners changed.
     """
     program.model.add_module(CHILD_NAME, program.transformation)
+    note_model(program.transformation, program.model)
     result = program.model
     for region in program.regions:
         _table_of(region.owner, region.path, extend if region.role == "region" else None).add(region)

@@ -32,6 +32,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.module_tree import owner_of
+from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, mask_name
 from fedmef_fx.sparse_model.masks import apply_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -194,6 +195,7 @@ def _steps(average: nn.Module, model: nn.Module) -> Iterator[None]:
         yield
         return
     for copied, source in pairs:
+        forget_copy(transformation_of(copied))
         _follow(copied, source)
     with _out_of_sight(average) as counters, _out_of_sight(model) as newest:
         yield

@@ -18,6 +18,7 @@ from fedmef_fx.module_tree import owner_of
 from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
+from fedmef_fx.sparse_model.copies import check_copy
 from fedmef_fx.sparse_model.held_masks import clear_below, clear_if_written, hold_mask
 from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, Transformation, transformation_of
@@ -84,6 +85,7 @@ def hold_masks(model: nn.Module, _: Any = None) -> None:
     masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
     for owner, leaf in _present(model, (*masked, *transformation.guarded)):
         hold_mask(owner, leaf)
+    check_copy(model, transformation, transformation.prunable)
 
 
 @uncompiled

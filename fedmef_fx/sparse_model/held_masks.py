@@ -26,7 +26,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.tracers import uncompiled
 from fedmef_fx.sparse_model.masked_parameter import bitmap_name, clear_masked, mask_name
 
-__all__ = ["clear_below", "clear_if_written", "hold_mask", "watch_steps"]
+__all__ = ["clear_below", "clear_if_written", "hold_mask", "was_stepped", "watch_steps"]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -37,11 +37,13 @@ class _Held:
         owner: Its module, weakly: the registry must not keep a model alive.
         leaf: Its name there.
         cleared: Its address and version when it was last 0 where masked.
+        stepped: Whether an optimizer ever moved it.
     """
 
     owner: "weakref.ref[nn.Module]"
     leaf: str
     cleared: tuple[int, int] | None = None
+    stepped: bool = False
 
     def mask(self) -> Tensor | None:
         """The mask as it is now: `.to()` puts another tensor in its place. None where the weight is packed."""
@@ -67,6 +69,12 @@ def hold_mask(owner: nn.Module, leaf: str) -> None:
     held: _Held | None = _HELD.get(parameter)
     if held is None or held.owner() is None:
         _HELD[parameter] = _Held(weakref.ref(owner), leaf)
+
+
+def was_stepped(parameter: nn.Parameter) -> bool:
+    """Whether an optimizer has moved a parameter."""
+    held = _HELD.get(parameter)
+    return held is not None and bool(held.stepped)
 
 
 def clear_below(module: nn.Module) -> None:
@@ -123,7 +131,9 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             held = _HELD.get(parameter)
-            mask = None if held is None else held.mask()
+            if held is None:
+                continue
+            held.stepped, mask = True, held.mask()
             if mask is not None:
                 # Of several ways the one without temporary memory, and the fastest.
                 parameter.data.mul_(mask)

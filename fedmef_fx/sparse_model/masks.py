@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.module_tree import owner_of
 from fedmef_fx.sparse_model.channels import zero_dead_channels
+from fedmef_fx.sparse_model.copies import check_copy
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, clear_masked, mask_name
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
@@ -97,9 +98,11 @@ def apply_masks(model: nn.Module) -> None:
 
 def clear_masked_weights(model: nn.Module) -> None:
     """Set every masked weight to 0, and the biases of channels that are off, even between forward and backward."""
+    transformation = transformation_of(model)
+    check_copy(model, transformation, transformation.prunable)
     for parameter in masked_parameters(model).values():
         parameter.clear_masked()
-    for prunable in transformation_of(model).prunable.values():
+    for prunable in transformation.prunable.values():
         for name in prunable.channels.dependents if prunable.channels is not None else ():
             owner, leaf = owner_of(model, name)
             bias, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))

@@ -25,6 +25,7 @@ from fedmef_fx.errors import CheckpointError
 from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.mask_digest import DIGEST, check_digest, mask_digest
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.masks import apply_masks, clear_masked_weights
@@ -244,5 +245,6 @@ def _put(parameter: MaskedParameter, keys: _Names, state: dict[str, Any], *, mas
 
 
 def _mask_after_load(model: nn.Module, _: object) -> None:
+    forget_copy(transformation_of(model))
     apply_masks(model)
     trust_loaded_state(model.parameters())

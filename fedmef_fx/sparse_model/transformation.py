@@ -1,5 +1,6 @@
 """What a transformed model knows about itself: its prunable parameters, coverage, pass reports and memory plan."""
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.ops.nsconv import KernelForm
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.records.passes import PassReport
+from fedmef_fx.sparse_model.copies import note_copy
 from fedmef_fx.sparse_model.current_layers import is_current, renamed
 from fedmef_fx.sparse_model.held_masks import watch_steps
 from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
@@ -122,6 +124,14 @@ class Transformation(nn.Module):
         super().__setstate__({"kernels": {}, "late_thresholds": {}} | state)  # type: ignore[no-untyped-call]  # torch's own
         watch_optimizers()
         watch_steps()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Transformation":
+        """A copy that knows what it was made of; see `copies`."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        note_copy(self, copied, self.prunable)
+        return copied
 
     def follow(self, model: nn.Module) -> None:
         """Bring what is known of weights up to date with the layers that the model has now; see `current_layers`."""
