@@ -8,6 +8,7 @@ tensor of the model, and which are tied) and a digest of all of it, so that dama
 Loading validates everything first and copies then: a model is never half loaded.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,8 @@ def load(
         path: The file.
         model: Either a transformed model, which gets the stored weights, masks and buffers in place (as `set_masks`
             does it: optimizers that hold its parameters stay valid), or an original one, which is transformed with the
-            stored configuration first and does not change.
+            stored configuration first and does not change. Layers that the saved model got
+            after its transformation stand in it, too, and get masks where they had some.
         example_inputs: For that transformation, as in `fedmef_fx.transform`.
         example_kwargs: For that transformation.
 
@@ -128,7 +130,11 @@ def load(
         original, _ = _state(model)
         known = {name: parameter for name, parameter in architecture.items() if name in original}
         _check_architecture(_architecture(original, {}), known)
-        model = transform(model, config, example_inputs=example_inputs, example_kwargs=example_kwargs)
+        transformed = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
+        model = transformed(config)
+        dense = _layers_without_masks(model, tensors)
+        if dense:  # a new head, say, that the saved model got after its transformation
+            model = transformed(config.replace(ignore=(*config.ignore, *dense)))
     state, own_ties = _state(model)
     _check_architecture(_architecture(state, _dense_shapes(model, own_ties)), architecture)
     if own_ties != ties:
@@ -210,6 +216,12 @@ def _check_function(own: Config, stored: Config) -> None:
                 f"load: the checkpoint was trained with {field}={theirs!r}, the model was transformed with {ours!r}; "
                 "load into the original model, which is then transformed with the checkpoint's configuration"
             )
+
+
+def _layers_without_masks(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Layers of a model just transformed whose weights have no mask in the checkpoint."""
+    dense = (name for name in masked_parameters(model) if f"state/{name}" in tensors)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in dense))
 
 
 def _masks(tensors: Mapping[str, Tensor], model: nn.Module, ties: Mapping[str, str]) -> dict[str, Tensor]:
