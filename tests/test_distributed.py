@@ -111,9 +111,18 @@ def _wraps_flat(_: int) -> None:
 
 
 def _shards(_: int) -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for storage in ("dense", "packed"):
+        model, x, _ = make(storage)
+        fully_shard(model.get_submodule(next(iter(masks(model))).rpartition(".")[0]), mesh=mesh)
+        with pytest.raises(ConfigError, match="fully_shard"):
+            model(x)
+        model, x, _ = make(storage)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ConfigError, match="fully_shard"):
+            model(x)
         model, _, _ = make(storage)
-        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=mesh)
         for call in (masks, density, lambda m: set_masks(m, {}), lambda m: m.state_dict()):
             with pytest.raises(ConfigError, match="fully_shard"):
                 call(model)

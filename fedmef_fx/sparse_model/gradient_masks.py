@@ -21,6 +21,7 @@ from fedmef_fx.packing.tracers import is_traced, refuse_tracers, uncompiled
 from fedmef_fx.sparse_model.copies import check_copy
 from fedmef_fx.sparse_model.held_masks import clear_below, clear_if_written, hold_mask
 from fedmef_fx.sparse_model.masked_parameter import clear_masked, mask_name
+from fedmef_fx.sparse_model.parameters import refuse_sharded
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, Transformation, transformation_of
 
 __all__ = ["OWN", "attach_gradient_masks", "clear_before_python", "forget_gradient_masks", "is_own_hook", "keep_masks"]
@@ -84,6 +85,7 @@ def hold_masks(model: nn.Module, _: Any = None) -> None:
     transformation = _known(model)
     masked = (name for name, prunable in transformation.prunable.items() if prunable.masked)
     for owner, leaf in _present(model, (*masked, *transformation.guarded)):
+        refuse_sharded(leaf, owner._parameters.get(leaf), owner, model)
         hold_mask(owner, leaf)
     check_copy(model, transformation, transformation.prunable)
 

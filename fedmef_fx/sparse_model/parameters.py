@@ -1,5 +1,8 @@
 """The masked parameters of a model, with their masks."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +11,7 @@ from fedmef_fx.module_tree import owner_of
 from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, bitmap_name, mask_name
 from fedmef_fx.sparse_model.transformation import Transformation, transformation_of
 
-__all__ = ["masked_parameters", "register_mask"]
+__all__ = ["masked_parameters", "refuse_sharded", "register_mask"]
 
 
 def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
@@ -24,6 +27,30 @@ def register_mask(model: nn.Module, parameter: str, mask: Tensor) -> None:
     owner.register_buffer(mask_name(leaf), mask.to(device=weight.device, dtype=torch.bool).clone())
     with torch.no_grad():
         weight.mul_(getattr(owner, mask_name(leaf)))
+
+
+def refuse_sharded(name: str, *tensors_or_modules: object) -> None:
+    """Raise where FSDP2 has cut a masked weight up.
+
+    Args:
+        name: Of the weight.
+        tensors_or_modules: The parameter, which is whole for a moment while its model runs, and the model.
+
+    Raises:
+        ConfigError: One of them belongs to FSDP2.
+    """
+    if any(_is_of_fsdp2(type(value)) for value in tensors_or_modules):
+        raise ConfigError(
+            f"{name}: fully_shard (FSDP2) has cut this weight up, so that its mask fits no part of it; expected a "
+            "whole one. Train transformed models with torch.nn.parallel.DistributedDataParallel(model), or leave "
+            "the modules with masks out of fully_shard"
+        )
+
+
+@functools.cache
+def _is_of_fsdp2(kind: Any) -> bool:
+    # By name: importing the classes takes as long as all the rest.
+    return any(base.__name__ in ("DTensor", "FSDPModule") for base in kind.__mro__)
 
 
 def masked_parameters(model: nn.Module, *, transformation: Transformation | None = None) -> dict[str, MaskedParameter]:
@@ -43,12 +70,7 @@ def masked_parameters(model: nn.Module, *, transformation: Transformation | None
             continue
         owner, leaf = owner_of(model, name)
         parameter = getattr(owner, leaf)
-        if type(parameter).__name__ == "DTensor":  # by name: importing the class takes as long as all the rest
-            raise ConfigError(
-                f"{name}: fully_shard (FSDP2) has cut this weight up, so that its mask fits no part of it; expected a "
-                "whole one. Train transformed models with torch.nn.parallel.DistributedDataParallel(model), or leave "
-                "the modules with masks out of fully_shard"
-            )
+        refuse_sharded(name, parameter)
         if prunable.packed_shape is None:
             found[name] = MaskedParameter(parameter, getattr(owner, mask_name(leaf)), parameter.shape)
         else:
