@@ -39,7 +39,8 @@ def refuse_sharded(name: str, *tensors_or_modules: object) -> None:
     Raises:
         ConfigError: One of them belongs to FSDP2.
     """
-    if any(_is_of_fsdp2(type(value)) for value in tensors_or_modules):
+    kinds: tuple[Any, ...] = tuple(map(type, tensors_or_modules))
+    if any(map(_is_of_fsdp2, kinds)):
         raise ConfigError(
             f"{name}: fully_shard (FSDP2) has cut this weight up, so that its mask fits no part of it; expected a "
             "whole one. Train transformed models with torch.nn.parallel.DistributedDataParallel(model), or leave "
