@@ -128,8 +128,8 @@ def load(
     architecture, ties = parsed(metadata, "architecture"), parsed(metadata, "tied")
     if not is_transformed(model):
         original, _ = _state(model)
-        known = {name: parameter for name, parameter in architecture.items() if name in original}
-        _check_architecture(_architecture(original, {}), known)
+        shared = {name: parameter for name, parameter in architecture.items() if name in original}
+        _check_architecture(_architecture(original, {}), shared)
         transformed = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
         model = transformed(config)
         dense = _layers_without_masks(model, tensors)
@@ -177,11 +177,11 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(
                 f"save: {name} is a {type(value).__name__}; expected tensors only, as anything else needs pickle"
             )
-        known = first.setdefault(id(value), name)
-        if known == name:
+        first_name = first.setdefault(id(value), name)
+        if first_name == name:
             state[name] = value
         else:
-            ties[name] = known
+            ties[name] = first_name
     return state, ties
 
 

@@ -308,11 +308,11 @@ class Config:
             raise ConfigError(f"Config.from_json: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"Config.from_json: got a JSON {type(fields).__name__}; expected an object")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(names))
         if unknown:
             raise ConfigError(
-                f"Config.from_json: unknown field {', '.join(map(repr, unknown))}; known fields: {', '.join(known)}"
+                f"Config.from_json: unknown field {', '.join(map(repr, unknown))}; known fields: {', '.join(names)}"
             )
         if isinstance(fields.get("ignore"), list):
             fields["ignore"] = tuple(fields["ignore"])

@@ -132,13 +132,13 @@ def load_cifar10(directory: str | Path | None = None) -> tuple[Cifar10, Cifar10]
 
 def _cifar10_folder(directory: str | Path | None) -> Path:
     """The folder with all files that `load_cifar10` needs."""
-    given = os.environ.get(DATA_VARIABLE) if directory is None else directory
-    if not given:
+    chosen = os.environ.get(DATA_VARIABLE) if directory is None else directory
+    if not chosen:
         raise DataError(
             f"load_cifar10: got no directory; expected the one with {_FOLDER}, e.g. load_cifar10('data') or the "
             f"environment variable {DATA_VARIABLE}=data"
         )
-    root = Path(given)
+    root = Path(chosen)
     if not root.is_dir():
         raise DataError(f"{root}: no such directory; expected the one with the binary version of CIFAR-10")
     folder = root / _FOLDER if (root / _FOLDER).is_dir() else root

@@ -80,11 +80,11 @@ def fewest_moves(layers: Sequence[LayerLevels], peak: Callable[[list[Level]], in
             wanted = nbytes[high] + share * (nbytes[low] - nbytes[high])
             middle = next((count for count in range(low + 1, high) if nbytes[count] <= wanted), high - 1)
         trials += 1
-        found = peak(after(middle))
-        if found <= budget:
-            high, within = middle, found
+        reached = peak(after(middle))
+        if reached <= budget:
+            high, within = middle, reached
         else:
-            low, above = middle, found
+            low, above = middle, reached
     return after(high)
 
 

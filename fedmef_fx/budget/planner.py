@@ -122,9 +122,9 @@ class _Search:
         for settings in self._settings(_LOSSY, base.settings):
             trial = base if settings == base.settings else self._model(settings, base)
             lossy.append(trial)
-            found = self._candidate(trial, base, self._sizes(trial))
-            best = self._better(best, found)
-            if found is not None and found.levels == trial.nothing:
+            candidate = self._candidate(trial, base, self._sizes(trial))
+            best = self._better(best, candidate)
+            if candidate is not None and candidate.levels == trial.nothing:
                 break  # a further format could only add to the error
         if best is None:  # a further format may also take more: for a moment it needs both forms
             trial = min(lossy, key=lambda trial: self._least_of(trial, trial.limits, self._sizes(trial, smallest=1))[1])
@@ -167,8 +167,8 @@ class _Search:
 
     def limit(self, layer: str) -> float:
         """The most that may be dropped of a layer's input."""
-        given = [gamma for name, gamma in self.config.layer_sparsity if fnmatch.fnmatchcase(layer, name)]
-        return min([self.config.activation_sparsity, *given[-1:]])
+        chosen = [gamma for name, gamma in self.config.layer_sparsity if fnmatch.fnmatchcase(layer, name)]
+        return min([self.config.activation_sparsity, *chosen[-1:]])
 
     def share(self, micro_batch: int | None) -> float:
         """Size of one part against what errors are measured on."""
@@ -197,13 +197,13 @@ class _Search:
             )
             return None
         levels = trial.levels(self.share(size))
-        priced = fewest_moves(levels, lambda found: self.predict(trial, found, size).peak, self.budget)
-        found = self._made(trial, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
+        priced = fewest_moves(levels, lambda candidate: self.predict(trial, candidate, size).peak, self.budget)
+        candidate = self._made(trial, base, size, priced, f"{_parts(size)}, and layers pruned by bytes per error")
         # Prices know bytes, not which of them are alive at the peak: where it is narrow, an even hand can do better.
         even = self._evenly(trial, size)
         if even == priced:
-            return found
-        return self._better(found, self._made(trial, base, size, even, f"{_parts(size)}, and one level everywhere"))
+            return candidate
+        return self._better(candidate, self._made(trial, base, size, even, f"{_parts(size)}, and one level everywhere"))
 
     def _evenly(self, trial: PlannedModel, size: int | None) -> list[Level]:
         """The level of least error for all layers, as far as they may take it, that holds the budget."""

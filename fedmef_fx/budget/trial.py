@@ -43,13 +43,13 @@ class PlannedModel:
         measured: "PlannedModel | None" = None,
     ) -> None:
         self.model, self.settings, self._sample = model, settings, sample
-        found: dict[int, tuple[str, PackActivation, set[str]]] = {}
+        sites: dict[int, tuple[str, PackActivation, set[str]]] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for layer, site, region, node in packing_sites(program_of(model).regions):
             read = (region.tensor(source) for user in node.users for source in user.all_input_nodes)
             readers = {names[id(tensor)] for tensor in read if isinstance(tensor, nn.Parameter)}
-            found.setdefault(id(site), (layer, site, set()))[2].update(readers)
-        self.sites = list(found.values())
+            sites.setdefault(id(site), (layer, site, set()))[2].update(readers)
+        self.sites = list(sites.values())
         self._codes = [site.code for _, site, _ in self.sites]
         self.limits = [
             Level(min(site.activation_sparsity, limit(layer)), None if site.code is None else site.code.bits)
@@ -91,8 +91,8 @@ class PlannedModel:
 
     def _measure(self, level: Level) -> None:
         """Note what each site keeps at a level, and the error of the gradients that are computed from it."""
-        found = self.exact if level == Level() else self.gradients([level] * len(self.sites))
-        self._errors[level] = [square_distance(found, self.exact, readers) for _, _, readers in self.sites]
+        gradients = self.exact if level == Level() else self.gradients([level] * len(self.sites))
+        self._errors[level] = [square_distance(gradients, self.exact, readers) for _, _, readers in self.sites]
 
     def gradients(self, levels: Sequence[Level]) -> dict[str, Tensor]:
         """Weight gradients on the sample, of a surrogate loss: mean square distance of the results to fixed noise."""
@@ -149,8 +149,8 @@ class PlannedModel:
         gammas = sorted({g for g in _GAMMAS if g < self._largest_gamma} | {limit.gamma for limit in self.limits})
         fewest = min((limit.bits for limit in self.limits if limit.bits is not None), default=None)
         coded = () if fewest is None else (b for b in reversed(BITS) if b >= fewest)
-        found = [Level(gamma) for gamma in gammas] + [Level(0.0, bits) for bits in coded]
-        return found + ([] if fewest is None else [Level(gamma, fewest) for gamma in gammas if gamma > 0])
+        levels = [Level(gamma) for gamma in gammas] + [Level(0.0, bits) for bits in coded]
+        return levels + ([] if fewest is None else [Level(gamma, fewest) for gamma in gammas if gamma > 0])
 
     @property
     def _largest_gamma(self) -> float:
@@ -160,10 +160,10 @@ class PlannedModel:
         """The levels that one site may take: no other one takes as little and has as small an error."""
         limit = self.limits[index]
         allowed = [level for level in self.tried if _is_within(level, limit)]
-        found = [(self._errors[level][index], self.nbytes(index, level, share), level) for level in allowed]
-        found.sort(key=lambda each: (each[2] != Level(), *each[:2]))
-        chosen = found[:1]  # everything comes first
-        for each in found[1:]:
+        choices = [(self._errors[level][index], self.nbytes(index, level, share), level) for level in allowed]
+        choices.sort(key=lambda each: (each[2] != Level(), *each[:2]))
+        chosen = choices[:1]  # everything comes first
+        for each in choices[1:]:
             if each[1] < chosen[-1][1] or (self._codes[index] is None and each[1] == chosen[-1][1]):
                 chosen.append(each)
         errors, nbytes, levels = zip(*chosen, strict=True)

@@ -70,11 +70,11 @@ def _recording(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Iterator
 def _recorder(calls: dict[nn.Module, list[Call]]) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = Call.of(module, args, kwargs)
-        known = calls.setdefault(module, [])
-        if call is None or len(known) >= _CALLS_PER_MODULE:
+        earlier = calls.setdefault(module, [])
+        if call is None or len(earlier) >= _CALLS_PER_MODULE:
             return
-        if not any(Signature.of(other, exact=True).accepts(call) for other in known):
-            known.append(_copy(call))
+        if not any(Signature.of(other, exact=True).accepts(call) for other in earlier):
+            earlier.append(_copy(call))
 
     return record
 

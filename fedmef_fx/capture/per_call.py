@@ -91,12 +91,12 @@ class CaptureOnValues:
         try:
             for training, made in calls.items():
                 for call in made:
-                    known = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
-                    if known is None:
+                    serving = next((r for r in regions if r.signature is not None and r.signature.accepts(call)), None)
+                    if serving is None:
                         modes = [mode for mode, others in calls.items() if any(_alike(call, other) for other in others)]
                         regions.append(self._region_of(module, path, call, modes))
-                    elif known.has_mode(training=training):
-                        self.prove(module, call, known.graphs, [training], by_name=False)
+                    elif serving.has_mode(training=training):
+                        self.prove(module, call, serving.graphs, [training], by_name=False)
                     if len(regions) > _SIGNATURES:
                         raise CaptureError(f"it is called in more than {_SIGNATURES} different ways")
         except Exception:

@@ -99,15 +99,15 @@ def _observed(
     module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool
 ) -> list[Outcome | Exception]:
     # One after the other without a reset in between, so that state which a forward keeps for itself shows.
-    found: list[Outcome | Exception] = []
+    outcomes: list[Outcome | Exception] = []
     with restored(module), fixed_seed():
         for index, changed in enumerate((call, call.replace_tensors(_other_values))):
             torch.manual_seed(index)
             try:
-                found.append(outcome_of(module, changed, run, gradients=gradients))
+                outcomes.append(outcome_of(module, changed, run, gradients=gradients))
             except Exception as error:
-                found.append(error)
-    return found
+                outcomes.append(error)
+    return outcomes
 
 
 def outcome_of(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gradients: bool) -> Outcome:
@@ -132,13 +132,13 @@ def outcome_of(module: nn.Module, call: Call, run: Callable[[Call], Any], *, gra
         output = run(call.replace_tensors(fresh) if gradients else call.replace_tensors(_copy))
         watched: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         watched |= {f"input {index}": leaf for index, leaf in enumerate(leaves)}
-        found = None
+        derivatives = None
         if gradients:
             # A forward without a backward, as after a write in place: then only its outputs count.
             with contextlib.suppress(RuntimeError):
-                found = _gradients(output, watched)
+                derivatives = _gradients(output, watched)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    return Outcome(output, found, buffers)
+    return Outcome(output, derivatives, buffers)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ def _gradients(output: Any, watched: dict[str, Tensor]) -> dict[str, Tensor | No
             terms.append((values.float() * torch.arange(1, values.numel() + 1, device=values.device).cos()).sum())
     if not terms:
         return {}
-    found = torch.autograd.grad(torch.stack(terms).sum(), list(watched.values()), allow_unused=True)
-    return dict(zip(watched, found, strict=True))
+    gradients = torch.autograd.grad(torch.stack(terms).sum(), list(watched.values()), allow_unused=True)
+    return dict(zip(watched, gradients, strict=True))
 
 
 def tensors_within(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:

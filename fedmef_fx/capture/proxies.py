@@ -86,8 +86,8 @@ class TensorProxy(ValueProxy):
             raise AttributeError(name)
         if name in ("requires_grad", "grad_fn", "grad", "is_leaf"):
             raise CaptureError(f"forward reads .{name} of a traced tensor, which differs from call to call")
-        found = getattr(self.known, name)
-        if callable(found):
+        value = getattr(self.known, name)
+        if callable(value):
             return _Method(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 

@@ -78,9 +78,9 @@ class Rebuild:
 
     def holes_of(self, value: object) -> list[Any]:
         """The tensors of a value, in the order in which `__call__` takes them."""
-        found: list[Any] = []
-        _collect(value, found)
-        return found
+        tensors: list[Any] = []
+        _collect(value, tensors)
+        return tensors
 
     def __call__(self, *tensors: Any) -> Any:
         """Make the object."""
@@ -131,8 +131,8 @@ def _take_apart(value: object, counter: Iterator[int], above: set[int]) -> Any:
         raise CaptureError(f"forward returns a {type(value).__name__} that contains itself")
     below = above | {id(value)}
     way, entries = parts
-    made = tuple((name, _take_apart(part, counter, below)) for name, part in entries)
-    return Made(type(value), way, made)
+    taken = tuple((name, _take_apart(part, counter, below)) for name, part in entries)
+    return Made(type(value), way, taken)
 
 
 def _fresh(value: object, parts: tuple[str, tuple[tuple[Any, Any], ...]] | None) -> Any:
@@ -159,16 +159,16 @@ def _make(skeleton: Any, tensors: tuple[Any, ...]) -> Any:
         return skeleton.value
     if not isinstance(skeleton, Made):
         return skeleton
-    made = {name: _make(part, tensors) for name, part in skeleton.parts}
+    parts = {name: _make(part, tensors) for name, part in skeleton.parts}
     kind: Any = skeleton.kind
     if skeleton.way == "call":
-        return kind(*made.values())
+        return kind(*parts.values())
     if skeleton.way == "sequence":
-        return kind(made.values())
+        return kind(parts.values())
     if skeleton.way == "fields":
-        return kind(**made)
+        return kind(**parts)
     if skeleton.way == "items":
-        return kind(made)
+        return kind(parts)
     new = kind.__new__(kind)
-    new.__dict__.update(made)
+    new.__dict__.update(parts)
     return new

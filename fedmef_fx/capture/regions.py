@@ -144,8 +144,8 @@ class _Search:
         if call is not None and len(call.tensors) != len(call.leaves):
             return None
         try:
-            given = None if call is None else call.arguments
-            graphs = capture_graphs(self.model, given=given)
+            arguments = None if call is None else call.arguments
+            graphs = capture_graphs(self.model, given=arguments)
             if call is not None:
                 self.capture.prove(self.model, call, graphs, self.modes, by_name=True)
         except Exception as error:

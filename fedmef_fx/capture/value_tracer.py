@@ -190,20 +190,20 @@ class ValueTracer(BaseTracer):
             return target(*args, **kwargs)
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        found: Any = self.root
+        value: Any = self.root
         for part in str(target).split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
         if kind == "get_attr":
-            return found
-        if not has_user_hooks(found):
-            return found(*args, **kwargs)
+            return value
+        if not has_user_hooks(value):
+            return value(*args, **kwargs)
         # Hooks may set attributes, such as the weight that weight_norm computes; at run time they do so again.
-        attributes = dict(vars(found))
+        attributes = dict(vars(value))
         try:
-            return found(*args, **kwargs)
+            return value(*args, **kwargs)
         finally:
-            vars(found).clear()
-            vars(found).update(attributes)
+            vars(value).clear()
+            vars(value).update(attributes)
 
     def _wrap(self, node: fx.Node, value: Any, *, depends_on_data: bool, is_fixed: bool = False) -> Any:
         """What Python sees as the result of a node."""

@@ -33,8 +33,8 @@ def weighted_average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Ten
     if not tensors or len(tensors) != len(weights):
         raise ConfigError(f"weighted_average: got {len(tensors)} tensors and {len(weights)} weights; expected as many")
     if any(tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype for tensor in tensors):
-        found = ", ".join(sorted({f"{tensor.dtype}{list(tensor.shape)}" for tensor in tensors}))
-        raise ConfigError(f"weighted_average: got {found}; expected one shape and dtype")
+        forms = ", ".join(sorted({f"{tensor.dtype}{list(tensor.shape)}" for tensor in tensors}))
+        raise ConfigError(f"weighted_average: got {forms}; expected one shape and dtype")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ConfigError(f"weighted_average: got weights {list(weights)}; expected finite numbers > 0")
     first = tensors[0]

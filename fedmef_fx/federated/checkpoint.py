@@ -204,8 +204,8 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
 def _take(tensors: dict[str, Tensor], key: str, spec: TensorSpec) -> Tensor:
     tensor = tensors.pop(key, None)
     if tensor is None or TensorSpec.of(tensor) != spec:
-        found = "nothing" if tensor is None else str(TensorSpec.of(tensor))
-        raise CheckpointError(f"{key!r}: got {found}; expected {spec}: the checkpoint belongs to another architecture")
+        got = "nothing" if tensor is None else str(TensorSpec.of(tensor))
+        raise CheckpointError(f"{key!r}: got {got}; expected {spec}: the checkpoint belongs to another architecture")
     return tensor
 
 

@@ -266,12 +266,12 @@ def _resume(directory: Path, server: Server, history: History) -> None:
     if checkpoint is None:
         return
     for key, wanted in history.settings.items():
-        found = checkpoint.settings.get(key)
-        found = _with_later_fields(found) if key == "config" else found
-        if found != wanted:
+        stored = checkpoint.settings.get(key)
+        stored = _with_later_fields(stored) if key == "config" else stored
+        if stored != wanted:
             raise CheckpointError(
                 f"{directory}: the checkpoint belongs to another run: {key}: got {wanted!r:.200}, the checkpoint has "
-                f"{found!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
+                f"{stored!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
             )
     server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known)
     history.rounds.extend(checkpoint.rounds)

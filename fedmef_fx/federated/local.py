@@ -281,5 +281,5 @@ def _candidates(
     def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
         return loss_fn(network(batch[0]), batch[1])
 
-    found = growth_candidates(model, batch_loss, parts, k=task.counts)
-    return {name: SparseGradient(g.positions.cpu(), g.values.cpu(), g.numel) for name, g in found.items()}
+    candidates = growth_candidates(model, batch_loss, parts, k=task.counts)
+    return {name: SparseGradient(g.positions.cpu(), g.values.cpu(), g.numel) for name, g in candidates.items()}

@@ -79,14 +79,14 @@ def decode_broadcast(
     """
     tensors, fields = _open(data, "broadcast", {"round", "rounds", "version", "known", "counts"})
     version = _integer(fields, "version", low=0)
-    known = None if fields["known"] is None else _integer(fields, "known", low=0, high=version)
-    if known is not None and (previous is None or not known <= previous.version <= version):
+    known_version = None if fields["known"] is None else _integer(fields, "known", low=0, high=version)
+    if known_version is not None and (previous is None or not known_version <= previous.version <= version):
         have = "none" if previous is None else str(previous.version)
         raise WireError(
-            f"broadcast: got one that builds on version {known}; this client has {have}: ask the server for a complete "
-            "one (known=None)"
+            f"broadcast: got one that builds on version {known_version}; this client has {have}: ask the server for a "
+            "complete one (known=None)"
         )
-    base = previous if known is not None else None
+    base = previous if known_version is not None else None
     masks = {
         name: _unpack_mask(name, packed, spec)
         if (packed := tensors.pop(f"mask/{name}", None)) is not None
@@ -161,9 +161,9 @@ def decode_update(data: bytes, *, task: RoundTask, sent: ModelState) -> Update:
 
 def _open(data: bytes, kind: str, expected: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, fields = decode(data)
-    found = fields.pop("format", None), fields.pop("kind", None)
-    if found != (FORMAT, kind):
-        raise WireError(f"{kind}: got format {found[0]!r:.40}, kind {found[1]!r:.40}; expected {FORMAT}, {kind!r}")
+    header = fields.pop("format", None), fields.pop("kind", None)
+    if header != (FORMAT, kind):
+        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {header[1]!r:.40}; expected {FORMAT}, {kind!r}")
     if fields.keys() != expected:
         raise WireError(f"{kind}: got fields {sorted(fields)!r:.200}; expected {sorted(expected)}")
     return tensors, fields

@@ -78,8 +78,8 @@ class _Reference(NamedTuple):
     @property
     def function(self) -> Callable[..., Any]:
         """The function."""
-        found: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
-        return found
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
+        return function
 
 
 def _restored(graph: fx.Graph) -> CompiledGraph:

@@ -147,15 +147,15 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if call is None:
         clear_before_python(module)
         return original(*args, **kwargs)
-    found = table.find(module, call)
-    if found is None and table.extend is not None and table.attempts > 0 and not is_traced():
+    serving = table.find(module, call)
+    if serving is None and table.extend is not None and table.attempts > 0 and not is_traced():
         table.extend(module, table, call)
         table.look(module)
-        found = table.find(module, call)
-    if found is None:
+        serving = table.find(module, call)
+    if serving is None:
         clear_before_python(module)
         return original(*args, **kwargs)
-    graph, by_name = found
+    graph, by_name = serving
     return graph(module, **call.arguments) if by_name else graph(module, *call.tensors)
 
 

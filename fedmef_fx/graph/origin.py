@@ -58,8 +58,8 @@ def layer_of(region: Region, node: fx.Node) -> str:
     module = module_of(region, node)
     if module != region.path or _parameters(region, node):
         return module
-    made = provenance(node)
-    return region.full_name(made[1] if made is not None else node.name)
+    origins = provenance(node)
+    return region.full_name(origins[1] if origins is not None else node.name)
 
 
 def _parameters(region: Region, node: fx.Node) -> list[tuple[str, nn.Parameter]]:

@@ -73,24 +73,24 @@ class Region:
         Raises:
             AttributeError: Nothing has that name.
         """
-        found: object = self.owner
+        value: object = self.owner
         for part in target.split("."):
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, None for other nodes."""
         if node.op != "call_module":
             return None
-        found = self.attribute(str(node.target))
-        return found if isinstance(found, nn.Module) else None
+        value = self.attribute(str(node.target))
+        return value if isinstance(value, nn.Module) else None
 
     def tensor(self, node: object) -> Tensor | None:
         """The parameter or buffer that a `get_attr` node reads, None for anything else."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        found = self.attribute(str(node.target))
-        return found if isinstance(found, Tensor) else None
+        value = self.attribute(str(node.target))
+        return value if isinstance(value, Tensor) else None
 
 
 @dataclasses.dataclass

@@ -124,8 +124,8 @@ def _arguments(node: fx.Node) -> str:
         return f"default={_value(node.args[0])}" if node.args else ""
     if node.op == "output":
         return _value(node.args[0])
-    given = [_value(argument) for argument in node.args]
-    return ", ".join([*given, *(f"{key}={_value(value)}" for key, value in node.kwargs.items())])
+    arguments = [_value(argument) for argument in node.args]
+    return ", ".join([*arguments, *(f"{key}={_value(value)}" for key, value in node.kwargs.items())])
 
 
 def _value(value: object) -> str:

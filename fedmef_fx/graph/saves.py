@@ -101,10 +101,10 @@ def kept_tensors(region: Region, graph: fx.Graph, *, rewritten: set[fx.Node]) ->
             for tensor in node.all_input_nodes if is_whole else ():
                 keep(tensor, "returned by the model")
         elif node.op != "placeholder" and node not in rewritten:
-            what = kept_by(region, node)
-            for tensor in _inputs_kept(operator_at(region, node), node, carriers) if what.inputs else ():
+            keeps = kept_by(region, node)
+            for tensor in _inputs_kept(operator_at(region, node), node, carriers) if keeps.inputs else ():
                 keep(tensor, f"{node.name} keeps its input")
-            if what.output:
+            if keeps.output:
                 results.append(node)
     for node in graph.nodes:
         written = _written_by(region, node)

@@ -64,8 +64,8 @@ def is_turned_on(module: nn.Module, switch: Switch) -> bool:
 
 def pass_of_graphs_alone(graph: fx.Graph) -> str:
     """A pass that made a graph compute what the layers of its module, called by Python, would not; else empty."""
-    made = (provenance(node) for node in graph.nodes)
-    return next((origin[0] for origin in made if origin is not None and origin[0] not in _IN_LAYERS), "")
+    origins = (provenance(node) for node in graph.nodes)
+    return next((origin[0] for origin in origins if origin is not None and origin[0] not in _IN_LAYERS), "")
 
 
 def refuse_switch(module: nn.Module, switch: Switch, step: str) -> None:

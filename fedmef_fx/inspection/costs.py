@@ -72,11 +72,13 @@ def _uses(region: Region, node: fx.Node, tensors: Tensors) -> Iterator[_Use]:
     if row is None:
         return
     if isinstance(row, Layer):
-        given = {} if module is not None else bound(node)
-        weight = parameter_behind(region, given.get("weight")) if module is None else module._parameters.get("weight")
-        x = _tensor(node.args[0] if node.args else given.get("input"), tensors)
-        transposed = row.transposed or bool(given.get("transposed"))
-        yield from _layer(weight, given.get("packed_shape"), x, out[0], transposed=transposed)
+        arguments = {} if module is not None else bound(node)
+        weight = (
+            parameter_behind(region, arguments.get("weight")) if module is None else module._parameters.get("weight")
+        )
+        x = _tensor(node.args[0] if node.args else arguments.get("input"), tensors)
+        transposed = row.transposed or bool(arguments.get("transposed"))
+        yield from _layer(weight, arguments.get("packed_shape"), x, out[0], transposed=transposed)
     elif row.kind == "matmul" and len(node.args) == 2:
         yield from _product(region, node, tensors, out[0])
 

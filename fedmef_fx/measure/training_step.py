@@ -115,7 +115,7 @@ class TrainingStep:
             Tensor, lambda t: _input(t, mode), (tuple(example_inputs), dict(example_kwargs or {}))
         )
         with mode or contextlib.nullcontext():
-            made = None if factory is None else factory(p for p in duplicate.parameters() if p.requires_grad)
+            own_optimizer = None if factory is None else factory(p for p in duplicate.parameters() if p.requires_grad)
         if micro_batch is not None:
             micro_batches((args, kwargs), micro_batch, model=duplicate)  # refuses what cannot be cut
         return cls(
@@ -123,7 +123,7 @@ class TrainingStep:
             args=args,
             kwargs=kwargs,
             loss=loss,
-            optimizer=made,
+            optimizer=own_optimizer,
             mode=mode,
             micro_batch=micro_batch,
         )

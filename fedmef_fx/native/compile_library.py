@@ -123,9 +123,9 @@ def _compile(library: Path, flags: tuple[str, ...]) -> Path:
             _call([*compiler, *flags, f"-ffp-contract={contract}", "-c", str(source), "-o", objects[-1]])
         system = [] if platform.system() == "Windows" else ["-pthread", "-ldl", "-lm"]
         # First to another name: a process may have the library that is there in use.
-        made = library.with_suffix(".tmp")
-        _call([*compiler, *flags, "-shared", *objects, *system, "-o", str(made)])
-        made.replace(library)
+        temporary = library.with_suffix(".tmp")
+        _call([*compiler, *flags, "-shared", *objects, *system, "-o", str(temporary)])
+        temporary.replace(library)
     return library
 
 
@@ -142,11 +142,11 @@ def _main() -> int:
     parser.add_argument("--sanitize", action="store_true")
     options = parser.parse_args()
     try:
-        made = compile_libraries(options.folder, sanitize=options.sanitize)
+        libraries = compile_libraries(options.folder, sanitize=options.sanitize)
     except CompilationError as error:
         print(error, file=sys.stderr)
         return 1
-    print(*made, sep="\n")
+    print(*libraries, sep="\n")
     return 0
 
 

@@ -143,8 +143,8 @@ def call(name: str, *arguments: Tensor | float | None) -> int:
         raise ConfigError(f"native kernels: {reason}")
     if any(isinstance(argument, FakeTensor) for argument in arguments):
         return 0
-    given = [_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
-    result: int = getattr(library, f"fedmef_{name}")(*given)
+    addresses = [_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+    result: int = getattr(library, f"fedmef_{name}")(*addresses)
     return result
 
 

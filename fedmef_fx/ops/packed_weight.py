@@ -184,8 +184,8 @@ def _shapes_backward(weight: Tensor, gain: Tensor | None, grad: Tensor) -> tuple
     if gain is None:
         return active, None
     # The native kernel makes nothing but its result; what else runs centres the values beside it.
-    made = [torch.empty_like(weight) for _ in range(1 if backend().name == "native" else 2)]
-    return made[-1], torch.empty_like(gain)
+    buffers = [torch.empty_like(weight) for _ in range(1 if backend().name == "native" else 2)]
+    return buffers[-1], torch.empty_like(gain)
 
 
 def _scaled(grad: Tensor, scale: Tensor, form: KernelForm) -> Tensor:

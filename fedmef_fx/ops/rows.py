@@ -259,10 +259,15 @@ def _segments_of(bitmap: Tensor, shape: torch.Size) -> SegmentRows:
     rows, fan_in = shape[0], shape[1:].numel()
     if bitmap.is_inference():  # has no version
         return SegmentRows(count_rows(bitmap, rows, fan_in), fan_in)
-    known = _KNOWN.get(id(bitmap))
-    if known is not None and known[0]() is bitmap and known[1] == bitmap._version and known[2].fan_in == fan_in:
-        return known[2]
-    made = SegmentRows(count_rows(bitmap, rows, fan_in), fan_in)
+    remembered = _KNOWN.get(id(bitmap))
+    if (
+        remembered is not None
+        and remembered[0]() is bitmap
+        and remembered[1] == bitmap._version
+        and remembered[2].fan_in == fan_in
+    ):
+        return remembered[2]
+    segments = SegmentRows(count_rows(bitmap, rows, fan_in), fan_in)
     key = id(bitmap)
-    _KNOWN[key] = (weakref.ref(bitmap, lambda _: _KNOWN.pop(key, None)), bitmap._version, made)
-    return made
+    _KNOWN[key] = (weakref.ref(bitmap, lambda _: _KNOWN.pop(key, None)), bitmap._version, segments)
+    return segments

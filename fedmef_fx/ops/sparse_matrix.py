@@ -213,7 +213,7 @@ class SparseMatrix:
             raise ValueError(f"sparse matrix: got {rows} rows; expected one per column, that is {self.width}")
         if any(table is not None and table.shape != (self.width,) for table in (target, shift)):
             raise ValueError(f"sparse matrix: got tables {target}, {shift}; expected {self.width} elements")
-        made = SparseRows(
+        rows_of_weight = SparseRows(
             self.starts.new_empty(rows + 1), torch.empty_like(self.columns), torch.empty_like(self.values), self.rows
         )
         call(
@@ -227,8 +227,8 @@ class SparseMatrix:
             distance,
             self.rows,
             rows,
-            made.starts,
-            made.offsets,
-            made.values,
+            rows_of_weight.starts,
+            rows_of_weight.offsets,
+            rows_of_weight.values,
         )
-        return made
+        return rows_of_weight

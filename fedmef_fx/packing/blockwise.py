@@ -253,11 +253,11 @@ def _encode(
             noise = noise_at(key, start, chunk.numel(), dtype=dtype, device=chunk.device)
         for part, out, into in _in_blocks(chunk, code, codes[first:], parameters[start // code.block :]):
             share = None if noise is None else noise[at : at + part.numel()].view_as(part)
-            found = (_encode_wide if wide else encode_levels)(part, code, into, share)
-            if found is None:
+            encoded = (_encode_wide if wide else encode_levels)(part, code, into, share)
+            if encoded is None:
                 return False
-            pack_planes(found, code.bits, out)
-            del found  # before the next chunk's are made
+            pack_planes(encoded, code.bits, out)
+            del encoded  # before the next chunk's are made
             at += part.numel()
         start, first = start + chunk.numel(), first + code.codes_nbytes(chunk.numel())
     return True

@@ -60,8 +60,8 @@ def note_copy(child: nn.Module, copied: nn.Module, prunable: dict[str, PrunableP
         copied: That of the copy.
         prunable: The model's parameters.
     """
-    found = _MODELS.get(child)
-    model = None if found is None else found()
+    reference = _MODELS.get(child)
+    model = None if reference is None else reference()
     if model is None:
         return
     smallest, buffers = _smallest(model, prunable), _buffers(model, prunable)
@@ -82,22 +82,22 @@ def check_copy(model: nn.Module, child: nn.Module, prunable: dict[str, PrunableP
         child: Its `fedmef` child.
         prunable: Its parameters.
     """
-    known = _COPIES.get(child) if _COPIES else None
-    if known is None:
+    copied = _COPIES.get(child) if _COPIES else None
+    if copied is None:
         return
-    origin, smallest = known.origin(), _smallest(model, prunable)
+    origin, smallest = copied.origin(), _smallest(model, prunable)
     if origin is None or smallest is None or was_stepped(smallest):
         forget_copy(child)
         return
     _MODELS.setdefault(child, weakref.ref(model))
     theirs = _buffers(origin, prunable)
     versions = _versions(theirs)
-    if versions == known.versions or _total(smallest) == known.total:
+    if versions == copied.versions or _total(smallest) == copied.total:
         return
-    known.versions = versions
+    copied.versions = versions
     own = _buffers(model, prunable)
     if len(own) == len(theirs) and all(torch.equal(a, b.to(a.device)) for a, b in zip(own, theirs, strict=True)):
-        known.total = _total(smallest)
+        copied.total = _total(smallest)
         return
     warnings.warn(
         f"a deep copy of a transformed {type(model).__name__} was written to, and the model that it was made of has "
@@ -111,8 +111,8 @@ def check_copy(model: nn.Module, child: nn.Module, prunable: dict[str, PrunableP
 
 def _buffers(model: nn.Module, prunable: dict[str, PrunableParameter]) -> list[Tensor]:
     """Masks and bitmaps."""
-    found = (owner._buffers.get(name(leaf)) for owner, leaf in _owners(model, prunable) for name in _NAMES)
-    return [buffer for buffer in found if buffer is not None]
+    buffers = (owner._buffers.get(name(leaf)) for owner, leaf in _owners(model, prunable) for name in _NAMES)
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def _versions(buffers: list[Tensor]) -> tuple[int, ...]:
@@ -120,8 +120,8 @@ def _versions(buffers: list[Tensor]) -> tuple[int, ...]:
 
 
 def _smallest(model: nn.Module, prunable: dict[str, PrunableParameter]) -> nn.Parameter | None:
-    found = (owner._parameters.get(leaf) for owner, leaf in _owners(model, prunable))
-    return min((parameter for parameter in found if parameter is not None), key=nn.Parameter.numel, default=None)
+    parameters = (owner._parameters.get(leaf) for owner, leaf in _owners(model, prunable))
+    return min((parameter for parameter in parameters if parameter is not None), key=nn.Parameter.numel, default=None)
 
 
 def _owners(model: nn.Module, prunable: dict[str, PrunableParameter]) -> Iterator[tuple[nn.Module, str]]:

@@ -144,5 +144,5 @@ def _masked(model: nn.Module) -> Iterator[_Masked]:
 
 
 def _buffer_of(module: nn.Module, leaf: str) -> Tensor | None:
-    found = module._buffers.get(mask_name(leaf))
-    return module._buffers.get(bitmap_name(leaf)) if found is None else found
+    buffer = module._buffers.get(mask_name(leaf))
+    return module._buffers.get(bitmap_name(leaf)) if buffer is None else buffer

@@ -67,8 +67,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     parameters = masked_parameters(model).values()
     masked = {id(parameter.parameter): parameter for parameter in parameters}
     buffers = {id(parameter.buffer) for parameter in parameters}
-    made: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    unpacked: dict[int, Tensor] = {}
+    dense: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if (
             name in (DIGEST, THRESHOLDS)
@@ -78,10 +78,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ):
             continue
         parameter = masked.get(id(value))
-        if parameter is not None and parameter.is_packed and id(value) not in made:
-            made[id(value)] = parameter.dense()
-        found[name] = made.get(id(value), value.detach())
-    return found
+        if parameter is not None and parameter.is_packed and id(value) not in unpacked:
+            unpacked[id(value)] = parameter.dense()
+        dense[name] = unpacked.get(id(value), value.detach())
+    return dense
 
 
 def keep_masks_on_load(model: nn.Module) -> None:
@@ -106,9 +106,9 @@ def _add_state(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: obj
     buffers = [parameter.buffer for parameter in masked_parameters(model).values()]
     if buffers and not any(has_no_values(buffer) for buffer in buffers):
         state_dict[prefix + DIGEST] = mask_digest(buffers)
-    known = thresholds(model)
-    if len(known):
-        state_dict[prefix + THRESHOLDS] = known
+    states = thresholds(model)
+    if len(states):
+        state_dict[prefix + THRESHOLDS] = states
 
 
 class _Names(NamedTuple):
@@ -132,16 +132,16 @@ def _fit_forms(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: ob
             for key in keys.masks:  # an original's, which the model's own masks complete
                 state_dict.setdefault(key, parameter.buffer)
     digest = state_dict.pop(prefix + DIGEST, None)
-    found = {name: _buffer_in(state_dict, names[id(e.buffer)]) for name, e in masked_parameters(model).items()}
-    check_digest(digest, found)
+    buffers = {name: _buffer_in(state_dict, names[id(e.buffer)]) for name, e in masked_parameters(model).items()}
+    check_digest(digest, buffers)
     set_thresholds(model, state_dict.pop(prefix + THRESHOLDS, None))
     for parameter, keys, mask, values in forms:  # nothing is wrong with any: from here on the model changes
         _put(parameter, keys, state_dict, mask=mask, values=values)
 
 
 def _buffer_in(state: Mapping[str, Any], keys: _Names) -> Tensor | None:
-    found = (state.get(key) for key in keys.bitmaps + keys.masks)
-    return next((value for value in found if isinstance(value, Tensor)), None)
+    buffers = (state.get(key) for key in keys.bitmaps + keys.masks)
+    return next((value for value in buffers if isinstance(value, Tensor)), None)
 
 
 def _names(model: nn.Module, prefix: str) -> dict[int, _Names]:
@@ -149,14 +149,14 @@ def _names(model: nn.Module, prefix: str) -> dict[int, _Names]:
     weights: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         weights.setdefault(id(parameter), []).append(prefix + name)
-    found = {id(e.buffer): _Names(weights[id(e.parameter)], [], []) for e in masked_parameters(model).values()}
+    keys_of = {id(e.buffer): _Names(weights[id(e.parameter)], [], []) for e in masked_parameters(model).values()}
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        keys = found.get(id(buffer))
+        keys = keys_of.get(id(buffer))
         if keys is not None:
             stem = prefix + name.removesuffix(bitmap_name("")).removesuffix(mask_name(""))
             keys.masks.append(mask_name(stem))
             keys.bitmaps.append(bitmap_name(stem))
-    return found
+    return keys_of
 
 
 def _read(parameter: MaskedParameter, keys: _Names, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

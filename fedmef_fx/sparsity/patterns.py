@@ -155,8 +155,8 @@ def adjust_pattern(
     """
     positions, values = gradient.positions.to(mask.device), gradient.values.to(mask.device)
     is_candidate = ~torch.take(mask, positions) & (values != 0)
-    found = SparseGradient(positions[is_candidate], values[is_candidate], gradient.numel)
-    best = best_in_groups(found, shape=mask.shape, pattern=pattern, layout=layout).positions
+    candidates = SparseGradient(positions[is_candidate], values[is_candidate], gradient.numel)
+    best = best_in_groups(candidates, shape=mask.shape, pattern=pattern, layout=layout).positions
     block = _block_numbers(mask.shape, pattern, layout).to(mask.device)[best]
     positions_of = _positions(mask.shape, pattern, layout, device=mask.device)[block]
     active = layout.blocks(mask if may_go is None else mask & may_go, pattern.of)[block]

@@ -201,8 +201,8 @@ def _channel_scores(gradient: SparseGradient, layout: Layout, shape: torch.Size)
     order = first.argsort()
     at = torch.searchsorted(first[order], gradient.positions).clamp_max(len(first) - 1)
     channels = order[at]
-    found = first[channels] == gradient.positions
-    channels, values = channels[found], gradient.values[found]
+    is_candidate = first[channels] == gradient.positions
+    channels, values = channels[is_candidate], gradient.values[is_candidate]
     ascending = channels.argsort()
     return SparseGradient(channels[ascending], values[ascending], len(first))
 

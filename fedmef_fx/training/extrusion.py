@@ -58,8 +58,8 @@ class _Places:
             return self._positions
         version = masked.buffer._version
         if version != self._version:  # the topology changed: every value may have another place
-            found = masked.places(self._positions)
-            self._found, self._version = found[found >= 0], version
+            places = masked.places(self._positions)
+            self._found, self._version = places[places >= 0], version
         return self._found
 
 

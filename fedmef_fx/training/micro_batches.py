@@ -87,9 +87,10 @@ def batch_size_of(batch: Any) -> int:
         return next(size for size in sizes.values() if size)
     if not sizes:
         raise ConfigError("micro_batches: the batch holds no tensor; expected e.g. (inputs, targets)")
-    found = ", ".join(f"{name}: {'no dimension' if size is None else size}" for name, size in sizes.items())
+    listed = ", ".join(f"{name}: {'no dimension' if size is None else size}" for name, size in sizes.items())
     raise ConfigError(
-        f"micro_batches: batch sizes are {found}; expected one size >= 1: the samples in every tensor's first dimension"
+        f"micro_batches: batch sizes are {listed}; expected one size >= 1: the samples in every tensor's first "
+        "dimension"
     )
 
 

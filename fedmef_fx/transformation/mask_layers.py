@@ -64,8 +64,8 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(model.named_modules())
     layer = modules.get(name)
     if layer is None or not is_plain_layer(layer):
-        known = [other for other, module in modules.items() if is_plain_layer(module)]
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        maskable = [other for other, module in modules.items() if is_plain_layer(module)]
+        close = difflib.get_close_matches(name, maskable, n=3, cutoff=0.4)
         hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
         kind = "no module" if layer is None else f"a {type(layer).__name__}"
         raise ConfigError(f"mask_layers: {name!r} is {kind}; expected a convolution or linear layer{hint}")

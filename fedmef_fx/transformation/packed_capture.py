@@ -96,10 +96,10 @@ def _packed(module: nn.Module) -> Iterator[_Packed]:
 
 def _shapes(module: nn.Module) -> dict[int, tuple[int, ...]]:
     """Dense shapes by identity of the packed parameter, as the graphs of layers have them."""
-    found = {}
+    shapes = {}
     for region in regions_in(module):
         for graph in region.graphs.values():
             for node in graph.nodes:
                 if "packed_shape" in node.kwargs:
-                    found[id(region.tensor(node.args[2]))] = tuple(node.kwargs["packed_shape"])
-    return found
+                    shapes[id(region.tensor(node.args[2]))] = tuple(node.kwargs["packed_shape"])
+    return shapes

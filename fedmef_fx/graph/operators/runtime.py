@@ -36,19 +36,25 @@ def _of_dims(name: str, dims: int) -> Callable[..., Any]:
 
 
 def _convolution(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    transposed, dims = given.get("transposed", False), len(given["stride"])
-    options = {name: given[name] for name in ("stride", "padding", "dilation")} | {"groups": given.get("groups", 1)}
+    arguments = bound(node)
+    transposed, dims = arguments.get("transposed", False), len(arguments["stride"])
+    options = {name: arguments[name] for name in ("stride", "padding", "dilation")} | {
+        "groups": arguments.get("groups", 1)
+    }
     if transposed:
-        padding = given.get("output_padding", (0,))
+        padding = arguments.get("output_padding", (0,))
         options["output_padding"] = padding if len(padding) == dims else padding * dims
     kernel = _kernel(node, groups=options["groups"], transposed=transposed)
-    return _of_dims("conv_transpose" if transposed else "conv", dims), (given["x"], kernel, given.get("bias")), options
+    return (
+        _of_dims("conv_transpose" if transposed else "conv", dims),
+        (arguments["x"], kernel, arguments.get("bias")),
+        options,
+    )
 
 
 def _linear(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    return F.linear, (given["x"], _kernel(node, groups=1, transposed=False), given.get("bias")), {}
+    arguments = bound(node)
+    return F.linear, (arguments["x"], _kernel(node, groups=1, transposed=False), arguments.get("bias")), {}
 
 
 def _kernel(node: fx.Node, *, groups: int, transposed: bool) -> fx.Node:
@@ -65,8 +71,8 @@ def _kernel(node: fx.Node, *, groups: int, transposed: bool) -> fx.Node:
 
 
 def _relu(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    x, high, slope = given["x"], given.get("high", math.inf), given.get("slope", 0.0)
+    arguments = bound(node)
+    x, high, slope = arguments["x"], arguments.get("high", math.inf), arguments.get("slope", 0.0)
     if slope:
         return F.leaky_relu, (x, slope), {}
     if high == math.inf:
@@ -75,28 +81,32 @@ def _relu(node: fx.Node) -> PlainCall:
 
 
 def _dropout(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    return F.dropout, (given["x"],), {"p": given["p"], "training": given["training"]}
+    arguments = bound(node)
+    return F.dropout, (arguments["x"],), {"p": arguments["p"], "training": arguments["training"]}
 
 
 def _max_pool(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    options = {name: given[name] for name in ("stride", "padding", "dilation")}
-    options["ceil_mode"] = given.get("ceil_mode", False)
-    return _of_dims("max_pool", len(given["kernel"])), (given["x"], given["kernel"]), options
+    arguments = bound(node)
+    options = {name: arguments[name] for name in ("stride", "padding", "dilation")}
+    options["ceil_mode"] = arguments.get("ceil_mode", False)
+    return _of_dims("max_pool", len(arguments["kernel"])), (arguments["x"], arguments["kernel"]), options
 
 
 def _avg_pool(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    options = {"stride": given["stride"], "padding": given["padding"], "ceil_mode": given.get("ceil_mode", False)}
-    options["count_include_pad"] = given.get("count_include_pad", True)
-    options["divisor_override"] = given.get("divisor_override")
-    return _of_dims("avg_pool", len(given["kernel"])), (given["x"], given["kernel"]), options
+    arguments = bound(node)
+    options = {
+        "stride": arguments["stride"],
+        "padding": arguments["padding"],
+        "ceil_mode": arguments.get("ceil_mode", False),
+    }
+    options["count_include_pad"] = arguments.get("count_include_pad", True)
+    options["divisor_override"] = arguments.get("divisor_override")
+    return _of_dims("avg_pool", len(arguments["kernel"])), (arguments["x"], arguments["kernel"]), options
 
 
 def _adaptive_avg_pool(node: fx.Node) -> PlainCall:
-    given = bound(node)
-    return _of_dims("adaptive_avg_pool", len(given["output_size"])), (given["x"], given["output_size"]), {}
+    arguments = bound(node)
+    return _of_dims("adaptive_avg_pool", len(arguments["output_size"])), (arguments["x"], arguments["output_size"]), {}
 
 
 def _named(node: fx.Node) -> PlainCall:

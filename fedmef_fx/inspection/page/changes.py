@@ -47,7 +47,7 @@ class Changes:
                 if name in parameters:
                     rewritten.setdefault(name.rpartition(".")[0], set()).add(index)
         layers = {(graph.region, node.target) for graph in before for node in graph.nodes if node.op == "call_module"}
-        made: dict[tuple[str, str], set[int]] = {}
+        changes: dict[tuple[str, str], set[int]] = {}
         for graph in after:
             for node in graph.nodes:
                 if node.made_by is None or node.made_by not in order:
@@ -55,8 +55,8 @@ class Changes:
                 sources = {(graph.region, node.name), (graph.region, node.origin or "")}
                 sources |= {(graph.region, node.module)} & layers
                 for source in sources:
-                    made.setdefault(source, set()).add(order[node.made_by])
-        return cls(order, _frozen(rewritten), {key: frozenset(value) for key, value in made.items()})
+                    changes.setdefault(source, set()).add(order[node.made_by])
+        return cls(order, _frozen(rewritten), {key: frozenset(value) for key, value in changes.items()})
 
     def passes(self, when: str, graph: GraphRecord, node: NodeRecord) -> Sequence[int]:
         """Places in the report of the passes that changed a node, in order.
