@@ -36,6 +36,7 @@ __all__ = [
 FILE_NAME: Final = "federation.safetensors"
 
 _FORMAT: Final = 1
+_MEMORY: Final = "memory/"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +49,7 @@ class Checkpoint:
         known: As in `Server`.
         rounds: The history so far.
         settings: What the run was started with, as JSON can hold it.
+        memory: As in `Server`.
     """
 
     state: ModelState
@@ -55,6 +57,7 @@ class Checkpoint:
     known: Mapping[int, int]
     rounds: tuple[RoundRecord, ...]
     settings: Mapping[str, Any]
+    memory: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE_NAME) -> None:
@@ -72,6 +75,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE
     tensors = {f"value/{name}": values for name, values in state.values.items()}
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items()}
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
+    tensors |= {f"{_MEMORY}{name}": tensor for name, tensor in checkpoint.memory.items()}
     fields = {
         "version": state.version,
         "changed": dict(checkpoint.changed),
@@ -149,7 +153,7 @@ def read_state_file(path: Path) -> ModelState:
             raise CheckpointError(
                 f"{path}: {name}: got {list(values[name].shape)} values for {int(mask.count_nonzero())} weights"
             )
-    dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items()}
+    dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items() if not key.startswith(_MEMORY)}
     return ModelState(fields.get("version", 0), masks, values, dense)
 
 
@@ -190,6 +194,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
         for name, spec in schema.masked.items()
     }
     dense = {name: _take(tensors, f"dense/{name}", spec) for name, spec in schema.dense.items()}
+    memory = {key.removeprefix(_MEMORY): tensors.pop(key) for key in list(tensors) if key.startswith(_MEMORY)}
     if tensors:
         raise CheckpointError(f"got tensors that the model does not have: {', '.join(sorted(tensors))[:200]}")
     return Checkpoint(
@@ -198,6 +203,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
         known={int(client): version for client, version in fields["known"].items()},
         rounds=tuple(RoundRecord.from_dict(record) for record in fields["rounds"]),
         settings=fields["settings"],
+        memory=memory,
     )
 
 

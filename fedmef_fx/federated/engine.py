@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.federated.batches import sample_count
+from fedmef_fx.federated.batches import fetch, sample_count
 from fedmef_fx.federated.checkpoint import (
     Checkpoint,
     clear_leftovers,
@@ -28,6 +28,7 @@ from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining, LossFunction
 from fedmef_fx.federated.methods import Method, method_of
+from fedmef_fx.federated.opening import activate_all
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
@@ -111,15 +112,19 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         )
     if directory is not None and resume:
         _resume(directory, server, history)
-    if directory is not None and keep_rounds and not history.rounds:
-        save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
     # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None
     client = Client(copy.deepcopy(network), training, loss_fn=loss_fn, received=received)
+    opened = _open(server, client, clients) if server.is_opening else (0, 0)
+    if directory is not None and keep_rounds and not history.rounds:
+        save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
     for round_index in range(len(history.rounds), rounds):
         chosen = _sample(len(clients), clients_per_round, seed=derive_seed(_seed(network), "sample", round_index))
         record = _round(server, client, {index: clients[index] for index in chosen}, test=test, loss_fn=loss_fn)
+        if round_index == 0:
+            down, up = opened
+            record = dataclasses.replace(record, bytes_down=record.bytes_down + down, bytes_up=record.bytes_up + up)
         history.rounds.append(record)
         if directory is not None:
             checkpoint = _checkpoint(server, history)
@@ -132,8 +137,23 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     return history
 
 
+def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]]) -> tuple[int, int]:
+    """Find the first masks, with a report of every client where the method wants one: bytes down and up."""
+    down = up = 0
+    updates = {}
+    for index, dataset in enumerate(datasets if server.asks_for_opening else []):
+        message = server.broadcast(index)
+        answer = client.answer(message, dataset, client=index)
+        updates[index] = server.receive(index, answer)
+        down, up = down + len(message), up + len(answer)
+    server.open(updates, sample=fetch(datasets[0], torch.tensor([0]))[0][0])
+    return down, up
+
+
 def _checkpoint(server: Server, history: History) -> Checkpoint:
-    return Checkpoint(server.state, server.changed, server.known, tuple(history.rounds), history.settings)
+    return Checkpoint(
+        server.state, server.changed, server.known, tuple(history.rounds), history.settings, dict(server.memory)
+    )
 
 
 def _round(
@@ -202,7 +222,10 @@ def _check_clients(
 def _prepare(model: nn.Module, config: Config | None, method: Method) -> nn.Module:
     """A transformed copy of the model that fits the method."""
     if not is_transformed(model):
-        return transform(model, method.configure(config or Config()))
+        network = transform(model, method.configure(config or Config()))
+        if method.opening is not None:
+            activate_all(network, model, method=method.name)
+        return network
     own = transformation_of(model).config
     wanted = method.configure(config or own)
     different = [
@@ -215,7 +238,10 @@ def _prepare(model: nn.Module, config: Config | None, method: Method) -> nn.Modu
             f"federated.run: the model was transformed with {', '.join(different)}, which method {method.name!r} and "
             "config ask for; expected the original model, which run transforms itself, or one with this configuration"
         )
-    return copy.deepcopy(model)
+    network = copy.deepcopy(model)
+    if method.opening is not None:
+        activate_all(network, model, method=method.name)
+    return network
 
 
 def _settings(
@@ -229,7 +255,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What a run depends on, as JSON can hold it."""
     return {
-        "method": dataclasses.asdict(method),
+        "method": method.settings(),
         "config": json.loads(transformation_of(model).config.to_json()),
         "training": dataclasses.asdict(training),
         "rounds": rounds,
@@ -273,7 +299,7 @@ def _resume(directory: Path, server: Server, history: History) -> None:
                 f"{directory}: the checkpoint belongs to another run: {key}: got {wanted!r:.200}, the checkpoint has "
                 f"{stored!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
             )
-    server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known)
+    server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known, memory=checkpoint.memory)
     history.rounds.extend(checkpoint.rounds)
 
 

@@ -18,15 +18,14 @@ from torch.utils.data import Dataset
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.batches import Batch, batches, sample_count
 from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.reports import Findings, findings_of, readjusted_midway
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import read_state
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.sparse_model.transformation import transformation_of
-from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.clipping import clip_gradients
 from fedmef_fx.training.extrusion import Extrusion
-from fedmef_fx.training.growth import growth_candidates
 from fedmef_fx.training.micro_batches import micro_batches
 
 __all__ = ["LocalTraining", "LossFunction", "train_locally"]
@@ -148,17 +147,22 @@ def train_locally(
             module.reset(draws=seed % 2**32)
     model.train()
     with _seeded(seed, device):
-        loss, peak_saved_bytes = _epochs(model, dataset, options, task=task, client=client, loss_fn=loss_fn)
-        gradients = _candidates(model, dataset, options, task=task, loss_fn=loss_fn)
+        loss, peak_saved_bytes = 0.0, 0
+        if not task.is_opening:
+            loss, peak_saved_bytes = _epochs(model, dataset, options, task=task, client=client, loss_fn=loss_fn)
+        found = _findings(model, dataset, options, task=task, loss_fn=loss_fn)
     state = read_state(model, version=task.round_index)
     return Update(
         round_index=task.round_index,
         samples=samples,
         loss=loss,
         peak_saved_bytes=peak_saved_bytes,
-        values=state.values,
+        values={} if task.is_opening else state.values,
         dense=state.dense,
-        gradients=gradients,
+        gradients=found.gradients,
+        votes=found.votes,
+        scores=found.scores,
+        masks=found.masks,
     )
 
 
@@ -187,7 +191,15 @@ def _epochs(
     device = next(model.parameters()).device
     step_count = options.epochs * _batch_count(sample_count(dataset), options.batch_size)
     step, peak, total = 0, 0, 0.0
-    with _extrusion(model, optimizer, task, step_count):
+    midway = readjusted_midway(
+        model,
+        optimizer,
+        task,
+        steps=step_count,
+        batch=lambda: next(batches(dataset, batch_size=options.batch_size, shuffle=True, device=device)),
+        batch_loss=_batch_loss(loss_fn),
+    )
+    with _extrusion(model, optimizer, task, step_count), midway:
         for _ in range(options.epochs):
             total = 0.0
             for batch in batches(dataset, batch_size=options.batch_size, shuffle=True, device=device):
@@ -266,20 +278,19 @@ def _finite(value: float, client: int, task: RoundTask) -> float:
     return value
 
 
-def _candidates(
+def _findings(
     model: nn.Module, dataset: Dataset[Any], options: LocalTraining, *, task: RoundTask, loss_fn: LossFunction
-) -> dict[str, SparseGradient]:
-    if not task.counts:
-        return {}
+) -> Findings:
+    """What the task asks for beside weights, from as many batches as the options say; an opening looks at one."""
     device = next(model.parameters()).device
     size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
     parts = batches(dataset, batch_size=size, shuffle=True, device=device)
-    if options.growth_batches is not None:
-        count = options.growth_batches * math.ceil(options.batch_size / size)
+    limit = 1 if task.is_opening else options.growth_batches
+    if limit is not None:
+        count = limit * math.ceil(options.batch_size / size)
         parts = (batch for batch, _ in zip(parts, range(count), strict=False))
+    return findings_of(model, _batch_loss(loss_fn), parts, task)
 
-    def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
-        return loss_fn(network(batch[0]), batch[1])
 
-    candidates = growth_candidates(model, batch_loss, parts, k=task.counts)
-    return {name: SparseGradient(g.positions.cpu(), g.values.cpu(), g.numel) for name, g in candidates.items()}
+def _batch_loss(loss_fn: LossFunction) -> Callable[[nn.Module, Batch], Tensor]:
+    return lambda network, batch: loss_fn(network(batch[0]), batch[1])

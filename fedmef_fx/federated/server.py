@@ -6,18 +6,19 @@ Knows nothing about transports: a round is `task`, one `broadcast` and one `rece
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, WireError
 from fedmef_fx.federated.averaging import weighted_average
 from fedmef_fx.federated.messages import RoundTask, Update
-from fedmef_fx.federated.methods import Method
+from fedmef_fx.federated.methods import AfterRound, Method
+from fedmef_fx.federated.opening import active_budget
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
+from fedmef_fx.sparse_model.masks import set_masks
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
-from fedmef_fx.sparsity.sparse_gradient import average_sparse_gradients
-from fedmef_fx.training.adjustment import adjust, unit_sizes
+from fedmef_fx.training.adjustment import unit_sizes
 
 __all__ = ["Server"]
 
@@ -34,6 +35,8 @@ class Server:
         state: The model that is sent; its version is the number of finished rounds.
         changed: Name of each mask's parameter and each dense tensor -> the version in which it last changed.
         known: Client -> the version of the last broadcast that it is known to have.
+        memory: What the method's adjustment remembers from round to round.
+        is_opening: Whether the first masks are still to be found (`open`); all weights are active until then.
     """
 
     def __init__(self, model: nn.Module, *, method: Method, rounds: int) -> None:
@@ -44,32 +47,75 @@ class Server:
         self.state = read_state(model, version=0)
         self.changed = dict.fromkeys([*self.schema.masked, *self.schema.dense], 0)
         self.known: dict[int, int] = {}
+        self.memory: dict[str, Tensor] = {}
+        self.is_opening = method.opening is not None and bool(self.state.masks)
         self._method = method
         self._rounds = rounds
 
-    def restore(self, state: ModelState, *, changed: Mapping[str, int], known: Mapping[int, int]) -> None:
+    def restore(
+        self,
+        state: ModelState,
+        *,
+        changed: Mapping[str, int],
+        known: Mapping[int, int],
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Continue from the end of an earlier round."""
         load_state(self.model, state)
         self.state, self.changed, self.known = state, dict(changed), dict(known)
+        self.memory = dict(memory or {})
+        self.is_opening = False
 
     def task(self) -> RoundTask:
-        """What the current round asks of every client."""
-        return RoundTask(self.state.version, self._rounds, self._counts())
+        """What the current round asks of every client; during an opening, what that asks of them."""
+        opening = self._method.opening if self.is_opening else None
+        if opening is not None and opening.report is not None:
+            return RoundTask(self.state.version, self._rounds, report=opening.report)
+        report = self._method.policy.asks()
+        return RoundTask(self.state.version, self._rounds, self._counts() if self._is_due() else None, report)
 
-    def _counts(self) -> dict[str, int] | None:
-        """k_l(t) of every layer in an adjustment round, None in any other."""
-        config = transformation_of(self.model).config
-        if self._method.adjustment == "never" or not self.state.masks:
-            return None
-        stop = self._rounds if config.adjustment_stop is None else config.adjustment_stop
-        if not is_adjustment_round(self.state.version, interval=config.adjustment_interval, stop=stop):
-            return None
+    @property
+    def _stop(self) -> int:
+        """R_stop."""
+        stop = transformation_of(self.model).config.adjustment_stop
+        return self._rounds if stop is None else stop
+
+    def _is_due(self) -> bool:
+        """Whether masks are adjusted at the end of the current round."""
+        interval = transformation_of(self.model).config.adjustment_interval
+        has_masks = self._method.adjusts and bool(self.state.masks)
+        return has_masks and is_adjustment_round(self.state.version, interval=interval, stop=self._stop)
+
+    def _counts(self) -> dict[str, int]:
+        """k_l(t) of every layer in the current round."""
+        rate = transformation_of(self.model).config.adjustment_rate
         return {
-            name: adjustment_count(
-                active, inactive, round_index=self.state.version, stop=stop, rate=config.adjustment_rate
-            )
+            name: adjustment_count(active, inactive, round_index=self.state.version, stop=self._stop, rate=rate)
             for name, (active, inactive) in unit_sizes(self.model).items()
         }
+
+    @property
+    def asks_for_opening(self) -> bool:
+        """Whether clients have to report before the first round; see `open`."""
+        return self.is_opening and self.task().is_opening
+
+    def open(self, updates: Mapping[int, Update], *, sample: Tensor) -> None:
+        """Find the first masks.
+
+        Args:
+            updates: Client -> its report, where `asks_for_opening`.
+            sample: An input without its batch dimension.
+        """
+        opening = self._method.opening
+        if opening is None or not self.is_opening:
+            raise ConfigError(
+                "Server.open: got a method without an opening, or one that is over; expected one call of it at most"
+            )
+        found = opening.masks(self.model, list(updates.values()), active=active_budget(self.model), sample=sample)
+        set_masks(self.model, found)
+        self.state = read_state(self.model, version=0)
+        self.is_opening = False
+        self.known = {}  # what clients were sent was the dense model
 
     def broadcast(self, client: int) -> bytes:
         """The message to one client: without what it is known to have."""
@@ -104,23 +150,18 @@ class Server:
         """
         if not updates:
             raise ConfigError(f"round {self.state.version}: got no updates; expected at least one client's")
-        task, version = self.task(), self.state.version + 1
+        version = self.state.version + 1
         received = list(updates.values())
         weights = [update.samples for update in received]
-        values = {name: weighted_average([u.values[name] for u in received], weights) for name in self.schema.masked}
+        policy, counts, is_due = self._method.policy, self._counts(), self._is_due()
+        masks, values = policy.merged(self.state, received)
         dense = {name: weighted_average([u.dense[name] for u in received], weights) for name in self.schema.dense}
-        load_state(self.model, ModelState(version, self.state.masks, values, dense))
-        churn = self._adjust(received, task.counts) if task.counts else {}
+        load_state(self.model, ModelState(version, masks, values, dense))
+        churn = policy.finish(
+            AfterRound(self.model, received, counts, is_due, self.state.version, self.memory, self.state.masks)
+        )
         self._advance(version)
         return churn
-
-    def _adjust(self, updates: list[Update], counts: Mapping[str, int]) -> dict[str, int]:
-        """Prune the lowest averaged magnitudes and grow, without effect, where the averaged gradients are largest."""
-        gradients = {
-            name: average_sparse_gradients([(update.gradients[name], update.samples) for update in updates])
-            for name in self.schema.masked
-        }
-        return adjust(self.model, gradients, counts)
 
     def _advance(self, version: int) -> None:
         """Note which masks and dense tensors the new version changes."""

@@ -7,22 +7,25 @@ Server -> client, a *broadcast* (`encode_broadcast`, `decode_broadcast`):
 Client -> server, an *update* (`encode_update`, `decode_update`):
     value/<name>     the trained active values: always
     dense/<name>     any other parameter or buffer: where training changed it
-    position/<name>  in adjustment rounds: positions of the growth candidates, see `positions`
-    gradient/<name>  and their gradients; never a dense gradient
+and in adjustment rounds what the method asks for (`messages.REPORTS`); for FedMef the first two, no dense gradient:
+    position/<name>  positions of the growth candidates, see `positions`
+    gradient/<name>  their gradients
+    score/<name>     a number for every weight, or every active one
+    mask/<name>      the client's own mask, under which its values are
 
 Decoding checks names, shapes, dtypes, counts, ranges and that numbers are finite. Whatever the bytes, it raises
 `WireError` and nothing else. How many bytes a message takes on the wire is its `len`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fedmef_fx.errors import FedmefError, WireError
-from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.messages import REPORTS, RoundTask, Update
 from fedmef_fx.federated.positions import pack_positions, unpack_positions
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.files.container import decode, encode
@@ -54,7 +57,9 @@ def encode_broadcast(
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items() if name in names}
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items() if name in names}
     counts = None if task.counts is None else dict(task.counts)
-    rounds = {"round": task.round_index, "rounds": task.rounds}
+    rounds: dict[str, Any] = {"round": task.round_index, "rounds": task.rounds}
+    if task.report != "gradients":
+        rounds["report"] = task.report
     return encode(
         tensors,
         {"format": FORMAT, "kind": "broadcast", **rounds, "version": state.version, "known": known, "counts": counts},
@@ -77,7 +82,7 @@ def decode_broadcast(
     Raises:
         WireError: Bytes that are no broadcast for this model, or that build on a version that the client lacks.
     """
-    tensors, fields = _open(data, "broadcast", {"round", "rounds", "version", "known", "counts"})
+    tensors, fields = _open(data, "broadcast", {"round", "rounds", "version", "known", "counts"}, {"report"})
     version = _integer(fields, "version", low=0)
     known_version = None if fields["known"] is None else _integer(fields, "known", low=0, high=version)
     if known_version is not None and (previous is None or not known_version <= previous.version <= version):
@@ -101,7 +106,10 @@ def decode_broadcast(
     _expect_nothing_left(tensors)
     rounds = _integer(fields, "rounds", low=1)
     round_index = _integer(fields, "round", low=0, high=rounds - 1)
-    task = RoundTask(round_index, rounds, _counts(fields["counts"], masks))
+    report = fields.get("report", "gradients")
+    if report not in REPORTS:
+        raise WireError(f"broadcast: report: got {report!r:.40}; expected one of {', '.join(REPORTS)}")
+    task = RoundTask(round_index, rounds, _counts(fields["counts"], masks), report)
     return task, ModelState(version, masks, values, dense)
 
 
@@ -113,10 +121,13 @@ def encode_update(update: Update, *, received: ModelState) -> bytes:
         received: The state that the client started from; what is equal to it is left out.
     """
     changed = {name: t for name, t in update.dense.items() if not torch.equal(t, received.dense[name])}
+    positions = {name: gradient.positions for name, gradient in update.gradients.items()} | dict(update.votes)
     tensors = {f"value/{name}": values for name, values in update.values.items()}
     tensors |= {f"dense/{name}": tensor for name, tensor in changed.items()}
-    tensors |= {f"position/{name}": pack_positions(g.positions) for name, g in update.gradients.items()}
+    tensors |= {f"position/{name}": pack_positions(where) for name, where in positions.items()}
     tensors |= {f"gradient/{name}": gradient.values for name, gradient in update.gradients.items()}
+    tensors |= {f"score/{name}": scores for name, scores in update.scores.items()}
+    tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in update.masks.items()}
     fields = {
         "round": update.round_index,
         "samples": update.samples,
@@ -142,11 +153,19 @@ def decode_update(data: bytes, *, task: RoundTask, sent: ModelState) -> Update:
     loss = fields["loss"]
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise WireError(f"update: loss: got {loss!r:.40}; expected a finite number")
-    values = {name: _take(tensors, f"value/{name}", TensorSpec.of(value)) for name, value in sent.values.items()}
+    asked, counts = task.asked, task.counts or {}
+    weights = sent.values if asked.weights else {}
+    values = {name: _take(tensors, f"value/{name}", TensorSpec.of(value)) for name, value in weights.items()}
     specs = {name: TensorSpec.of(tensor) for name, tensor in sent.dense.items()}
     dense = _dense(tensors, specs, sent.dense)
-    counts = task.counts or {}
-    gradients = {name: _gradient(tensors, name, sent.masks[name], count) for name, count in counts.items()}
+    masks = {name: _own_mask(tensors, name, mask) for name, mask in sent.masks.items()} if asked.masks else {}
+    scores = {name: _scores(tensors, name, mask, task) for name, mask in sent.masks.items()} if asked.scores else {}
+    gradients: dict[str, SparseGradient] = {}
+    votes: dict[str, Tensor] = {}
+    if asked.values:
+        gradients = {name: _gradient(tensors, name, sent.masks[name], count) for name, count in counts.items()}
+    elif asked.positions:
+        votes = {name: _votes(tensors, name, sent.masks[name], count) for name, count in counts.items()}
     _expect_nothing_left(tensors)
     return Update(
         round_index=task.round_index,
@@ -156,15 +175,20 @@ def decode_update(data: bytes, *, task: RoundTask, sent: ModelState) -> Update:
         values=values,
         dense=dense,
         gradients=gradients,
+        votes=votes,
+        scores=scores,
+        masks=masks,
     )
 
 
-def _open(data: bytes, kind: str, expected: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _open(
+    data: bytes, kind: str, expected: set[str], optional: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, fields = decode(data)
     header = fields.pop("format", None), fields.pop("kind", None)
     if header != (FORMAT, kind):
-        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {header[1]!r:.40}; expected {FORMAT}, {kind!r}")
-    if fields.keys() != expected:
+        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {found[1]!r:.40}; expected {FORMAT}, {kind!r}")
+    if fields.keys() - set(optional) != expected:
         raise WireError(f"{kind}: got fields {sorted(fields)!r:.200}; expected {sorted(expected)}")
     return tensors, fields
 
@@ -235,13 +259,51 @@ def _gradient(tensors: dict[str, Tensor], name: str, mask: Tensor, count: int) -
         raise WireError(f"update: 'position/{name}': got {TensorSpec.of(packed)}; expected packed positions")
     if values.dtype not in (torch.float32, torch.float64) or values.dim() != 1 or values.numel() > count:
         raise WireError(f"update: 'gradient/{name}': got {TensorSpec.of(values)}; expected up to {count} numbers")
-    positions = unpack_positions(packed, count=values.numel(), numel=mask.numel())
-    if bool(torch.take(mask, positions).any()):
-        raise WireError(f"update: 'position/{name}': got positions of active weights; expected inactive ones only")
+    positions = _inactive(packed, name, mask, count=values.numel())
     try:
         return SparseGradient(positions, values, mask.numel())
     except FedmefError as error:
         raise WireError(f"update: {name!r}: {error}") from error
+
+
+def _inactive(packed: Tensor, name: str, mask: Tensor, *, count: int) -> Tensor:
+    """Positions of inactive weights."""
+    positions = unpack_positions(packed, count=count, numel=mask.numel())
+    if bool(torch.take(mask, positions).any()):
+        raise WireError(f"update: 'position/{name}': got positions of active weights; expected inactive ones only")
+    return positions
+
+
+def _votes(tensors: dict[str, Tensor], name: str, mask: Tensor, count: int) -> Tensor:
+    """Growth candidates without values: their number is not stated, every byte below 128 ends one."""
+    packed = tensors.pop(f"position/{name}", None)
+    if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
+        got = "nothing" if packed is None else str(TensorSpec.of(packed))
+        raise WireError(f"update: 'position/{name}': got {got}; expected packed positions")
+    found = int((packed < 0x80).count_nonzero())
+    if found > count:
+        raise WireError(f"update: 'position/{name}': got {found} positions; expected up to {count}")
+    return _inactive(packed, name, mask, count=found)
+
+
+def _scores(tensors: dict[str, Tensor], name: str, mask: Tensor, task: RoundTask) -> Tensor:
+    """A finite number for every weight, or every active one."""
+    count = mask.numel() if task.asked.scores == "all" else int(mask.count_nonzero())
+    return _take(tensors, f"score/{name}", TensorSpec(torch.Size([count]), torch.float32))
+
+
+def _own_mask(tensors: dict[str, Tensor], name: str, sent: Tensor) -> Tensor:
+    """A client's own mask, with as many active weights as it was sent: so the shapes of its values are known."""
+    packed = tensors.pop(f"mask/{name}", None)
+    if packed is None:
+        raise WireError(f"update: 'mask/{name}' is missing; expected the client's own mask in an adjustment round")
+    mask = _unpack_mask(name, packed, TensorSpec.of(sent))
+    if int(mask.count_nonzero()) != int(sent.count_nonzero()):
+        raise WireError(
+            f"update: 'mask/{name}': got {int(mask.count_nonzero())} active weights; expected "
+            f"{int(sent.count_nonzero())}, as many as were sent"
+        )
+    return mask
 
 
 def _expect_nothing_left(tensors: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.adjustment import growth_requests, sampled, unit_candidates, unit_sizes
 
-__all__ = ["growth_candidates"]
+__all__ = ["batch_size_of", "growth_candidates", "unchanged"]
 
 AnyBatch = TypeVar("AnyBatch")
 
@@ -79,13 +79,13 @@ def growth_candidates(
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     seen = 0
     with (
-        _unchanged(model, parameters),
+        unchanged(model, parameters),
         sampled(model),
         collecting(requests, packed_shapes=shapes) as collector,
         _gradients_dropped(model, parameters, collector),
     ):
         for batch in batches:
-            with collector.batch(float(_batch_size(batch) or 1)), torch.enable_grad():
+            with collector.batch(float(batch_size_of(batch) or 1)), torch.enable_grad():
                 _backward(model, loss_fn(model, batch))
             seen += 1
         if not seen:
@@ -132,12 +132,12 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _batch_size(batch: Any) -> int | None:
+def batch_size_of(batch: Any) -> int | None:
     """First dimension of the first tensor in a batch, None without one."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((size for size in map(_batch_size, parts) if size is not None), None)
+    return next((size for size in map(batch_size_of, parts) if size is not None), None)
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def _gradients_dropped(
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, parameters: Mapping[str, MaskedParameter]) -> Iterator[None]:
+def unchanged(model: nn.Module, parameters: Mapping[str, MaskedParameter]) -> Iterator[None]:
     """Put back buffers, thresholds and random state; masks are left out, a forward pass does not change them."""
     masks = {id(parameter.buffer) for parameter in parameters.values()}
     buffers = [

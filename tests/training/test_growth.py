@@ -240,7 +240,7 @@ def test_parameters_without_gradient_have_no_candidates():
     ],
 )
 def test_the_size_of_a_batch_is_that_of_its_first_tensor(batch, size):
-    assert growth._batch_size(batch) == size
+    assert growth.batch_size_of(batch) == size
 
 
 def test_a_model_that_was_not_transformed_or_has_no_masks_is_rejected():

@@ -1,0 +1,7 @@
+"""FedMef and its rivals, as the few policies in which they differ; one small file each, `catalogue` has them all."""
+
+from fedmef_fx.federated.methods.catalogue import METHODS, method_of
+from fedmef_fx.federated.methods.method import Method
+from fedmef_fx.federated.methods.policies import Adjustment, AfterRound, Opening
+
+__all__ = ["METHODS", "Adjustment", "AfterRound", "Method", "Opening", "method_of"]

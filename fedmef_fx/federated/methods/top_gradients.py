@@ -1,0 +1,66 @@
+"""Adjustment by the server from the clients' top-k gradients, as FedTiny and FedMef do it.
+
+1. Every client uploads the k_l largest |gradients| at inactive coordinates of each layer: values with positions
+   (O_xi), or positions alone (half of that), which then count as 1 each.
+2. The server averages them, weighted by samples; a coordinate that a client left out counts as 0.
+3. It prunes the k_l active weights of lowest averaged magnitude, and grows the k_l inactive coordinates of largest
+   averaged |gradient|, without effect.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from fedmef_fx.federated.messages import ReportName, Update
+from fedmef_fx.federated.methods.policies import Adjustment, AfterRound
+from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient, average_sparse_gradients
+from fedmef_fx.training.adjustment import adjust
+
+__all__ = ["TopGradients", "averaged_candidates"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopGradients(Adjustment):
+    """See the module's docstring.
+
+    Attributes:
+        sends: What travels of each candidate: `"gradients"` for values with positions, or `"positions"` alone.
+    """
+
+    name: ClassVar[str] = "server"
+    granularities: ClassVar[frozenset[str]] = frozenset()  # any
+    sends: Literal["gradients", "positions"] = "gradients"
+
+    def asks(self) -> ReportName:
+        """See `Adjustment.asks`."""
+        return self.sends
+
+    def finish(self, after: AfterRound) -> dict[str, int]:
+        """See `Adjustment.finish`."""
+        if not after.is_due:
+            return {}
+        sizes = {name: parameter.numel for name, parameter in masked_parameters(after.model).items()}
+        return adjust(after.model, averaged_candidates(after.updates, sizes), after.counts)
+
+
+def averaged_candidates(updates: Sequence[Update], sizes: Mapping[str, int]) -> dict[str, SparseGradient]:
+    """Growth candidates of all clients, weighted by samples.
+
+    Args:
+        updates: With gradients, or with votes, each of which counts as a gradient of 1.
+        sizes: Parameter name -> number of weights.
+    """
+    return {
+        name: average_sparse_gradients([(_candidates(update, name, numel), update.samples) for update in updates])
+        for name, numel in sizes.items()
+    }
+
+
+def _candidates(update: Update, name: str, numel: int) -> SparseGradient:
+    if name in update.gradients:
+        return update.gradients[name]
+    votes = update.votes[name]
+    return SparseGradient(votes, torch.ones(len(votes)), numel)
