@@ -187,7 +187,7 @@ def _open(
     tensors, fields = decode(data)
     header = fields.pop("format", None), fields.pop("kind", None)
     if header != (FORMAT, kind):
-        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {found[1]!r:.40}; expected {FORMAT}, {kind!r}")
+        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {header[1]!r:.40}; expected {FORMAT}, {kind!r}")
     if fields.keys() - set(optional) != expected:
         raise WireError(f"{kind}: got fields {sorted(fields)!r:.200}; expected {sorted(expected)}")
     return tensors, fields
