@@ -106,9 +106,10 @@ def decode_broadcast(
     _expect_nothing_left(tensors)
     rounds = _integer(fields, "rounds", low=1)
     round_index = _integer(fields, "round", low=0, high=rounds - 1)
-    report = fields.get("report", "gradients")
-    if report not in REPORTS:
-        raise WireError(f"broadcast: report: got {report!r:.40}; expected one of {', '.join(REPORTS)}")
+    wanted = fields.get("report", "gradients")
+    report = next((name for name in REPORTS if name == wanted), None)
+    if report is None:
+        raise WireError(f"broadcast: report: got {wanted!r:.40}; expected one of {', '.join(REPORTS)}")
     task = RoundTask(round_index, rounds, _counts(fields["counts"], masks), report)
     return task, ModelState(version, masks, values, dense)
 

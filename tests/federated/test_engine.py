@@ -129,7 +129,9 @@ def test_every_method_runs(
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == (method != "fedmef")
     assert not any(module.training for module in model.modules())
     assert fedmef_fx.density(model) == (1.0 if method == "fedavg" else pytest.approx(0.3, abs=1e-3))
-    assert [record.adjusted for record in history.rounds] == [False, False, method in ("fedmef", "fedtiny")]
+    adjusts = method in ("fedmef", "fedtiny", "feddst", "prunefl", "fedrts", "fedfit")
+    assert [record.adjusted for record in history.rounds] == [False, False, adjusts]
+    assert [sum(record.churn.values()) > 0 for record in history.rounds] == [False, False, adjusts]
     steps = model.state_dict()["bn1.num_batches_tracked"]
     assert (int(steps) > 0) == (method != "fedmef")  # BatchNorm is alive in all baselines
 

@@ -249,3 +249,16 @@ def test_a_directory_that_cannot_be_made(start: Runner, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="expected a writable directory"):
         start(tmp_path / "file" / "run", rounds=1)
+
+
+@pytest.mark.parametrize("method", ["fedrts", "snip"])
+def test_what_a_method_remembers_is_part_of_the_checkpoint(start: Runner, tmp_path: Path, method: str) -> None:
+    expected = start(None, method=method, config=CONFIG.replace(adjustment_stop=9))
+
+    def kill(record: RoundRecord) -> None:
+        if record.round_index == 2:  # the first adjustment is over
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        start(tmp_path, method=method, config=CONFIG.replace(adjustment_stop=9), progress=kill)
+    _assert_same(start(tmp_path, method=method, config=CONFIG.replace(adjustment_stop=9)), expected)
