@@ -7,6 +7,7 @@ import typer
 from fedmef_fx import __version__
 from fedmef_fx.commands.bench import bench
 from fedmef_fx.commands.compare import compare
+from fedmef_fx.commands.compare_methods import compare_methods
 from fedmef_fx.commands.demo import demo
 from fedmef_fx.commands.doctor import doctor
 from fedmef_fx.commands.export import export
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # what is not a FedmefError is a bug, whose traceback is wanted as it is
     rich_markup_mode=None,
 )
-for _command in (demo, train, export, verify, unpack, inspect, compare, memory, bench, doctor):
+for _command in (demo, train, compare_methods, export, verify, unpack, inspect, compare, memory, bench, doctor):
     app.command()(_command)
 
 

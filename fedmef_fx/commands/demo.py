@@ -14,7 +14,7 @@ import fedmef_fx
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.reference import masked_dense_reference
 from fedmef_fx.commands.tables import show_table
-from fedmef_fx.commands.train import round_note
+from fedmef_fx.commands.training_data import round_note
 from fedmef_fx.config import Config
 from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.federated import History, RoundRecord

@@ -1,40 +1,32 @@
 """`fedmef-fx train`: a federation in one process, on data that is at hand."""
 
-import contextlib
-import copy
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 import fedmef_fx
 from fedmef_fx.commands.arguments import build_model
 from fedmef_fx.commands.command import AsJson, Result, command, progress_bar
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.commands.tables import show_table
+from fedmef_fx.commands.training_data import (
+    DEFAULT_MODELS,
+    Data,
+    check_fits,
+    device_of,
+    load_data,
+    round_note,
+    telling_of_restart,
+)
 from fedmef_fx.config import Config
-from fedmef_fx.data import dirichlet_partition, load_cifar10, load_digits
+from fedmef_fx.data import dirichlet_partition
 from fedmef_fx.display.sizes import shown_bytes
-from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
+from fedmef_fx.federated import METHODS, History, LocalTraining, run
 
-__all__ = ["round_note", "train"]
-
-
-class Data(StrEnum):
-    """What to train on."""
-
-    DIGITS = "digits"
-    CIFAR10 = "cifar10"
-
-
-_MODELS: Final = {Data.DIGITS: "digits_cnn", Data.CIFAR10: "resnet18"}
+__all__ = ["train"]
 
 
 @command
@@ -86,12 +78,12 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
         learning_rate=learning_rate,
         round_schedule=schedule,  # type: ignore[arg-type]  # as above
     )
-    network = build_model(model or _MODELS[data], seed=config.seed)
-    train_set, test_set, labels = _load(data, data_dir)
-    _check_fits(network, train_set, name=model or _MODELS[data], data=data)
+    network = build_model(model or DEFAULT_MODELS[data], seed=config.seed)
+    train_set, test_set, labels = load_data(data, data_dir)
+    check_fits(network, train_set, name=model or DEFAULT_MODELS[data], data=data)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar("rounds", steps=rounds) as bar, _telling_of_restart():
+    with progress_bar("rounds", steps=rounds) as bar, telling_of_restart():
         history = run(
             network,
             [Subset(train_set, share.tolist()) for share in shares],
@@ -105,56 +97,12 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
             resume=resume,
             keep_rounds=keep_rounds,
             progress=lambda record: bar.reach(record.round_index + 1, round_note(record)),
-            device=_device(device),
+            device=device_of(device),
         )
     history.save(output / "history.json")
     if history.model is not None:
         fedmef_fx.save(history.model, output / "model.safetensors")
     return Result(_summary(history, output), lambda console: _show(console, history, output))
-
-
-@contextlib.contextmanager
-def _telling_of_restart() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
-
-
-def round_note(record: RoundRecord) -> str:
-    """How a round went, in a few words."""
-    accuracy = "" if record.test_accuracy is None else f", accuracy {record.test_accuracy:.4f}"
-    return f"loss {record.train_loss:.3f}{accuracy}"
-
-
-def _load(data: Data, directory: Path | None) -> tuple[Dataset[Any], Dataset[Any], Tensor]:
-    """Training set, test set, and the labels of the training set."""
-    if data is Data.DIGITS:
-        digits, digits_test = load_digits()
-        return digits, digits_test, digits.tensors[1]
-    images, images_test = load_cifar10(directory)
-    return images, images_test, images.labels
-
-
-def _check_fits(network: torch.nn.Module, dataset: Dataset[Any], *, name: str, data: Data) -> None:
-    """Find out whether a model takes the images and gives scores for their classes, before anything is trained."""
-    image, label = dataset[0]
-    where = f"model {name!r} does not fit --data {data.value}, images of {list(image.shape)}"
-    try:
-        with torch.no_grad():
-            scores = copy.deepcopy(network).eval()(image[None])
-            torch.nn.functional.cross_entropy(scores, torch.as_tensor(label)[None])
-    except Exception as error:  # whatever the model raises
-        raise ConfigError(
-            f"{where}: {type(error).__name__}: {error!s:.300}; expected scores [batch, classes]"
-        ) from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device: got {name!r}; expected cpu, cuda, cuda:1, ...") from error
 
 
 def _summary(history: History, output: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@
 bytes and know nothing of how these travel.
 """
 
+from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.comparison import MethodComparison, compare
 from fedmef_fx.federated.engine import run
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining, train_locally
@@ -16,13 +18,17 @@ from fedmef_fx.federated.server import Server
 __all__ = [
     "METHODS",
     "Client",
+    "Contender",
     "History",
     "LocalTraining",
     "Method",
+    "MethodComparison",
     "RoundRecord",
     "RoundTask",
     "Server",
     "Update",
+    "compare",
+    "compare_methods",
     "run",
     "train_locally",
 ]

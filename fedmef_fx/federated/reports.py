@@ -16,8 +16,10 @@ from fedmef_fx.federated.batches import Batch
 from fedmef_fx.federated.messages import ReportName, RoundTask
 from fedmef_fx.sparse_model.masks import masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparsity.selection import largest_positions
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.adjustment import adjust
+from fedmef_fx.training.fisher import mean_gradients_and_fisher
 from fedmef_fx.training.full_gradients import mean_gradients, mean_squared_gradients
 from fedmef_fx.training.growth import growth_candidates
 
@@ -83,11 +85,26 @@ def _saliency(model: nn.Module, loss: BatchLoss, parts: Iterable[Batch], counts:
     return Findings(scores={name: (gradient * weights[name]).abs() for name, gradient in gradients.items()})
 
 
+def _fisher(model: nn.Module, loss: BatchLoss, parts: Iterable[Batch], counts: dict[str, int]) -> Findings:
+    gradients, fisher = mean_gradients_and_fisher(model, loss, parts)
+    scores, candidates = {}, {}
+    for name, parameter in masked_parameters(model).items():
+        weight, active = parameter.values().float().cpu(), parameter.mask.flatten().cpu()
+        g, f = gradients[name], fisher[name]
+        scores[name] = -g[active] * weight + weight.square() * f[active] / 2
+        gains = torch.where(f > 0, g.square() / (2 * f), 0.0)
+        inactive = (~active).nonzero().squeeze(1)
+        chosen = inactive[largest_positions(gains[inactive], counts[name])]
+        candidates[name] = SparseGradient(chosen, gains[chosen], active.numel())
+    return Findings(scores=scores, gradients=candidates)
+
+
 _COLLECTORS: Final[Mapping[ReportName, _Collector]] = {
     "gradients": _top_gradients,
     "positions": _top_positions,
     "masks": _own_masks,
     "squares": _squares,
+    "fisher": _fisher,
     "gradient": _gradient,
     "saliency": _saliency,
 }

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.files.container import DTYPES
+from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.masks import masks, set_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 
 __all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state"]
 
@@ -121,6 +123,7 @@ def load_state(model: nn.Module, state: ModelState) -> None:
         model: A transformed model of the state's schema.
         state: The state.
     """
+    forget_copy(transformation_of(model))  # a client's copy of the server's model goes its own way
     parameters = masked_parameters(model)
     set_masks(model, {n: m for n, m in state.masks.items() if not torch.equal(m, parameters[n].mask.cpu())})
     for name, parameter in parameters.items():

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.program import PROGRAM, invoke, json_of, run
 
-COMMANDS = ["demo", "train", "export", "verify", "inspect", "compare", "memory", "bench", "doctor"]
+COMMANDS = ["demo", "train", "compare-methods", "export", "verify", "inspect", "compare", "memory", "bench", "doctor"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -48,6 +48,10 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         (["inspect", "digits_cnn", "--checkpoint", "absent.safetensors"], "absent.safetensors"),
         (["train", "--method", "fedsomething"], "fedsomething"),
         (["train", "--clients", "0"], "clients: got 0"),
+        (["compare-methods", "--method", "fedsomething"], "fedsomething"),
+        (["compare-methods", "--method", "fedavg", "--method", "fedavg"], "labels that differ"),
+        (["compare-methods", "--clients", "0"], "clients: got 0"),
+        (["compare-methods", "zoo_of_tests:build"], "does not fit --data digits"),
         (["train", "--device", "abacus"], "--device: got 'abacus'"),
         (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
         (["export", "digits_cnn", "absent/model.onnx"], "absent"),
@@ -180,3 +184,40 @@ def test_the_program_fails_with_its_exit_codes() -> None:
     assert (interrupted.returncode, interrupted.stdout) == (130, b"")
     assert interrupted.stderr.endswith(b"interrupted\n")
     assert b"Traceback" not in interrupted.stderr
+
+
+TINY = [
+    "compare-methods",
+    "zoo_of_tests:tiny",
+    "--method",
+    "fedavg",
+    "--method",
+    "snip",
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+]
+
+
+def test_methods_are_compared_and_a_comparison_goes_on(tmp_path: Path) -> None:
+    with (tmp_path / "zoo_of_tests.py").open("a", encoding="utf-8") as models:
+        models.write("\ndef tiny():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
+    found = json_of(*TINY, "--seeds", "2")
+    assert {label: sorted(seeds) for label, seeds in found["runs"].items()} == {
+        "fedavg": ["0", "1"],
+        "snip": ["0", "1"],
+    }
+    output = tmp_path / "fedmef-comparison"
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"table.md", "rounds.csv", "runs.json", "cells"}
+    assert len((output / "rounds.csv").read_text(encoding="utf-8").splitlines()) == 1 + 4
+    again = json_of(*TINY, "--seeds", "2")
+    assert again["runs"]["snip"]["1"] == found["runs"]["snip"]["1"]  # the time included: nothing ran again
+    result = invoke(*TINY, "--lr", "0.1")
+    assert result.exit_code == 1
+    assert "belongs to another run" in result.stderr
+    assert "--restart, or another --output" in result.stderr
+    result = invoke(*TINY, "--lr", "0.1", "--restart")
+    assert result.exit_code == 0
+    assert "fedavg" in result.stdout

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fedmef_fx.training.fisher import input_squares, mean_gradients_and_fisher
 from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.training.fisher import input_squares, mean_gradients_and_fisher
 from fedmef_fx.training.full_gradients import mean_gradients, mean_squared_gradients
 
 Batch = tuple[Tensor, Tensor]

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedmef_fx.federated.methods.feddst import averaged_where_active
-from fedmef_fx.federated.methods.fedrts import ThompsonSampling
-from fedmef_fx.federated.methods.prunefl import chosen_by_squares
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -16,6 +13,9 @@ from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated import METHODS, LocalTraining, Method, RoundTask, Server, Update, run, train_locally
 from fedmef_fx.federated.methods.baseline import baseline
+from fedmef_fx.federated.methods.feddst import averaged_where_active
+from fedmef_fx.federated.methods.fedrts import ThompsonSampling
+from fedmef_fx.federated.methods.prunefl import chosen_by_squares
 from fedmef_fx.federated.methods.top_gradients import TopGradients
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient

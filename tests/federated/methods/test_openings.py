@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fedmef_fx.federated.methods.snip import ConnectionSensitivity
-from fedmef_fx.federated.methods.ssfl import AveragedSaliency
-from fedmef_fx.federated.methods.synflow import SynapticFlow
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -14,6 +11,9 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated import METHODS, LocalTraining, Server, Update, run
+from fedmef_fx.federated.methods.snip import ConnectionSensitivity
+from fedmef_fx.federated.methods.ssfl import AveragedSaliency
+from fedmef_fx.federated.methods.synflow import SynapticFlow
 from fedmef_fx.federated.opening import activate_all
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
