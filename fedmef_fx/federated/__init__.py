@@ -9,6 +9,7 @@ from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.comparison import MethodComparison, compare
 from fedmef_fx.federated.engine import run
 from fedmef_fx.federated.history import History
+from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.local import LocalTraining, train_locally
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
@@ -20,6 +21,7 @@ __all__ = [
     "Client",
     "Contender",
     "History",
+    "Limits",
     "LocalTraining",
     "Method",
     "MethodComparison",

@@ -6,8 +6,6 @@ from seed, round and client. A SHA-256 digest tells a damaged file from a sound 
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from fedmef_fx.errors import CheckpointError, WireError
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.files.atomic import replacing
-from fedmef_fx.files.container import decode, encode
+from fedmef_fx.files.container import decode, digest, encode
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 
 __all__ = [
@@ -77,6 +75,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
     tensors |= {f"{_MEMORY}{name}": tensor for name, tensor in checkpoint.memory.items()}
     fields = {
+        "run": state.run,
         "version": state.version,
         "changed": dict(checkpoint.changed),
         "known": {str(client): version for client, version in checkpoint.known.items()},
@@ -84,7 +83,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE
         "settings": dict(checkpoint.settings),
         "shapes": {name: list(mask.shape) for name, mask in state.masks.items()},
     }
-    metadata = {"format": _FORMAT, "kind": "checkpoint", "digest": _digest(tensors, fields), **fields}
+    metadata = {"format": _FORMAT, "kind": "checkpoint", "digest": digest(tensors, fields), **fields}
     with replacing(directory / name, error=CheckpointError) as temporary:
         temporary.write_bytes(encode(tensors, metadata))
 
@@ -174,7 +173,7 @@ def _decoded(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, fields = decode(data)
     if (fields.pop("format", None), fields.pop("kind", None)) != (_FORMAT, "checkpoint"):
         raise CheckpointError("got another kind of file, or one of another version of fedmef_fx; expected a checkpoint")
-    if fields.pop("digest", None) != _digest(tensors, fields):
+    if fields.pop("digest", None) != digest(tensors, fields):
         raise CheckpointError("the digest does not fit the content: the file is damaged")
     return tensors, fields
 
@@ -198,7 +197,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
     if tensors:
         raise CheckpointError(f"got tensors that the model does not have: {', '.join(sorted(tensors))[:200]}")
     return Checkpoint(
-        ModelState(fields["version"], masks, values, dense),
+        ModelState(fields["version"], masks, values, dense, fields.get("run", "")),
         changed=fields["changed"],
         known={int(client): version for client, version in fields["known"].items()},
         rounds=tuple(RoundRecord.from_dict(record) for record in fields["rounds"]),
@@ -213,12 +212,3 @@ def _take(tensors: dict[str, Tensor], key: str, spec: TensorSpec) -> Tensor:
         got = "nothing" if tensor is None else str(TensorSpec.of(tensor))
         raise CheckpointError(f"{key!r}: got {got}; expected {spec}: the checkpoint belongs to another architecture")
     return tensor
-
-
-def _digest(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {TensorSpec.of(tensor)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

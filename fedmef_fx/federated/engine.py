@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     sizes = _check_clients(clients, rounds=rounds, clients_per_round=clients_per_round, test=test)
     network = _prepare(model, config, method)
     network = network if device is None else _on(network, device)
-    server = Server(network, method=method, rounds=rounds)
+    server = Server(network, method=method, rounds=rounds, samples=dict(enumerate(sizes)), run=secrets.token_hex(16))
     settings = _settings(network, method, training, rounds=rounds, clients_per_round=clients_per_round, sizes=sizes)
     history = History(settings=settings, model=network)
     directory = None if checkpoint_dir is None else _directory(checkpoint_dir)

@@ -163,6 +163,7 @@ def train_locally(
         votes=found.votes,
         scores=found.scores,
         masks=found.masks,
+        client=client,
     )
 
 

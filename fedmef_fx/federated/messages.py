@@ -90,6 +90,7 @@ class Update:
         votes: Parameter name -> positions of growth candidates alone, int64 ascending, where no values are asked for.
         scores: Parameter name -> scores `[numel]` or `[active]`, where they are asked for.
         masks: Parameter name -> the client's own mask, where it is asked for.
+        client: Whose it is.
     """
 
     round_index: int
@@ -102,3 +103,4 @@ class Update:
     votes: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     masks: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    client: int = 0

@@ -3,6 +3,7 @@
 Knows nothing about transports: a round is `task`, one `broadcast` and one `receive` per client, `finish_round`.
 """
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, WireError
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import AfterRound, Method
 from fedmef_fx.federated.opening import active_budget
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
+from fedmef_fx.files.container import digest
 from fedmef_fx.sparse_model.masks import set_masks
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
@@ -30,6 +33,9 @@ class Server:
         model: The transformed model; it is changed in place and always holds the newest weights.
         method: The policies.
         rounds: Rounds of the whole run; adjustments stop there unless the configuration says otherwise.
+        samples: Client -> how many samples it declared; others' answers, and other numbers, are refused. None for any.
+        limits: What no update may exceed; None for `Limits()`.
+        run: The run's name, which every message bears; None for one that follows from model, method and rounds.
 
     Attributes:
         state: The model that is sent; its version is the number of finished rounds.
@@ -39,18 +45,29 @@ class Server:
         is_opening: Whether the first masks are still to be found (`open`); all weights are active until then.
     """
 
-    def __init__(self, model: nn.Module, *, method: Method, rounds: int) -> None:
+    def __init__(  # all but the model by keyword
+        self,
+        model: nn.Module,
+        *,
+        method: Method,
+        rounds: int,
+        samples: Mapping[int, int] | None = None,
+        limits: Limits | None = None,
+        run: str | None = None,
+    ) -> None:
         if rounds < 1:
             raise ConfigError(f"Server: rounds: got {rounds}; expected an integer >= 1")
         self.model = model
         self.schema = Schema.of(model)
-        self.state = read_state(model, version=0)
+        self.state = read_state(model, version=0, run=run or _run_name(model, method, rounds))
         self.changed = dict.fromkeys([*self.schema.masked, *self.schema.dense], 0)
         self.known: dict[int, int] = {}
         self.memory: dict[str, Tensor] = {}
         self.is_opening = method.opening is not None and bool(self.state.masks)
         self._method = method
         self._rounds = rounds
+        self._samples = samples
+        self._limits = limits or Limits()
 
     def restore(
         self,
@@ -113,7 +130,7 @@ class Server:
             )
         found = opening.masks(self.model, list(updates.values()), active=active_budget(self.model), sample=sample)
         set_masks(self.model, found)
-        self.state = read_state(self.model, version=0)
+        self.state = read_state(self.model, version=0, run=self.state.run)
         self.is_opening = False
         self.known = {}  # what clients were sent was the dense model
 
@@ -128,7 +145,16 @@ class Server:
             WireError: Bytes that are no answer to this round's task; the message names client and round.
         """
         try:
-            update = decode_update(data, task=self.task(), sent=self.state)
+            if self._samples is not None and client not in self._samples:
+                raise WireError("got an answer of a client that is not in this run; expected one that is")
+            update = decode_update(
+                data,
+                task=self.task(),
+                sent=self.state,
+                client=client,
+                samples=None if self._samples is None else self._samples[client],
+                limits=self._limits,
+            )
         except WireError as error:
             raise WireError(f"client {client}, round {self.state.version}: {error}") from error
         self.known[client] = self.state.version
@@ -165,7 +191,18 @@ class Server:
 
     def _advance(self, version: int) -> None:
         """Note which masks and dense tensors the new version changes."""
-        state = read_state(self.model, version=version)
+        state = read_state(self.model, version=version, run=self.state.run)
         for old, new in ((self.state.masks, state.masks), (self.state.dense, state.dense)):
             self.changed |= {name: version for name, tensor in new.items() if not torch.equal(tensor, old[name])}
         self.state = state
+
+
+def _run_name(model: nn.Module, method: Method, rounds: int) -> str:
+    """A name that runs of other models, methods, configurations or lengths do not have."""
+    state = read_state(model, version=0)
+    tensors = {f"value/{name}": values for name, values in state.values.items()}
+    tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
+    config = json.loads(transformation_of(model).config.to_json())
+    return digest(
+        tensors, {"masks": state.mask_digest, "method": method.settings(), "config": config, "rounds": rounds}
+    )[:32]

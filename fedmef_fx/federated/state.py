@@ -1,13 +1,15 @@
 """What a federation exchanges of a model: masks, the active values under them, and all other tensors."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.files.container import DTYPES
+from fedmef_fx.files.container import DTYPES, digest
+from fedmef_fx.packing.bitmap import pack_bits
 from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.masks import masks, set_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -68,7 +70,7 @@ class Schema:
         return schema
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelState:
     """A model's exchanged tensors, on the CPU. They are shared between states and never changed in place.
 
@@ -77,12 +79,19 @@ class ModelState:
         masks: Parameter name -> boolean mask, True = active.
         values: Parameter name -> its active values `[active]`, in row-major order.
         dense: Name -> tensor, of all other parameters and persistent buffers.
+        run: Name of the run that it belongs to; empty outside runs.
     """
 
     version: int
     masks: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     dense: Mapping[str, Tensor]
+    run: str = ""
+
+    @functools.cached_property
+    def mask_digest(self) -> str:
+        """What tells these masks from all others, 32 hexadecimal digits."""
+        return digest({name: pack_bits(mask) for name, mask in self.masks.items()}, {})[:32]
 
 
 def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -99,12 +108,13 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def read_state(model: nn.Module, *, version: int) -> ModelState:
+def read_state(model: nn.Module, *, version: int, run: str = "") -> ModelState:
     """Copy the exchanged tensors of a transformed model.
 
     Args:
         model: A transformed model.
         version: Number of finished rounds.
+        run: Name of the run.
     """
     parameters = masked_parameters(model)
     return ModelState(
@@ -112,6 +122,7 @@ def read_state(model: nn.Module, *, version: int) -> ModelState:
         masks={name: mask.cpu() for name, mask in masks(model).items()},
         values={name: parameter.values().cpu() for name, parameter in parameters.items()},
         dense={name: tensor.detach().cpu().clone() for name, tensor in _dense_tensors(model).items()},
+        run=run,
     )
 
 

@@ -13,32 +13,43 @@ and in adjustment rounds what the method asks for (`messages.REPORTS`); for FedM
     score/<name>     a number for every weight, or every active one
     mask/<name>      the client's own mask, under which its values are
 
-Decoding checks names, shapes, dtypes, counts, ranges and that numbers are finite. Whatever the bytes, it raises
-`WireError` and nothing else. How many bytes a message takes on the wire is its `len`.
+Every message names its run, its round and, by a digest, the masks that it is about; an update names its client.
+Decoding checks these, names, shapes, dtypes, counts, ranges, that numbers are finite and within `Limits`, and a
+checksum. More bytes than the model allows are refused unread. Whatever the bytes, decoding raises `WireError` and
+nothing else. How many bytes a message takes on the wire is its `len`.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from fedmef_fx.errors import FedmefError, WireError
+from fedmef_fx.errors import WireError
+from fedmef_fx.federated.envelope import FORMAT, seal, unseal
+from fedmef_fx.federated.limits import Limits, check_update
+from fedmef_fx.federated.message_parts import (
+    dense_tensors,
+    growth_candidates,
+    integer,
+    kept,
+    own_mask,
+    positions_alone,
+    scores_of,
+    take,
+    unpack_mask,
+)
 from fedmef_fx.federated.messages import REPORTS, RoundTask, Update
-from fedmef_fx.federated.positions import pack_positions, unpack_positions
+from fedmef_fx.federated.positions import pack_positions
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
-from fedmef_fx.files.container import decode, encode
-from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
+from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = ["FORMAT", "decode_broadcast", "decode_update", "encode_broadcast", "encode_update"]
 
-FORMAT: Final = 1
-"""Version of the format; a peer of another version is refused."""
-
-# Any count of rounds, samples or bytes; JSON numbers up to here are exact everywhere.
-_LARGEST: Final = 2**53
+# Most bytes of a position, see `positions`.
+_POSITION_BYTES: Final = 6
 
 
 def encode_broadcast(
@@ -57,13 +68,18 @@ def encode_broadcast(
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items() if name in names}
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items() if name in names}
     counts = None if task.counts is None else dict(task.counts)
-    rounds: dict[str, Any] = {"round": task.round_index, "rounds": task.rounds}
+    fields: dict[str, Any] = {
+        "run": state.run,
+        "round": task.round_index,
+        "rounds": task.rounds,
+        "version": state.version,
+        "known": known,
+        "masks": state.mask_digest,
+        "counts": counts,
+    }
     if task.report != "gradients":
-        rounds["report"] = task.report
-    return encode(
-        tensors,
-        {"format": FORMAT, "kind": "broadcast", **rounds, "version": state.version, "known": known, "counts": counts},
-    )
+        fields["report"] = task.report
+    return seal(tensors, "broadcast", fields)
 
 
 def decode_broadcast(
@@ -82,9 +98,19 @@ def decode_broadcast(
     Raises:
         WireError: Bytes that are no broadcast for this model, or that build on a version that the client lacks.
     """
-    tensors, fields = _open(data, "broadcast", {"round", "rounds", "version", "known", "counts"}, {"report"})
-    version = _integer(fields, "version", low=0)
-    known_version = None if fields["known"] is None else _integer(fields, "known", low=0, high=version)
+    message = unseal(
+        data,
+        "broadcast",
+        fields={"run", "round", "rounds", "version", "known", "masks", "counts"},
+        optional={"report"},
+        sizes=_broadcast_sizes(schema),
+    )
+    tensors, fields = message.tensors, message.fields
+    run = fields["run"]
+    if not isinstance(run, str):
+        raise WireError(f"broadcast: run: got {run!r:.40}; expected the name of a run")
+    version = integer(fields, "version", low=0)
+    known_version = None if fields["known"] is None else integer(fields, "known", low=0, high=version)
     if known_version is not None and (previous is None or not known_version <= previous.version <= version):
         have = "none" if previous is None else str(previous.version)
         raise WireError(
@@ -92,26 +118,48 @@ def decode_broadcast(
             "complete one (known=None)"
         )
     base = previous if known_version is not None else None
+    if base is not None and base.run != run:
+        raise WireError(
+            f"broadcast: got one of run {run!r:.40} that builds on an earlier one; this client is in run "
+            f"{base.run!r:.40}: ask the server for a complete one (known=None)"
+        )
     masks = {
-        name: _unpack_mask(name, packed, spec)
+        name: unpack_mask(name, packed, spec)
         if (packed := tensors.pop(f"mask/{name}", None)) is not None
-        else _kept("mask", name, base.masks if base else {})
+        else kept("mask", name, base.masks if base else {})
         for name, spec in schema.masked.items()
     }
     values = {
-        name: _take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].count_nonzero())]), spec.dtype))
+        name: take(tensors, f"value/{name}", TensorSpec(torch.Size([int(masks[name].count_nonzero())]), spec.dtype))
         for name, spec in schema.masked.items()
     }
-    dense = _dense(tensors, schema.dense, base.dense if base else {})
-    _expect_nothing_left(tensors)
-    rounds = _integer(fields, "rounds", low=1)
-    round_index = _integer(fields, "round", low=0, high=rounds - 1)
+    dense = dense_tensors(tensors, schema.dense, base.dense if base else {})
+    state = ModelState(version, masks, values, dense, run)
+    if fields["masks"] != state.mask_digest:
+        raise WireError(
+            "broadcast: masks: the digest does not fit the masks that this client has: ask the server for a complete "
+            "one (known=None)"
+        )
+    rounds = integer(fields, "rounds", low=1)
+    round_index = integer(fields, "round", low=0, high=rounds - 1)
     wanted = fields.get("report", "gradients")
     report = next((name for name in REPORTS if name == wanted), None)
     if report is None:
         raise WireError(f"broadcast: report: got {wanted!r:.40}; expected one of {', '.join(REPORTS)}")
     task = RoundTask(round_index, rounds, _counts(fields["counts"], masks), report)
-    return task, ModelState(version, masks, values, dense)
+    message.check_all_read()
+    return task, state
+
+
+def _broadcast_sizes(schema: Schema) -> dict[str, int]:
+    """Name of every tensor that a broadcast may have -> its most bytes."""
+    sizes = {f"value/{name}": _nbytes(spec) for name, spec in schema.masked.items()}
+    sizes |= {f"mask/{name}": bitmap_nbytes(spec.shape.numel()) for name, spec in schema.masked.items()}
+    return sizes | {f"dense/{name}": _nbytes(spec) for name, spec in schema.dense.items()}
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return spec.shape.numel() * spec.dtype.itemsize
 
 
 def encode_update(update: Update, *, received: ModelState) -> bytes:
@@ -130,114 +178,111 @@ def encode_update(update: Update, *, received: ModelState) -> bytes:
     tensors |= {f"score/{name}": scores for name, scores in update.scores.items()}
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in update.masks.items()}
     fields = {
+        "run": received.run,
+        "masks": received.mask_digest,
+        "client": update.client,
         "round": update.round_index,
         "samples": update.samples,
         "loss": update.loss,
         "peak_saved_bytes": update.peak_saved_bytes,
     }
-    return encode(tensors, {"format": FORMAT, "kind": "update", **fields})
+    return seal(tensors, "update", fields)
 
 
-def decode_update(data: bytes, *, task: RoundTask, sent: ModelState) -> Update:
+def decode_update(  # all but the bytes by keyword
+    data: bytes,
+    *,
+    task: RoundTask,
+    sent: ModelState,
+    client: int | None = None,
+    samples: int | None = None,
+    limits: Limits | None = None,
+) -> Update:
     """Read an update.
 
     Args:
         data: The bytes.
         task: What the client was asked for.
         sent: The state that it was sent; it also says what shapes to expect.
+        client: Whose answer it has to be; None for anybody's.
+        samples: How many samples that client has; None for any number.
+        limits: What the update may not exceed; None for `Limits()`.
 
     Raises:
         WireError: Bytes that are no answer to this task.
     """
-    tensors, fields = _open(data, "update", {"round", "samples", "loss", "peak_saved_bytes"})
-    _integer(fields, "round", low=task.round_index, high=task.round_index)
+    message = unseal(
+        data,
+        "update",
+        fields={"run", "masks", "client", "round", "samples", "loss", "peak_saved_bytes"},
+        sizes=_update_sizes(task, sent),
+    )
+    tensors, fields = message.tensors, message.fields
+    integer(fields, "round", low=task.round_index, high=task.round_index)
+    _check_origin(fields, sent, client=client, samples=samples)
     loss = fields["loss"]
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise WireError(f"update: loss: got {loss!r:.40}; expected a finite number")
     asked, counts = task.asked, task.counts or {}
     weights = sent.values if asked.weights else {}
-    values = {name: _take(tensors, f"value/{name}", TensorSpec.of(value)) for name, value in weights.items()}
+    values = {name: take(tensors, f"value/{name}", TensorSpec.of(value)) for name, value in weights.items()}
     specs = {name: TensorSpec.of(tensor) for name, tensor in sent.dense.items()}
-    dense = _dense(tensors, specs, sent.dense)
-    masks = {name: _own_mask(tensors, name, mask) for name, mask in sent.masks.items()} if asked.masks else {}
-    scores = {name: _scores(tensors, name, mask, task) for name, mask in sent.masks.items()} if asked.scores else {}
+    dense = dense_tensors(tensors, specs, sent.dense)
+    masks = {name: own_mask(tensors, name, mask) for name, mask in sent.masks.items()} if asked.masks else {}
+    scores = {name: scores_of(tensors, name, mask, task) for name, mask in sent.masks.items()} if asked.scores else {}
     gradients: dict[str, SparseGradient] = {}
     votes: dict[str, Tensor] = {}
     if asked.values:
-        gradients = {name: _gradient(tensors, name, sent.masks[name], count) for name, count in counts.items()}
+        gradients = {name: growth_candidates(tensors, name, sent.masks[name], count) for name, count in counts.items()}
     elif asked.positions:
-        votes = {name: _votes(tensors, name, sent.masks[name], count) for name, count in counts.items()}
-    _expect_nothing_left(tensors)
-    return Update(
+        votes = {name: positions_alone(tensors, name, sent.masks[name], count) for name, count in counts.items()}
+    update = Update(
         round_index=task.round_index,
-        samples=_integer(fields, "samples", low=1),
+        samples=integer(fields, "samples", low=1),
         loss=loss,
-        peak_saved_bytes=_integer(fields, "peak_saved_bytes", low=0),
+        peak_saved_bytes=integer(fields, "peak_saved_bytes", low=0),
         values=values,
         dense=dense,
         gradients=gradients,
         votes=votes,
         scores=scores,
         masks=masks,
+        client=integer(fields, "client", low=0),
     )
+    message.check_all_read()
+    check_update(update, sent, limits or Limits())
+    return update
 
 
-def _open(
-    data: bytes, kind: str, expected: set[str], optional: Collection[str] = ()
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, fields = decode(data)
-    header = fields.pop("format", None), fields.pop("kind", None)
-    if header != (FORMAT, kind):
-        raise WireError(f"{kind}: got format {header[0]!r:.40}, kind {header[1]!r:.40}; expected {FORMAT}, {kind!r}")
-    if fields.keys() - set(optional) != expected:
-        raise WireError(f"{kind}: got fields {sorted(fields)!r:.200}; expected {sorted(expected)}")
-    return tensors, fields
+def _check_origin(fields: Mapping[str, object], sent: ModelState, *, client: int | None, samples: int | None) -> None:
+    """Refuse what was made in another run, under other masks, by another client, or with other data."""
+    if fields["run"] != sent.run:
+        raise WireError(f"update: run: got {fields['run']!r:.40}; expected {sent.run!r}: an answer to another run")
+    if fields["masks"] != sent.mask_digest:
+        raise WireError(
+            f"update: masks: got {fields['masks']!r:.40}; expected {sent.mask_digest!r}: trained under other masks"
+        )
+    if client is not None and integer(fields, "client", low=0) != client:
+        raise WireError(f"update: client: got {fields['client']}; expected {client}: another client's update")
+    if samples is not None and integer(fields, "samples", low=1) != samples:
+        raise WireError(f"update: samples: got {fields['samples']}; expected {samples}, which this client declared")
 
 
-def _integer(fields: Mapping[str, object], name: str, *, low: int, high: int = _LARGEST) -> int:
-    value = fields[name]
-    if type(value) is not int or not low <= value <= high:
-        raise WireError(f"message: {name}: got {value!r:.40}; expected an integer in [{low}, {high}]")
-    return value
-
-
-def _take(tensors: dict[str, Tensor], key: str, spec: TensorSpec) -> Tensor:
-    """Remove one tensor from the message and check it."""
-    tensor = tensors.pop(key, None)
-    if tensor is None:
-        raise WireError(f"message: {key!r} is missing; expected {spec}")
-    if TensorSpec.of(tensor) != spec:
-        raise WireError(f"message: {key!r}: got {TensorSpec.of(tensor)}; expected {spec}: another model, or topology")
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise WireError(f"message: {key!r}: got infinite values or NaN; expected finite ones: training has diverged")
-    return tensor
-
-
-def _dense(
-    tensors: dict[str, Tensor], specs: Mapping[str, TensorSpec], unchanged: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The dense tensors of a message, completed by those that did not change."""
-    return {
-        name: _take(tensors, f"dense/{name}", spec) if f"dense/{name}" in tensors else _kept("dense", name, unchanged)
-        for name, spec in specs.items()
-    }
-
-
-def _kept(what: str, name: str, unchanged: Mapping[str, Tensor]) -> Tensor:
-    if name not in unchanged:
-        raise WireError(f"message: '{what}/{name}' is missing; expected it, as the receiver has no earlier version")
-    return unchanged[name]
-
-
-def _unpack_mask(name: str, packed: Tensor, spec: TensorSpec) -> Tensor:
-    numel = spec.shape.numel()
-    expected = TensorSpec(torch.Size([bitmap_nbytes(numel)]), torch.uint8)
-    if TensorSpec.of(packed) != expected:
-        raise WireError(f"message: 'mask/{name}': got {TensorSpec.of(packed)}; expected {expected}: another model")
-    mask = unpack_bits(packed, numel)
-    if not torch.equal(pack_bits(mask), packed):
-        raise WireError(f"message: 'mask/{name}': got bits behind the last weight; expected zeros there")
-    return mask.reshape(spec.shape)
+def _update_sizes(task: RoundTask, sent: ModelState) -> dict[str, int]:
+    """Name of every tensor that an update may have -> its most bytes."""
+    asked, counts = task.asked, task.counts or {}
+    sizes = {f"dense/{name}": tensor.nbytes for name, tensor in sent.dense.items()}
+    if asked.weights:
+        sizes |= {f"value/{name}": values.nbytes for name, values in sent.values.items()}
+    if asked.masks:
+        sizes |= {f"mask/{name}": bitmap_nbytes(mask.numel()) for name, mask in sent.masks.items()}
+    if asked.scores:
+        sizes |= {f"score/{name}": mask.numel() * torch.float32.itemsize for name, mask in sent.masks.items()}
+    if asked.positions:
+        sizes |= {f"position/{name}": count * _POSITION_BYTES for name, count in counts.items()}
+    if asked.values:
+        sizes |= {f"gradient/{name}": count * torch.float64.itemsize for name, count in counts.items()}
+    return sizes
 
 
 def _counts(value: object, masks: Mapping[str, Tensor]) -> dict[str, int] | None:
@@ -247,67 +292,5 @@ def _counts(value: object, masks: Mapping[str, Tensor]) -> dict[str, int] | None
         raise WireError(f"broadcast: counts: got {value!r:.80}; expected one per masked parameter")
     for name, mask in masks.items():
         active = int(mask.count_nonzero())
-        _integer(value, name, low=0, high=min(active, mask.numel() - active))
+        integer(value, name, low=0, high=min(active, mask.numel() - active))
     return value
-
-
-def _gradient(tensors: dict[str, Tensor], name: str, mask: Tensor, count: int) -> SparseGradient:
-    """Growth candidates of one parameter: at most as many as were asked for, at inactive positions only."""
-    packed, values = tensors.pop(f"position/{name}", None), tensors.pop(f"gradient/{name}", None)
-    if packed is None or values is None:
-        raise WireError(f"update: {name!r}: got no growth candidates in an adjustment round; expected up to {count}")
-    if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise WireError(f"update: 'position/{name}': got {TensorSpec.of(packed)}; expected packed positions")
-    if values.dtype not in (torch.float32, torch.float64) or values.dim() != 1 or values.numel() > count:
-        raise WireError(f"update: 'gradient/{name}': got {TensorSpec.of(values)}; expected up to {count} numbers")
-    positions = _inactive(packed, name, mask, count=values.numel())
-    try:
-        return SparseGradient(positions, values, mask.numel())
-    except FedmefError as error:
-        raise WireError(f"update: {name!r}: {error}") from error
-
-
-def _inactive(packed: Tensor, name: str, mask: Tensor, *, count: int) -> Tensor:
-    """Positions of inactive weights."""
-    positions = unpack_positions(packed, count=count, numel=mask.numel())
-    if bool(torch.take(mask, positions).any()):
-        raise WireError(f"update: 'position/{name}': got positions of active weights; expected inactive ones only")
-    return positions
-
-
-def _votes(tensors: dict[str, Tensor], name: str, mask: Tensor, count: int) -> Tensor:
-    """Growth candidates without values: their number is not stated, every byte below 128 ends one."""
-    packed = tensors.pop(f"position/{name}", None)
-    if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-        got = "nothing" if packed is None else str(TensorSpec.of(packed))
-        raise WireError(f"update: 'position/{name}': got {got}; expected packed positions")
-    found = int((packed < 0x80).count_nonzero())
-    if found > count:
-        raise WireError(f"update: 'position/{name}': got {found} positions; expected up to {count}")
-    return _inactive(packed, name, mask, count=found)
-
-
-def _scores(tensors: dict[str, Tensor], name: str, mask: Tensor, task: RoundTask) -> Tensor:
-    """A finite number for every weight, or every active one."""
-    count = mask.numel() if task.asked.scores == "all" else int(mask.count_nonzero())
-    return _take(tensors, f"score/{name}", TensorSpec(torch.Size([count]), torch.float32))
-
-
-def _own_mask(tensors: dict[str, Tensor], name: str, sent: Tensor) -> Tensor:
-    """A client's own mask, with as many active weights as it was sent: so the shapes of its values are known."""
-    packed = tensors.pop(f"mask/{name}", None)
-    if packed is None:
-        raise WireError(f"update: 'mask/{name}' is missing; expected the client's own mask in an adjustment round")
-    mask = _unpack_mask(name, packed, TensorSpec.of(sent))
-    if int(mask.count_nonzero()) != int(sent.count_nonzero()):
-        raise WireError(
-            f"update: 'mask/{name}': got {int(mask.count_nonzero())} active weights; expected "
-            f"{int(sent.count_nonzero())}, as many as were sent"
-        )
-    return mask
-
-
-def _expect_nothing_left(tensors: Iterable[str]) -> None:
-    unknown = sorted(tensors)
-    if unknown:
-        raise WireError(f"message: got unknown tensors {unknown!r:.200}; expected only what the model has")

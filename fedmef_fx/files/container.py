@@ -6,6 +6,7 @@ done here, because bytes from a peer must never end in anything but `WireError`:
 bytes it was given, and takes only what the writer can have written.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError, WireError
 
-__all__ = ["DTYPES", "STORED_DTYPES", "decode", "encode", "read"]
+__all__ = ["DTYPES", "STORED_DTYPES", "decode", "digest", "encode", "read"]
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -71,8 +72,22 @@ def _owned(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def decode(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors and metadata, in hexadecimal; their order does not matter."""
+    result = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        result.update(f"{name} {tensor.dtype}{list(tensor.shape)}".encode())
+        result.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def decode(data: bytes, *, header_bytes: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `encode` wrote.
+
+    Args:
+        data: The bytes.
+        header_bytes: Length of the longest header that is parsed; None for any.
 
     Returns:
         The tensors, on the CPU and independent of `data`, and the metadata.
@@ -80,7 +95,7 @@ def decode(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         WireError: Anything else than what `encode` writes; no other error, whatever the bytes.
     """
-    header, start = _header(data)
+    header, start = _header(data, header_bytes)
     metadata = _metadata(header.pop("__metadata__", None))
     return _tensors(data, header, start, DTYPES), metadata
 
@@ -120,13 +135,15 @@ def _tensors(
     return tensors
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
+def _header(data: bytes, longest: int | None = None) -> tuple[dict[str, Any], int]:
     """The header and the offset of the first tensor."""
     if len(data) < 8:
         raise WireError(f"container: got {len(data)} bytes; expected at least 8, the length of the header")
     (length,) = struct.unpack_from("<Q", data)
     if length > len(data) - 8:
         raise WireError(f"container: got a header of {length} bytes in {len(data)} bytes: truncated, or another format")
+    if longest is not None and length > longest:
+        raise WireError(f"container: got a header of {length} bytes; expected at most {longest}: another model")
     header = _json(data[8 : 8 + length], "header")
     return header, 8 + length
 

@@ -21,7 +21,9 @@ def _server(model: nn.Module, *, rounds: int = 10, method: str = "fedmef") -> Se
     return Server(model, method=METHODS[method], rounds=rounds)
 
 
-def _update(server: Server, *, samples: int = 1, shift: float = 0.0, grow_at_end: bool = False) -> Update:
+def _update(
+    server: Server, *, client: int = 0, samples: int = 1, shift: float = 0.0, grow_at_end: bool = False
+) -> Update:
     """An update with all floating-point numbers shifted; candidates are the first or last inactive coordinates."""
     state, task = server.state, server.task()
     gradients = {}
@@ -37,6 +39,7 @@ def _update(server: Server, *, samples: int = 1, shift: float = 0.0, grow_at_end
         values={name: value + shift for name, value in state.values.items()},
         dense={name: t + shift if t.is_floating_point() else t for name, t in state.dense.items()},
         gradients=gradients,
+        client=client,
     )
 
 
@@ -175,7 +178,7 @@ def test_a_client_is_known_to_have_a_broadcast_once_it_has_answered(sparse: Call
     first = server.broadcast(3)
     # It may have been lost: sent anew, it is complete again.
     assert server.broadcast(3) == first
-    server.receive(3, encode_update(_update(server), received=server.state))
+    server.receive(3, encode_update(_update(server, client=3), received=server.state))
     server.finish_round({3: _update(server)})
     assert len(server.broadcast(3)) < len(server.broadcast(4))
 

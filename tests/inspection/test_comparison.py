@@ -16,8 +16,7 @@ from torch.utils.data import TensorDataset
 import fedmef_fx
 from fedmef_fx import Config, federated
 from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.federated.checkpoint import _digest
-from fedmef_fx.files.container import encode
+from fedmef_fx.files.container import digest, encode
 from fedmef_fx.inspection import Comparison, ParameterChange, compare
 from tests.inspection.models import HOSTILE_NAMES, linear
 
@@ -181,7 +180,7 @@ def test_files_that_are_none(tmp_path: Path, run_directory: Path) -> None:
 def test_a_round_that_claims_wrong_shapes(tmp_path: Path, shape: object) -> None:
     fields = {"shapes": {"w": shape}, "version": 1}
     tensors = {"mask/w": torch.zeros(9, dtype=torch.uint8), "value/w": torch.zeros(3)}
-    metadata = {"format": 1, "kind": "checkpoint", "digest": _digest(tensors, fields), **fields}
+    metadata = {"format": 1, "kind": "checkpoint", "digest": digest(tensors, fields), **fields}
     (tmp_path / "round").write_bytes(encode(tensors, metadata))
     with pytest.raises(CheckpointError):
         compare(tmp_path / "round", _sparse([0]))
