@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.layout import has_no_values, on_device
 from fedmef_fx.packing.registry import announce_temporary
 from fedmef_fx.packing.tracers import is_traced
 
@@ -78,7 +78,7 @@ def _pack_on_device(flat: Tensor) -> Tensor:
 
 def _powers(device: torch.device) -> Tensor:
     """The value of each bit of a byte."""
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+    return on_device(torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8), device)
 
 
 def unpack_bits(bitmap: Tensor, numel: int) -> Tensor:

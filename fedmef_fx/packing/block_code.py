@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.bit_planes import BITS, Bits, planes_nbytes
+from fedmef_fx.packing.layout import on_device
 
 __all__ = ["EIGHT_BITS", "BlockCode", "Levels", "Rounding", "decode_levels", "encode_levels"]
 
@@ -108,7 +109,9 @@ class BlockCode:
 EIGHT_BITS: Final = BlockCode()
 
 
-def encode_levels(x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None) -> Tensor | None:
+def encode_levels(
+    x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None, *, is_checked: bool = False
+) -> Tensor | None:
     """Codes of the elements of blocks.
 
     Args:
@@ -116,6 +119,7 @@ def encode_levels(x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor 
         code: How.
         parameters: `[blocks, code.parameters]`, of `code.parameter_dtype`; written to.
         noise: Of x's shape, for stochastic rounding; None for nearest.
+        is_checked: Whether what follows is known not to be so: to ask would wait for a device.
 
     Returns:
         uint8 `[blocks, size]`; None where an element is not finite, or twice the difference of two of one block is not,
@@ -123,7 +127,7 @@ def encode_levels(x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor 
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     low, high = x.amin(1, keepdim=True).to(wide), x.amax(1, keepdim=True).to(wide)
-    if not bool(torch.isfinite(2 * high - 2 * low).all()):
+    if not is_checked and not bool(torch.isfinite(2 * high - 2 * low).all()):
         return None
     if code.levels == "centroids":
         return _encode_centroids(x.to(wide), code, parameters, noise, ends=(low, high))
@@ -169,7 +173,7 @@ def _bfloat16_below(x: Tensor) -> Tensor:
 def _encode_centroids(
     x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None, *, ends: tuple[Tensor, Tensor]
 ) -> Tensor:
-    upper = torch.tensor(_NORMAL_LEVELS[code.bits], dtype=x.dtype, device=x.device)
+    upper = on_device(torch.tensor(_NORMAL_LEVELS[code.bits], dtype=x.dtype), x.device)
     start = torch.cat([-upper.flip(0), upper])
     mean = x.mean(1, keepdim=True)
     levels = mean + (x - mean).square().mean(1, keepdim=True).sqrt() * start

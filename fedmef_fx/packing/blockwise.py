@@ -16,7 +16,8 @@ float64 for float64 tensors, float32 for all others, products and sums rounded o
 
 NaN and infinities survive unchanged. Of a tensor that holds any, and of one with a range that overflows, the finite
 elements are encoded in float64, quartered, and the kind of each element (0 finite, 1 NaN, 2 and 3 the infinities) is
-kept next to the codes, in 2 bits: `kinds`, one block of planes for the whole tensor.
+kept next to the codes, in 2 bits: `kinds`, one block of planes for the whole tensor. That is so on the CPU; elsewhere,
+and while traced, each block carries its exceptions itself (`fedmef_fx.packing.marked_blocks`), so that nothing waits.
 
 Where scale falls below the smallest normal number a block decodes to its offset. Up to 4 bits, finite values of float64
 beyond what bfloat16 holds become its largest ones.
@@ -33,6 +34,7 @@ from torch import Tensor
 from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
 from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode, decode_levels, encode_levels
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
+from fedmef_fx.packing.marked_blocks import decode_marked, encode_marked, marks_exceptions
 from fedmef_fx.packing.noise import noise_at, noise_key
 from fedmef_fx.packing.registry import BufferKind, announce, announce_temporary
 from fedmef_fx.packing.tracers import is_traced
@@ -108,7 +110,7 @@ class BlockwiseTensor:
         codes = x.new_empty(code.codes_nbytes(layout.numel), dtype=torch.uint8, requires_grad=False)
         shape = (code.blocks(layout.numel), code.parameters)
         parameters = x.new_empty(shape, dtype=code.parameter_dtype(x.dtype), requires_grad=False)
-        if has_no_values(x) and not is_traced():
+        if not is_traced() and has_no_values(x):
             # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
             gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
             elements = _chunk_nbytes(x, torch.uint8)
@@ -130,7 +132,7 @@ class BlockwiseTensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         # The view comes last: compilers refuse to write through views with strides of their own.
         flat = self.codes.new_empty(self.layout.numel, dtype=self.dtype)
-        if has_no_values(flat) and not is_traced():
+        if not is_traced() and has_no_values(flat):
             # Codes one per byte, and a chunk that is rounded afterwards.
             unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(flat, torch.uint8)
             is_wide = flat.dtype == _wide(flat.dtype)
@@ -248,12 +250,13 @@ def _encode(
     start = first = 0
     for chunk in chunks:
         noise, at = None, 0
+        encode = _encode_wide if wide else encode_marked if marks_exceptions(chunk) else encode_levels
         if key is not None:
             dtype = torch.float64 if wide else _wide(chunk.dtype)
             noise = noise_at(key, start, chunk.numel(), dtype=dtype, device=chunk.device)
         for part, out, into in _in_blocks(chunk, code, codes[first:], parameters[start // code.block :]):
             share = None if noise is None else noise[at : at + part.numel()].view_as(part)
-            encoded = (_encode_wide if wide else encode_levels)(part, code, into, share)
+            encoded = encode(part, code, into, share)
             if encoded is None:
                 return False
             pack_planes(encoded, code.bits, out)
@@ -290,7 +293,8 @@ def _decode(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor, *, 
     """Decode `[blocks, size]` into `out`."""
     levels = unpack_planes(codes, out.shape[1], code.bits)
     if not has_exceptions:
-        decode_levels(levels, code, parameters.to(_wide(out.dtype)), out)
+        decode = decode_marked if marks_exceptions(out) else decode_levels
+        decode(levels, code, parameters.to(_wide(out.dtype)), out)
         return
     # In quarters: the product with a range that overflows its format must not.
     values = torch.empty(out.shape, dtype=torch.float64, device=out.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["MemoryLayout", "has_no_values", "is_same_memory"]
+__all__ = ["MemoryLayout", "has_no_values", "is_same_memory", "on_device"]
 
 _FAKE: Final = torch._C._TorchDispatchModeKey.FAKE
 
@@ -89,3 +89,8 @@ def is_same_memory(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors begin at the same address; also for tensors without values, which have none."""
     same_storage = first.untyped_storage()._cdata == second.untyped_storage()._cdata
     return same_storage and first.storage_offset() == second.storage_offset()
+
+
+def on_device(constant: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU on a device, without waiting for it, as `torch.tensor(..., device=device)` does."""
+    return constant if device.type == "cpu" else constant.to(device, non_blocking=True)
