@@ -6,35 +6,35 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any, Final
 
-from fedmef_fx.checkpoint import load, save
-from fedmef_fx.config import Config
-from fedmef_fx.errors import FedmefError
-from fedmef_fx.export.compact.compact import compact, compact_report
-from fedmef_fx.export.compact.report import CompactReport
-from fedmef_fx.export.freeze.freeze import freeze
-from fedmef_fx.export.onnx.digest import verify_onnx
-from fedmef_fx.export.onnx.inspect_file import inspect_onnx
-from fedmef_fx.export.onnx.onnx_file import export_onnx
-from fedmef_fx.export.onnx.report import ExportReport
-from fedmef_fx.export.onnx.unpack import unpack_onnx
-from fedmef_fx.inspection import inspect
-from fedmef_fx.measure.memory import memory
-from fedmef_fx.moved import MovedModules, keep_old_attributes
-from fedmef_fx.sparse_model.averages import averaged, watch_averages
-from fedmef_fx.sparse_model.masks import density, masks, set_masks
-from fedmef_fx.sparse_model.state_dicts import dense_state_dict
-from fedmef_fx.sparse_model.transformation import coverage, memory_plan, report
-from fedmef_fx.training.distributed import watch_wrappers
-from fedmef_fx.training.extrusion import Extrusion
-from fedmef_fx.training.growth import growth_candidates
-from fedmef_fx.training.micro_batches import micro_batches
-from fedmef_fx.transformation.mask_layers import mask_layers
-from fedmef_fx.transformation.transform import transform
+from fedmef_fx.moved import MOVED, MovedModules, keep_old_attributes
 
 if TYPE_CHECKING:
     from fedmef_fx import federated
+    from fedmef_fx.checkpoint import load, save
+    from fedmef_fx.config import Config
+    from fedmef_fx.errors import FedmefError
+    from fedmef_fx.export.compact.compact import compact, compact_report
+    from fedmef_fx.export.compact.report import CompactReport
+    from fedmef_fx.export.freeze.freeze import freeze
+    from fedmef_fx.export.onnx.digest import verify_onnx
+    from fedmef_fx.export.onnx.inspect_file import inspect_onnx
+    from fedmef_fx.export.onnx.onnx_file import export_onnx
+    from fedmef_fx.export.onnx.report import ExportReport
+    from fedmef_fx.export.onnx.unpack import unpack_onnx
+    from fedmef_fx.inspection import inspect
+    from fedmef_fx.measure.memory import memory
+    from fedmef_fx.sparse_model.averages import averaged
+    from fedmef_fx.sparse_model.masks import density, masks, set_masks
+    from fedmef_fx.sparse_model.state_dicts import dense_state_dict
+    from fedmef_fx.sparse_model.transformation import coverage, memory_plan, report
+    from fedmef_fx.training.extrusion import Extrusion
+    from fedmef_fx.training.growth import growth_candidates
+    from fedmef_fx.training.micro_batches import micro_batches
+    from fedmef_fx.transformation.mask_layers import mask_layers
+    from fedmef_fx.transformation.transform import transform
 
 __all__ = [
     "CompactReport",
@@ -70,15 +70,53 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+_HOMES: Final = {
+    "CompactReport": "export.compact.report",
+    "Config": "config",
+    "ExportReport": "export.onnx.report",
+    "Extrusion": "training.extrusion",
+    "FedmefError": "errors",
+    "averaged": "sparse_model.averages",
+    "compact": "export.compact.compact",
+    "compact_report": "export.compact.compact",
+    "coverage": "sparse_model.transformation",
+    "dense_state_dict": "sparse_model.state_dicts",
+    "density": "sparse_model.masks",
+    "export_onnx": "export.onnx.onnx_file",
+    "freeze": "export.freeze.freeze",
+    "growth_candidates": "training.growth",
+    "inspect": "inspection",
+    "inspect_onnx": "export.onnx.inspect_file",
+    "load": "checkpoint",
+    "mask_layers": "transformation.mask_layers",
+    "masks": "sparse_model.masks",
+    "memory": "measure.memory",
+    "memory_plan": "sparse_model.transformation",
+    "micro_batches": "training.micro_batches",
+    "report": "sparse_model.transformation",
+    "save": "checkpoint",
+    "set_masks": "sparse_model.masks",
+    "transform": "transformation.transform",
+    "unpack_onnx": "export.onnx.unpack",
+    "verify_onnx": "export.onnx.digest",
+}
+"""Public name -> the module that defines it; importing torch takes seconds, and only its users should wait for it."""
+
 sys.meta_path.append(MovedModules())
-watch_averages()  # also for models that are unpickled, before anything else is called
-watch_wrappers()
-keep_old_attributes(memory)
-keep_old_attributes(micro_batches)
 
 
 def __getattr__(name: str) -> Any:
-    # The federation takes as long to import as all the rest: only its users should wait for it.
-    if name == "federated":
-        return importlib.import_module("fedmef_fx.federated")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        if name in MOVED:
+            keep_old_attributes(value)
+        globals()[name] = value
+        return value
+    is_public = name.isidentifier() and not name.startswith("_")
+    if is_public and PathFinder.find_spec(f"{__name__}.{name}", __path__) is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

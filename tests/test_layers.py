@@ -40,6 +40,7 @@ ROOMS = [
     "",
     "commands",
     "cli",
+    "__main__",
 ]
 EXPORTS_ROOMS = ["examples", "freeze", "compact", "onnx"]
 

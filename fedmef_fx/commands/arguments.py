@@ -35,6 +35,7 @@ ModelName = Annotated[
         metavar="MODEL",
         help=f"{', '.join(REFERENCE_MODELS)}, or package.module:callable, which is imported from the current directory "
         "or as installed and called without arguments.",
+        autocompletion=lambda: list(REFERENCE_MODELS),
     ),
 ]
 InputShape = Annotated[

@@ -25,6 +25,7 @@ from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition
 from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.federated import METHODS, History, LocalTraining, run
+from fedmef_fx.models import REFERENCE_MODELS
 
 __all__ = ["train"]
 
@@ -36,7 +37,9 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="As for the other commands; default: digits_cnn, resnet18 for CIFAR-10."
+            metavar="MODEL",
+            help="As for the other commands; default: digits_cnn, resnet18 for CIFAR-10.",
+            autocompletion=lambda: list(REFERENCE_MODELS),
         ),
     ] = None,
     data: Annotated[Data, typer.Option(help="Data set.")] = Data.DIGITS,
@@ -46,7 +49,9 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where history, checkpoints and model go.")] = Path(
         "fedmef-run"
     ),
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "fedmef",
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(METHODS)}.", autocompletion=lambda: list(METHODS))
+    ] = "fedmef",
     rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 20,
     clients: Annotated[int, typer.Option(help="Number of clients.")] = 10,
     clients_per_round: Annotated[int | None, typer.Option(help="Clients drawn for each round; default: all.")] = None,
