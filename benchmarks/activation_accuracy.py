@@ -189,12 +189,9 @@ def _gradients(
     relus = BATCH * (32 * 1024 + 64 * 256 + 128 * 64) // 8
     own = kinds["packed values"] + kinds["8-bit"] + kinds["bitmap"] - pooled - relus
     loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and _reads_coded(n)}
-    return gradients, own / elements
-
-
-def _reads_coded(name: str) -> bool:
-    return name.endswith("weight") and not name.startswith("0.")
+    first = next(iter(model.parameters()))  # its layer reads the images, which their caller holds
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p is not first}
+    return {n: p.grad for n, p in weights.items() if p.grad is not None}, own / elements
 
 
 def main() -> None:

@@ -17,17 +17,17 @@ from fedmef_fx import __version__
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: Final = {
-    "demo": "Train a small federation, export it, check the file: a minute.",
-    "train": "Train a model, federated and sparse, or go on with a run.",
-    "compare-methods": "Run several federated methods on the same clients and compare them.",
-    "export": "Write a transformed or a trained model as an ONNX file.",
+    "demo": "Train a small federation, export it, check the file.",
+    "train": "Train a model, federated and sparse, or go on.",
+    "compare-methods": "Run several methods on the same clients, side by side.",
+    "export": "Write a transformed or trained model as an ONNX file.",
     "verify": "Check an exported file against the digest in it.",
     "unpack": "Write a packed ONNX file as a plain, dense one.",
-    "inspect": "Show what a transformation did, or what is in an ONNX file.",
+    "inspect": "Show what a transformation did, or an ONNX file.",
     "compare": "Compare two checkpoints, or two rounds of a federation.",
-    "memory": "Measure or predict the memory that a training step takes.",
-    "bench": "Time the transformation, a training step or an ONNX file.",
-    "doctor": "Check the installation, or what a model's rewrite would do.",
+    "memory": "Measure or predict the memory of a training step.",
+    "bench": "Time a transformation, a training step or a file.",
+    "doctor": "Check the installation, or a model before its rewrite.",
 }
 """Name of each command, which is that of its function and module, and what it is for."""
 

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, get_args, get_type_hints
 
 from torch import nn
 
@@ -23,6 +23,16 @@ SAVED_BITS: Final[Mapping[str, Bits]] = MappingProxyType({"int8": 8, "int4": 4, 
 """Bits per element of the values of `Config.saved_precision` but "exact"."""
 
 _TYPE_PREFIX: Final = "type:"
+
+
+class _Unset:
+    """Stands for a field that is chosen by what the others say."""
+
+    def __repr__(self) -> str:
+        return "chosen"
+
+
+_UNSET: Final[Any] = _Unset()
 
 
 def _ignore_entry(entry: object) -> str:
@@ -71,9 +81,11 @@ class Config:
         nsconv_statistics: Mean and deviation of an NSConv kernel over its `"active"` weights or over `"all"` of them.
         residual: `"rescale"` divides the sum of two NSConv branches by sqrt(2), so that variance stays bounded with
             depth; `"none"` leaves the sum. Only graphs in which an NSConv was made are touched.
-        activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1); 0, without
-            `activation_bits`, leaves all saved tensors alone. Forward and the gradients of inputs stay exact; weight
-            gradients become approximate.
+        activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1). Forward and the
+            gradients of inputs stay exact; weight gradients become approximate. Where neither it nor `activation_bits`
+            is given, nothing is dropped and everything is coded in 2 bits, which costs the least accuracy for its
+            bytes; where it is given alone, values are kept, so that 0 leaves all saved tensors alone. With
+            `layer_sparsity` or `packed_dtype` alone it is 0.9.
         activation_bits: 1, 2, 3, 4 or 8: what a layer keeps of its input is coded in that many bits an element, in
             blocks: all of it where nothing is dropped (of a ReLU's result the positive part, as its mask is kept
             anyway), else what is not dropped. None keeps values, in `packed_dtype`.
@@ -141,18 +153,18 @@ class Config:
     normalization: Literal["nsconv", "keep"] = "nsconv"
     nsconv_statistics: Literal["active", "all"] = "active"
     residual: Literal["rescale", "none"] = "rescale"
-    activation_sparsity: float = 0.9
+    activation_sparsity: float = _UNSET
     threshold_sample: int = 8192
     threshold_interval: int = 8
     granularity: str = "weight"
     channel_multiple: int = 8
-    activation_bits: Bits | None = None
+    activation_bits: Bits | None = _UNSET
     activation_block: int = 256
     activation_levels: Levels = "range"
     activation_rounding: Rounding = "stochastic"
     packed_dtype: Literal["same", "bfloat16", "float16"] = "same"
     saved_precision: Literal["exact", "int8", "int4", "int2"] = "exact"
-    weight_storage: Literal["dense", "packed"] = "dense"
+    weight_storage: Literal["dense", "packed"] = "packed"
     ignore: tuple[str | type, ...] = ()
     output_layer: Literal["pruned", "dense"] = "pruned"
     mask_frozen: bool = False
@@ -169,7 +181,10 @@ class Config:
     budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
     seed: int = 0
 
+    _chosen: ClassVar[frozenset[str]]  # names of the fields that were not given, of each configuration
+
     def __post_init__(self) -> None:
+        self._choose_activations()
         if isinstance(self.ignore, str | type):
             raise ConfigError(f"Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=({self.ignore!r},)")
         if not isinstance(self.ignore, tuple | list):
@@ -199,6 +214,24 @@ class Config:
             self._check_integer("adjustment_stop", low=0)
         if self.gradient_clipping is not None:
             self._check_number("gradient_clipping", low=0.0, open_low=True)
+
+    def _choose_activations(self) -> None:
+        """What is kept of activations where that is not said: who names a sparsity means values, exact ones at 0.
+
+        So does who names other things that only values have: sparsities of single layers, a type.
+        """
+        chosen = {name for name in ("activation_sparsity", "activation_bits") if getattr(self, name) is _UNSET}
+        means_values = bool(self.layer_sparsity) or self.packed_dtype != "same"
+        drops = "activation_bits" in chosen and means_values
+        if "activation_bits" in chosen:
+            object.__setattr__(self, "activation_bits", 2 if "activation_sparsity" in chosen and not drops else None)
+        if "activation_sparsity" in chosen:
+            object.__setattr__(self, "activation_sparsity", 0.9 if drops else 0.0)
+        object.__setattr__(self, "_chosen", frozenset(chosen))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle; one from before there were codes keeps values."""
+        self.__dict__.update({"activation_bits": None, "_chosen": frozenset(), **state})
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -288,8 +321,9 @@ class Config:
         return cls(**{**published, **changes})
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; validated again."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; validated again, and what was not given is chosen again."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self._chosen]
+        return type(self)(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def to_json(self) -> str:
         """The configuration as JSON text that `Config.from_json` reads back."""

@@ -27,7 +27,7 @@ OPTIMIZERS = {
 }
 
 
-CONFIG = Config(density=0.3, activation_sparsity=0.0)
+CONFIG = Config(density=0.3, activation_sparsity=0.0, weight_storage="dense")
 
 
 def dense_and_packed(name: str, config: Config = CONFIG) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from fedmef_fx import Config
 
 CONFIGS = {
-    "dense": Config(density=0.3, activation_sparsity=0.5),
+    "dense": Config(density=0.3, activation_sparsity=0.5, weight_storage="dense"),
     "packed": Config(density=0.3, activation_sparsity=0.5, weight_storage="packed"),
-    "keep": Config(density=0.3, activation_sparsity=0, normalization="keep"),
+    "keep": Config(density=0.3, activation_sparsity=0, normalization="keep", weight_storage="dense"),
 }
 X = torch.linspace(-2, 2, 4 * 3 * 64).reshape(4, 3, 8, 8)
 

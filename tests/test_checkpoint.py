@@ -32,18 +32,18 @@ def _small() -> nn.Module:
 @pytest.mark.parametrize("name", ZOO)
 def test_round_trip_into_an_original_and_a_transformed_model(tmp_path: Path, name: str) -> None:
     original, _ = build(name, seed=1)
-    model = transform(original, Config(density=0.3, seed=1))
+    model = transform(original, Config(density=0.3, seed=1, weight_storage="dense"))
     save(model, tmp_path / "model.safetensors")
     fresh, _ = build(name, seed=2)
     before = _state(fresh)
-    transformed = transform(fresh, Config(density=0.3, seed=2))
+    transformed = transform(fresh, Config(density=0.3, seed=2, weight_storage="dense"))
 
     restored = load(tmp_path / "model.safetensors", fresh)
     same = load(tmp_path / "model.safetensors", transformed)
 
     assert same is transformed
     assert not is_transformed(fresh)
-    assert transformation_of(restored).config == Config(density=0.3, seed=1)
+    assert transformation_of(restored).config == Config(density=0.3, seed=1, weight_storage="dense")
     _assert_equal(_state(fresh), before)
     _assert_equal(_state(restored), _state(model))
     _assert_equal(_state(same), _state(model))
@@ -51,7 +51,7 @@ def test_round_trip_into_an_original_and_a_transformed_model(tmp_path: Path, nam
 
 def test_a_sparse_checkpoint_is_eight_times_smaller(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
-    save(transform(net, Config(density=0.1)), tmp_path / "sparse")
+    save(transform(net, Config(density=0.1, weight_storage="dense")), tmp_path / "sparse")
     safetensors.torch.save_file(net.state_dict(), tmp_path / "dense")
 
     # 32 bits against 0.1 * 32 and the entropy of the mask, 0.47.
@@ -59,7 +59,7 @@ def test_a_sparse_checkpoint_is_eight_times_smaller(tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
-    model = transform(build("tied")[0], Config(density=0.5))
+    model = transform(build("tied")[0], Config(density=0.5, weight_storage="dense"))
     save(model, tmp_path / "model")
 
     names = safetensors.torch.load_file(tmp_path / "model")
@@ -76,7 +76,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types(tmp_path: Path, dtype: torch.dtype, density: float) -> None:
-    model = transform(_small().to(dtype), Config(density=density))
+    model = transform(_small().to(dtype), Config(density=density, weight_storage="dense"))
     save(model, tmp_path / "model")
 
     _assert_equal(_state(load(tmp_path / "model", _small().to(dtype))), _state(model))
@@ -87,15 +87,15 @@ def test_parameters_that_share_one_buffer(tmp_path: Path) -> None:
     flat = torch.randn(2, 4, 4)
     for layer, part in zip(net, flat, strict=True):
         layer.weight = nn.Parameter(part)
-    model = transform(net, Config(density=1.0))
+    model = transform(net, Config(density=1.0, weight_storage="dense"))
     save(model, tmp_path / "model")
 
     _assert_equal(_state(load(tmp_path / "model", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))), _state(model))
 
 
 def test_optimizers_stay_valid(tmp_path: Path) -> None:
-    save(transform(_small(), Config(density=0.3, seed=1)), tmp_path / "model")
-    model = transform(_small(), Config(density=0.3, seed=2))
+    save(transform(_small(), Config(density=0.3, seed=1, weight_storage="dense")), tmp_path / "model")
+    model = transform(_small(), Config(density=0.3, seed=2, weight_storage="dense"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for reload in (False, True):
         if reload:
@@ -109,7 +109,7 @@ def test_optimizers_stay_valid(tmp_path: Path) -> None:
 
 
 def test_the_masks_are_those_of_the_moment_of_saving(tmp_path: Path) -> None:
-    model = transform(_small(), Config(density=0.5))
+    model = transform(_small(), Config(density=0.5, weight_storage="dense"))
     changed = {name: ~mask for name, mask in masks(model).items()}
     set_masks(model, changed)
     save(model, tmp_path / "model")
@@ -165,8 +165,8 @@ def test_save_names_its_problems(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("is_original", [True, False])
 def test_another_architecture(tmp_path: Path, other: Callable[[], nn.Module], message: str, is_original: bool) -> None:
-    save(transform(_small(), Config(density=0.5)), tmp_path / "model")
-    model = other() if is_original else transform(other(), Config(density=0.5))
+    save(transform(_small(), Config(density=0.5, weight_storage="dense")), tmp_path / "model")
+    model = other() if is_original else transform(other(), Config(density=0.5, weight_storage="dense"))
     before = _state(model)
 
     with pytest.raises(CheckpointError, match=f"load: another architecture: {message}"):
@@ -177,14 +177,20 @@ def test_another_architecture(tmp_path: Path, other: Callable[[], nn.Module], me
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(density=0.5, normalization="keep"), r"trained with normalization='nsconv', .* transformed with 'keep'"),
-        (Config(density=0.5, nsconv_statistics="all"), r"nsconv_statistics='active', .* transformed with 'all'"),
-        (Config(density=1.0), r"0\.weight has a mask in the checkpoint only"),
-        (Config(density=0.5, ignore=("4",)), r"4\.weight has a mask in the checkpoint only"),
+        (
+            Config(density=0.5, normalization="keep", weight_storage="dense"),
+            r"trained with normalization='nsconv', .* transformed with 'keep'",
+        ),
+        (
+            Config(density=0.5, nsconv_statistics="all", weight_storage="dense"),
+            r"nsconv_statistics='active', .* transformed with 'all'",
+        ),
+        (Config(density=1.0, weight_storage="dense"), r"0\.weight has a mask in the checkpoint only"),
+        (Config(density=0.5, ignore=("4",), weight_storage="dense"), r"4\.weight has a mask in the checkpoint only"),
     ],
 )
 def test_another_configuration(tmp_path: Path, config: Config, message: str) -> None:
-    save(transform(_small(), Config(density=0.5)), tmp_path / "model")
+    save(transform(_small(), Config(density=0.5, weight_storage="dense")), tmp_path / "model")
     model = transform(_small(), config)
     before = _state(model)
 
@@ -195,7 +201,7 @@ def test_another_configuration(tmp_path: Path, config: Config, message: str) -> 
 
 def test_other_ties(tmp_path: Path) -> None:
     tied, _ = build("tied")
-    save(transform(tied, Config(density=1.0)), tmp_path / "model")
+    save(transform(tied, Config(density=1.0, weight_storage="dense")), tmp_path / "model")
     untied, _ = build("tied")
     untied.second.weight = nn.Parameter(torch.randn(6, 6))
 

@@ -1,6 +1,8 @@
+import copy
 import dataclasses
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -51,8 +53,7 @@ BAD_VALUES: dict[str, list[object]] = {
         {"fc": 5},
         {"fc": 2.0},
         {"": 4},
-        {"fc": 4},
-    ],  # the last without activation_bits
+    ],
     "micro_batch": [0, -1, *NOT_INTEGERS],
     "memory_budget": [0, -1, "", "64 parsecs", "-3MB", "1e3", 1.0, math.nan, True, [1]],
     "mask_frozen": [0, 1, None, "yes"],
@@ -223,3 +224,27 @@ def test_from_json_never_fails_otherwise(text: str) -> None:
     except ConfigError:
         return
     assert Config.from_json(config.to_json()) == config
+
+
+def test_who_names_a_sparsity_means_values() -> None:
+    def kept(config: Config) -> tuple[float, int | None]:
+        return config.activation_sparsity, config.activation_bits
+
+    assert kept(Config()) == kept(Config().replace(seed=3)) == (0.0, 2)
+    assert (
+        kept(Config(activation_sparsity=0))
+        == kept(Config().replace(seed=3).replace(activation_sparsity=0))
+        == (0, None)
+    )
+    assert (
+        kept(Config(activation_sparsity=0.9)) == kept(Config.from_json('{"activation_sparsity": 0.9}')) == (0.9, None)
+    )
+    assert kept(Config(activation_bits=4)) == (0.0, 4)
+    assert kept(Config(activation_bits=4).replace(activation_sparsity=0.5)) == (0.5, 4)
+    assert kept(Config(activation_bits=None)) == (0.0, None)
+    assert kept(Config(packed_dtype="bfloat16")) == kept(Config(layer_sparsity=(("fc", 0.5),))) == (0.9, None)
+    assert kept(Config(packed_dtype="bfloat16", activation_bits=4)) == (0.0, 4)
+    for config in (Config(), Config(activation_bits=4), Config(activation_sparsity=0.5)):
+        assert Config.from_json(config.to_json()) == config
+        assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 -- its own
+        assert copy.deepcopy(config).replace(seed=1) == config.replace(seed=1)

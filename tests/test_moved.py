@@ -115,7 +115,7 @@ def test_an_old_federation_goes_on(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     torch.manual_seed(0)
-    config = fedmef_fx.Config(density=0.3, activation_sparsity=0.5)
+    config = fedmef_fx.Config(density=0.3, activation_sparsity=0.5, weight_storage="dense")
     history = federated.run(_network(), clients, config, rounds=2, checkpoint_dir=tmp_path)
     assert len(history.rounds) == 2
 

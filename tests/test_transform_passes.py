@@ -16,8 +16,8 @@ from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.records.passes import PassResult
 from tests.models import Residual
 
-CONFIG = Config(density=0.5)
-PLAIN = Config(density=1.0, normalization="keep", activation_sparsity=0.0)
+CONFIG = Config(density=0.5, weight_storage="dense")
+PLAIN = Config(density=1.0, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def test_mistakes_are_found_before_anything_runs(passes, message):
 
 
 def test_our_passes_as_text_do_what_the_configuration_does():
-    by_config = transform(Residual(), Config(density=0.4, activation_sparsity=0.0))
+    by_config = transform(Residual(), Config(density=0.4, activation_sparsity=0.0, weight_storage="dense"))
     torch.manual_seed(0)
     model = Residual()
     by_text = transform(model, PLAIN, passes="insert-masks{density=0.4}; normalize-kernels; rescale-residuals")

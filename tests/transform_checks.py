@@ -5,10 +5,10 @@ import torch
 from fedmef_fx import Config
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
-IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0)
+IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
 
 
-SPARSE = Config(density=0.3)
+SPARSE = Config(density=0.3, weight_storage="dense")
 
 
 OPTIMIZERS = {

@@ -20,7 +20,7 @@ from fedmef_fx.models import digits_cnn, resnet18
 from fedmef_fx.records.memory_plan import MemoryPlan
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
-KEEP = Config(normalization="keep", density=0.5)
+KEEP = Config(normalization="keep", density=0.5, activation_sparsity=0.9, weight_storage="dense")
 LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16")
 
 
@@ -74,10 +74,10 @@ def gammas(model: nn.Module) -> dict[str, float]:
 
 def test_a_generous_budget_changes_no_gradient() -> None:
     model, x = digits_cnn(), torch.randn(16, 1, 8, 8)
-    sparse, plan = planned(model, "1GB", Config(), x)
+    sparse, plan = planned(model, "1GB", Config(weight_storage="dense"), x)
     assert (plan.gradient_error, plan.micro_batch, dict(plan.settings)) == (0.0, None, {})
     assert set(gammas(sparse).values()) == {0.0}
-    exact = transform(model, Config(activation_sparsity=0.0))
+    exact = transform(model, Config(activation_sparsity=0.0, weight_storage="dense"))
     for candidate in (sparse, exact):
         F.cross_entropy(candidate(x), torch.zeros(16, dtype=torch.int64)).backward()
     for (name, parameter), other in zip(sparse.named_parameters(), exact.parameters(), strict=True):
@@ -87,8 +87,8 @@ def test_a_generous_budget_changes_no_gradient() -> None:
 
 def test_parts_of_the_batch_come_before_pruning() -> None:
     model, x = digits_cnn(), torch.randn(64, 1, 8, 8)
-    whole = peak(transform(model, Config(activation_sparsity=0.0)), x)
-    sparse, plan = planned(model, whole // 2, Config(), x)
+    whole = peak(transform(model, Config(activation_sparsity=0.0, weight_storage="dense")), x)
+    sparse, plan = planned(model, whole // 2, Config(weight_storage="dense"), x)
     assert plan.micro_batch in (8, 16, 32)
     assert plan.gradient_error == 0.0
     measured = peak(sparse, x, plan.micro_batch)
@@ -149,7 +149,7 @@ def test_the_error_is_the_one_that_training_has(images: Tensor, share: float) ->
 def test_what_is_exact_comes_first() -> None:
     """Packed weights, and not a gamma, where they hold the budget; nothing is compared then."""
     model, x = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU()), torch.randn(4, 64)
-    config = Config(density=0.1)
+    config = Config(density=0.1, weight_storage="dense")
     dense, packed = (
         peak(transform(model, config.replace(activation_sparsity=0.0, weight_storage=storage)), x)
         for storage in ("dense", "packed")
@@ -185,26 +185,26 @@ def test_a_budget_below_the_floor_names_the_floor() -> None:
         torch.ones(64, 8),
     )
     with pytest.raises(
-        ConfigError, match=r"cannot be reached; the floor is .* with .* and gamma 0.9 .*sgd-momentum"
+        ConfigError, match=r"cannot be reached; the floor is .* with .* and gamma 0, 2 bits .*sgd-momentum"
     ) as e:
-        planned(model, "10kB", Config(), x)
+        planned(model, "10kB", Config(weight_storage="dense"), x)
     floor = int(re.search(r"at least (\d+) bytes", str(e.value))[1])  # type: ignore[index]  # it matched
     assert floor > 10_000
-    _, plan = planned(model, floor, Config(), x)
+    _, plan = planned(model, floor, Config(weight_storage="dense"), x)
     assert plan.predicted_peak <= floor
     with pytest.raises(ConfigError, match="cannot be reached"):
-        planned(model, floor - 1, Config(), x)
+        planned(model, floor - 1, Config(weight_storage="dense"), x)
 
 
 def test_what_a_budget_needs(images: Tensor) -> None:
     with pytest.raises(ConfigError, match="no example inputs"):
-        transform(network(), Config(memory_budget="1GB"))
+        transform(network(), Config(memory_budget="1GB", weight_storage="dense"))
     with pytest.raises(ConfigError, match="is a tensor"):
-        transform(network(), Config(memory_budget="1GB"), example_inputs=images)
+        transform(network(), Config(memory_budget="1GB", weight_storage="dense"), example_inputs=images)
     with pytest.raises(ConfigError, match="64 parsecs"):
-        Config(memory_budget="64 parsecs")
+        Config(memory_budget="64 parsecs", weight_storage="dense")
     with pytest.raises(ConfigError, match="budget_optimizer"):
-        Config(budget_optimizer="lion")  # type: ignore[arg-type]  # on purpose
+        Config(budget_optimizer="lion", weight_storage="dense")  # type: ignore[arg-type]  # on purpose
 
 
 def test_nothing_leaks_into_the_callers_world(images: Tensor) -> None:
@@ -234,17 +234,17 @@ def test_the_plan_is_told_and_kept(images: Tensor, tmp_path: Path) -> None:
 def test_single_layers() -> None:
     model = digits_cnn()
     names = list(gammas(transform(model)))
-    config = Config(layer_sparsity={"*": 0.5, names[1]: 0.0, names[2]: 0.99})  # type: ignore[arg-type]  # a mapping
+    config = Config(layer_sparsity={"*": 0.5, names[1]: 0.0, names[2]: 0.99}, weight_storage="dense")  # type: ignore[arg-type]  # a mapping
     assert Config.from_json(config.to_json()) == config
     found = gammas(transform(model, config))
     assert found[names[1]] == 0.0
     assert found[names[2]] == 0.9, "at most activation_sparsity"
     assert found[names[0]] == 0.5
     with pytest.raises(ConfigError, match="'nowhere'"):
-        transform(model, Config(layer_sparsity=(("nowhere", 0.5),)))
+        transform(model, Config(layer_sparsity=(("nowhere", 0.5),), weight_storage="dense"))
     for bad in ("conv1", {"conv1": 1.0}, {"": 0.5}, {"conv1": "much"}, [("conv1",)]):
         with pytest.raises(ConfigError, match=r"Config\.layer_sparsity"):
-            Config(layer_sparsity=bad)  # type: ignore[arg-type]  # on purpose
+            Config(layer_sparsity=bad, weight_storage="dense")  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.slow
@@ -297,7 +297,9 @@ def test_codes_of_a_fixed_size_are_predicted_exactly() -> None:
     layers = [nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 80), nn.GELU(), nn.Linear(80, 4)]
     model, x = nn.Sequential(*layers), torch.randn(40, 64)
     for bits in (1, 2, 3, 4, 8):
-        coded = transform(model, Config(density=0.5, activation_sparsity=0.0, activation_bits=bits))
+        coded = transform(
+            model, Config(density=0.5, activation_sparsity=0.0, activation_bits=bits, weight_storage="dense")
+        )
         options = {"optimizer": "sgd-momentum"}
         measured, predicted = memory(coded, (x,), **options), memory(coded, (x,), **options, predict=True)  # type: ignore[arg-type]
         assert predicted.saved == measured.saved
@@ -307,14 +309,19 @@ def test_codes_of_a_fixed_size_are_predicted_exactly() -> None:
 def test_bits_of_single_layers() -> None:
     model = digits_cnn()
     names = list(gammas(transform(model)))
-    config = Config(activation_sparsity=0.0, activation_bits=2, layer_bits={"*": 4, names[1]: None, names[2]: 8})  # type: ignore[arg-type]  # a mapping
+    config = Config(
+        activation_sparsity=0.0,
+        activation_bits=2,
+        layer_bits={"*": 4, names[1]: None, names[2]: 8},
+        weight_storage="dense",
+    )  # type: ignore[arg-type]  # a mapping
     assert Config.from_json(config.to_json()) == config
     sites = {layer: site for layer, site, _, _ in packing_sites(program_of(transform(model, config)).regions)}
     assert [sites[name].code and sites[name].code.bits for name in names[:3]] == [4, None, 8]  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"layer_bits.*'nowhere'"):
-        transform(model, Config(activation_bits=2, layer_bits=(("nowhere", 4),)))
+        transform(model, Config(activation_bits=2, layer_bits=(("nowhere", 4),), weight_storage="dense"))
     for bad in ("conv1", {"conv1": 5}, {"": 4}, {"conv1": 2.0}, [("conv1",)]):
         with pytest.raises(ConfigError, match=r"Config\.layer_bits: got"):
-            Config(activation_bits=2, layer_bits=bad)  # type: ignore[arg-type]  # on purpose
+            Config(activation_bits=2, layer_bits=bad, weight_storage="dense")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ConfigError, match="activation_bits=None"):
-        Config(activation_bits=None, layer_bits=(("conv1", 4),))
+        Config(activation_bits=None, layer_bits=(("conv1", 4),), weight_storage="dense")

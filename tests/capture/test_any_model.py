@@ -11,8 +11,8 @@ from fedmef_fx.capture.proof import tensors_within
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from tests.capture.models import ZOO, build
 
-IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0)
-SPARSE = Config(density=0.3, normalization="keep", activation_sparsity=0.0)
+IDENTITY = Config(density=1.0, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
+SPARSE = Config(density=0.3, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
 FRACTIONS = {  # of the weights that stand in graphs larger than a layer
     "data-dependent": 0.83,
     "recurrent": 0.46,

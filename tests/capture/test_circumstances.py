@@ -60,7 +60,9 @@ def python_only(model):
 @pytest.mark.parametrize("training", [True, False])
 def test_python_fallbacks_compute_what_the_graphs_compute(normalization, training):
     x = torch.randn(2, 3, 6, 6)
-    sparse = transform(Model(), Config(density=0.5, normalization=normalization), example_inputs=(x,))
+    sparse = transform(
+        Model(), Config(density=0.5, normalization=normalization, weight_storage="dense"), example_inputs=(x,)
+    )
     assert any(region.role == "fallback" for region in program_of(sparse).regions) == (normalization == "nsconv")
     fallback = python_only(sparse)
     left, right = (run(model, ((x,), {}), training=training) for model in (sparse, fallback))
@@ -71,7 +73,7 @@ def test_python_fallbacks_compute_what_the_graphs_compute(normalization, trainin
 
 def test_other_kinds_of_calls_are_captured_when_they_are_made():
     x = torch.randn(2, 3, 6, 6)
-    sparse = transform(Model(), Config(density=0.5), example_inputs=(x,)).eval()
+    sparse = transform(Model(), Config(density=0.5, weight_storage="dense"), example_inputs=(x,)).eval()
 
     def graphs():
         return sum(len(r.graphs) for r in program_of(sparse).regions if r.role == "region")
@@ -125,7 +127,7 @@ def test_old_style_weight_norm():
     x = torch.randn(3, 6)
     model(x).sum().backward()  # its weight has a history now, which deepcopy refuses
     assert_same(model(x), transform(model, IDENTITY, example_inputs=(x,))(x))
-    sparse = transform(model, Config(density=0.15, normalization="keep"), example_inputs=(x,))
+    sparse = transform(model, Config(density=0.15, normalization="keep", weight_storage="dense"), example_inputs=(x,))
     train(sparse, lambda: ((torch.randn(3, 6),), {}))
     assert_masks_hold(sparse)
     assert "0.weight_v" in masks(sparse)
@@ -134,7 +136,9 @@ def test_old_style_weight_norm():
 
 def test_a_weight_norm_whose_rows_are_masked_stays_finite():
     model, inputs = build("parametrized")
-    sparse = transform(model, Config(density=0.1, activation_sparsity=0.0), example_inputs=inputs()[0])
+    sparse = transform(
+        model, Config(density=0.1, activation_sparsity=0.0, weight_storage="dense"), example_inputs=inputs()[0]
+    )
     assert (masks(sparse)["normed.parametrizations.weight.original1"].sum(1) == 0).any()
     train(sparse, inputs)
     assert all(p.isfinite().all() for p in sparse.parameters())

@@ -46,7 +46,7 @@ def sparse() -> Callable[..., nn.Module]:
 
     def make(**options: object) -> nn.Module:
         torch.manual_seed(0)
-        return fedmef_fx.transform(small_network(), Config(**{"density": 0.3, **options}))  # type: ignore[arg-type]
+        return fedmef_fx.transform(small_network(), Config(**{"density": 0.3, "weight_storage": "dense", **options}))  # type: ignore[arg-type]
 
     return make
 

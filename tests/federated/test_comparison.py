@@ -27,7 +27,7 @@ from fedmef_fx.federated import (
 )
 
 FAST = LocalTraining(batch_size=8, learning_rate=0.02)
-CONFIG = Config(density=0.3, adjustment_interval=2)
+CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
 
 
 def _history(accuracies: list[float | None], *, seed: int = 0) -> History:
@@ -140,7 +140,9 @@ def test_a_cell_is_the_run_of_its_method_and_seed(
 
 
 def test_contenders_have_configurations_of_their_own(start: Runner) -> None:
-    contender = Contender(label="FedMef, half", config=Config(density=0.5), training=LocalTraining(batch_size=9))
+    contender = Contender(
+        label="FedMef, half", config=Config(density=0.5, weight_storage="dense"), training=LocalTraining(batch_size=9)
+    )
     found = start(["fedmef", contender])
     histories = found.runs["FedMef, half"][0], found.runs["fedmef"][0]
     assert [history.settings["config"]["density"] for history in histories] == [0.5, 0.3]

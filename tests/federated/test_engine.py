@@ -17,7 +17,7 @@ from fedmef_fx.federated import METHODS, History, LocalTraining, Method, RoundRe
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
 FAST = LocalTraining(batch_size=8, learning_rate=0.02)
-CONFIG = Config(density=0.3, adjustment_interval=2)
+CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
 
 
 def _weights(history: History) -> dict[str, torch.Tensor]:
@@ -75,7 +75,12 @@ def test_a_transformed_model_is_copied_as_well(sparse: Callable[..., nn.Module],
     history = run(model, clients, rounds=3, training=FAST)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert history.rounds[2].adjusted
-    _assert_same(history, run(model, clients, Config(density=0.3, adjustment_interval=2), rounds=3, training=FAST))
+    _assert_same(
+        history,
+        run(
+            model, clients, Config(density=0.3, adjustment_interval=2, weight_storage="dense"), rounds=3, training=FAST
+        ),
+    )
 
 
 def test_a_run_can_be_repeated_to_the_bit(network: nn.Module, clients: list[TensorDataset]) -> None:
@@ -178,7 +183,15 @@ class _Regression(Dataset[Any]):
 def test_any_data_set_and_loss(network: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     data = _Regression()
-    history = run(model, [data, data], Config(density=0.5), rounds=2, test=data, loss_fn=F.mse_loss, training=FAST)
+    history = run(
+        model,
+        [data, data],
+        Config(density=0.5, weight_storage="dense"),
+        rounds=2,
+        test=data,
+        loss_fn=F.mse_loss,
+        training=FAST,
+    )
     assert history.rounds[-1].test_loss is not None
     assert history.test_accuracy is None
 
@@ -237,7 +250,7 @@ def test_a_model_that_was_transformed_for_something_else(
     sparse: Callable[..., nn.Module], clients: list[TensorDataset]
 ) -> None:
     with pytest.raises(ConfigError, match=r"density=0\.3 instead of 0\.2.*expected the original model"):
-        run(sparse(), clients, Config(density=0.2), rounds=1)
+        run(sparse(), clients, Config(density=0.2, weight_storage="dense"), rounds=1)
     with pytest.raises(ConfigError, match=r"normalization='nsconv' instead of 'keep'.*'fedtiny'"):
         run(sparse(), clients, rounds=1, method="fedtiny")
 

@@ -154,10 +154,15 @@ def test_a_single_sample_is_enough(sparse: Callable[..., nn.Module], clients: li
 def test_a_single_sample_without_batch_statistics() -> None:
     model = nn.Sequential(nn.Linear(2, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     data = TensorDataset(torch.randn(1, 2), torch.tensor([1]))
-    kept = fedmef_fx.transform(model, fedmef_fx.Config(normalization="keep"))
+    kept = fedmef_fx.transform(model, fedmef_fx.Config(normalization="keep", weight_storage="dense"))
     with pytest.raises(ConfigError, match=r'client 7: got a batch of a single sample.*normalization="nsconv"'):
         train_locally(kept, data, LocalTraining(), task=PLAIN, client=7)
-    train_locally(fedmef_fx.transform(model, fedmef_fx.Config(density=0.5)), data, LocalTraining(), task=PLAIN)
+    train_locally(
+        fedmef_fx.transform(model, fedmef_fx.Config(density=0.5, weight_storage="dense")),
+        data,
+        LocalTraining(),
+        task=PLAIN,
+    )
 
 
 def test_a_last_single_sample_joins_the_batch_before() -> None:
@@ -265,7 +270,7 @@ def test_micro_batches_train_as_whole_batches_do(
 
 
 def test_micro_batches_need_a_model_without_batch_statistics(clients: list[TensorDataset]) -> None:
-    config = fedmef_fx.Config(normalization="keep", micro_batch=4)
+    config = fedmef_fx.Config(normalization="keep", micro_batch=4, weight_storage="dense")
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
     with pytest.raises(ConfigError, match="statistics of the batch"):
         train_locally(fedmef_fx.transform(network, config), clients[0], LocalTraining(), task=PLAIN)

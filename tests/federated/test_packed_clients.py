@@ -32,7 +32,7 @@ def test_a_federation_on_digits_has_the_same_history(digits) -> None:
     net, histories = digits_cnn(), []
     for storage in ("dense", "packed"):
         training = LocalTraining(learning_rate=0.02, weight_storage=storage)
-        config = Config(density=0.3, adjustment_interval=1)
+        config = Config(density=0.3, adjustment_interval=1, weight_storage="dense")
         histories.append(run(net, clients, config, rounds=2, test=test, training=training))
     for left, right in zip(*(history.rounds for history in histories), strict=True):
         # Single precision: rows of kernels are summed in another order.
@@ -48,7 +48,7 @@ def test_a_federation_on_digits_has_the_same_history(digits) -> None:
 
 def test_clients_pack_and_servers_need_not() -> None:
     model, _, _ = build("conv")
-    sparse = transform(model, Config(density=0.3))
+    sparse = transform(model, Config(density=0.3, weight_storage="dense"))
     assert LocalTraining().weight_storage == "packed"
     for storage, is_packed in (("packed", True), ("dense", False)):
         network = copy.deepcopy(sparse)

@@ -19,7 +19,7 @@ from fedmef_fx.federated.checkpoint import FILE_NAME
 from fedmef_fx.files import atomic
 
 ROUNDS = 5
-CONFIG = Config(density=0.3, adjustment_interval=2)
+CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
 TRAINING = LocalTraining(batch_size=8, learning_rate=0.02)
 
 

@@ -164,7 +164,7 @@ def test_a_round_does_not_depend_on_the_order_of_clients(sparse: Callable[..., n
 def test_names_are_matched_whole() -> None:
     # Eleven layers, so that there is a "1" and a "10".
     layers = [nn.Linear(6, 6, bias=False) for _ in range(11)]
-    server = _server(fedmef_fx.transform(nn.Sequential(*layers), fedmef_fx.Config(density=0.5)))
+    server = _server(fedmef_fx.transform(nn.Sequential(*layers), fedmef_fx.Config(density=0.5, weight_storage="dense")))
     start = server.state
     update = _update(server)
     update.values["1.weight"].add_(1.0)  # type: ignore[index]  # a dict

@@ -24,7 +24,7 @@ from fedmef_fx.files import container
 
 CLIENT: Final = 3
 SAMPLES: Final = 12
-CONFIG: Final = Config(density=0.3, normalization="keep", adjustment_interval=1)
+CONFIG: Final = Config(density=0.3, normalization="keep", adjustment_interval=1, weight_storage="dense")
 
 
 def _network() -> nn.Module:

@@ -29,7 +29,7 @@ def _is_same(comparison: Comparison) -> bool:
 
 @functools.cache
 def _base() -> nn.Module:
-    return fedmef_fx.transform(linear(), Config(density=0.5))
+    return fedmef_fx.transform(linear(), Config(density=0.5, weight_storage="dense"))
 
 
 def _sparse(active: list[int], value: float = 1.0) -> nn.Module:
@@ -81,7 +81,7 @@ def test_other_tensors_count_as_well() -> None:
 
 def test_a_transformed_model_against_its_original() -> None:
     model = linear()
-    sparse = fedmef_fx.transform(model, Config(density=0.5))
+    sparse = fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense"))
     (row,) = compare(model, sparse).masked_rows
     assert (row.active_before, row.active_after, row.pruned, row.grown) == (8, 4, 4, 0)
 
@@ -102,7 +102,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     clients = [TensorDataset(torch.randn(20, 8), torch.randint(2, (20,))) for _ in range(2)]
-    config = Config(density=0.5, adjustment_interval=1)
+    config = Config(density=0.5, adjustment_interval=1, weight_storage="dense")
     history = federated.run(net, clients, config, rounds=3, checkpoint_dir=directory, keep_rounds=True)
     assert sum(record.adjusted for record in history.rounds) > 0
     history.save(directory / "history.json")

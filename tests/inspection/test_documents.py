@@ -52,7 +52,7 @@ def test_json_follows_its_schema(build: type[nn.Module], transformed: bool) -> N
     inputs = (torch.ones(2, 1, 8, 8),) if build is two_convolutions else (torch.ones(3, 4),)
     original = model if transformed else None
     if transformed:
-        model = fedmef_fx.transform(model, Config(density=0.5))
+        model = fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense"))
     document = json.loads(inspect(model, inputs).to_json(original))
     assert all((row["saved_before"] is not None) == transformed for row in document["parameters"])
     jsonschema.validate(document, CLOSED)
@@ -63,7 +63,7 @@ def test_json_follows_its_schema(build: type[nn.Module], transformed: bool) -> N
 
 
 def test_json_names_the_refusals() -> None:
-    document = json.loads(inspect(fedmef_fx.transform(linear(), Config(density=0.5))).to_json())
+    document = json.loads(inspect(fedmef_fx.transform(linear(), Config(density=0.5, weight_storage="dense"))).to_json())
     (entry,) = [entry for entry in document["passes"] if entry["name"].startswith("prune-activations")]
     assert entry["refusals"][0]["where"] == "input_1"
 
@@ -94,7 +94,7 @@ def test_dot_keeps_hostile_names_inside_strings() -> None:
 
 
 def test_dot_colours_what_a_pass_made() -> None:
-    dot = inspect(fedmef_fx.transform(linear(), Config(density=0.5))).to_dot()
+    dot = inspect(fedmef_fx.transform(linear(), Config(density=0.5, weight_storage="dense"))).to_dot()
     assert 'tooltip="insert-masks"' in dot
     assert dot.count("->") == sum(len(n.inputs) for n in inspect(fedmef_fx.transform(linear())).graphs[0].nodes)
 

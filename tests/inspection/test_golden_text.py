@@ -17,7 +17,7 @@ from tests.inspection.models import PerMode, Residual, Tied, linear, two_convolu
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LONGEST = 15
-MASKS_ONLY = Config(density=0.5, normalization="keep", activation_sparsity=0)
+MASKS_ONLY = Config(density=0.5, normalization="keep", activation_sparsity=0, weight_storage="dense")
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ CASES = {
     "everything": Case(
         two_convolutions,
         (2, 1, 8, 8),
-        Config(density=0.5),
+        Config(density=0.5, activation_sparsity=0.9, weight_storage="dense"),
         {
             "functionalize-weights": (2, 0),
             "insert-masks": (2, 0),
@@ -49,7 +49,7 @@ CASES = {
     "residual": Case(
         Residual,
         (2, 4, 5, 5),
-        Config(density=0.5, activation_sparsity=0),
+        Config(density=0.5, activation_sparsity=0, weight_storage="dense"),
         {
             "functionalize-weights": (1, 0),
             "insert-masks": (1, 0),
@@ -60,7 +60,7 @@ CASES = {
     "per_mode": Case(
         PerMode,
         (3, 4),
-        Config(density=1, normalization="keep", activation_sparsity=0),
+        Config(density=1, normalization="keep", activation_sparsity=0, weight_storage="dense"),
         {"functionalize-weights": (1, 0), "insert-masks": (0, 0)},
     ),
 }
@@ -88,7 +88,8 @@ def test_text_and_counts(name: str) -> None:
 
 def test_table_before_and_after() -> None:
     model, x = two_convolutions(), torch.linspace(-2, 3, 128).reshape(2, 1, 8, 8)
-    text = f"{inspect(fedmef_fx.transform(model, Config(density=0.5)), (x,)).table(model)}\n"
+    config = Config(density=0.5, activation_sparsity=0.9, weight_storage="dense")
+    text = f"{inspect(fedmef_fx.transform(model, config), (x,)).table(model)}\n"
     path = GOLDEN / "table.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ def test_shapes_of_activations_need_example_inputs() -> None:
 
 
 def test_shapes_of_parameters_need_none() -> None:
-    sparse = fedmef_fx.transform(linear(), Config(density=0.5))
+    sparse = fedmef_fx.transform(linear(), Config(density=0.5, weight_storage="dense"))
     assert _node(sparse, "fc_weight").tensors == (TensorRecord((2, 4), "f32"),)
     assert _node(sparse, "fc_weight").density == 0.5
 
@@ -74,7 +74,7 @@ def test_nothing_changes_in_the_model_or_the_random_state() -> None:
 
 
 def test_an_inspection_shows_the_model_as_it_was() -> None:
-    sparse = fedmef_fx.transform(linear(), Config(density=0.5))
+    sparse = fedmef_fx.transform(linear(), Config(density=0.5, weight_storage="dense"))
     inspection = inspect(sparse)
     before = str(inspection)
     fedmef_fx.set_masks(sparse, {"fc.weight": torch.ones(2, 4, dtype=torch.bool)})
@@ -93,6 +93,7 @@ def test_text_is_the_same_in_every_process() -> None:
     code = (
         "import fedmef_fx\nfrom tests.inspection.models import two_convolutions\n"
         "from fedmef_fx.inspection import inspect\nimport torch\n"
+        "torch.manual_seed(0)\n"
         "inspection = inspect(fedmef_fx.transform(two_convolutions()), (torch.ones(2, 1, 8, 8),))\n"
         "print(inspection, inspection.to_json(), inspection.to_dot())"
     )
@@ -124,7 +125,9 @@ def test_diff_of_a_transformed_model_with_itself_is_empty() -> None:
 
 def test_diff_shows_what_a_pass_changed() -> None:
     model = linear()
-    sparse = fedmef_fx.transform(model, Config(density=0.5, normalization="keep", activation_sparsity=0))
+    sparse = fedmef_fx.transform(
+        model, Config(density=0.5, normalization="keep", activation_sparsity=0, weight_storage="dense")
+    )
     lines = inspect(sparse, (torch.ones(3, 4),)).diff(model, context=0).splitlines()
     assert lines[:2] == ["--- original", "+++ model"]
     assert [line for line in lines[2:] if line.startswith("-")] == [
@@ -140,7 +143,7 @@ def test_every_model_of_the_zoo(name: str) -> None:
     model.eval()
     with FlopCounterMode(display=False) as counter:
         model(*inputs)
-    sparse = fedmef_fx.transform(model, Config(density=0.5))
+    sparse = fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense"))
     before, after = inspect(model, inputs), inspect(sparse, inputs)
     assert (before.diff(model), after.diff(sparse)) == ("", "")
     assert after.diff(before).startswith("--- original\n+++ model\n@@")
@@ -183,7 +186,7 @@ def test_operations_of_a_layer(layer: nn.Module, shape: tuple[int, ...], transfo
         layer(x)
     model = nn.Sequential(layer)
     if transformed:
-        model = fedmef_fx.transform(model, Config(density=0.5))
+        model = fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense"))
     (row,) = inspect(model, (x,)).table().rows
     assert row.flops_dense == counter.get_total_flops()
     assert row.flops_sparse == row.flops_dense * row.density
@@ -197,7 +200,7 @@ def test_operations_of_a_parameter_that_is_used_twice_or_multiplied_directly() -
 
 
 def test_table_rows() -> None:
-    sparse = fedmef_fx.transform(two_convolutions(), Config(density=0.5, ignore=("conv1",)))
+    sparse = fedmef_fx.transform(two_convolutions(), Config(density=0.5, ignore=("conv1",), weight_storage="dense"))
     table = inspect(sparse).table()
     first, second = table.rows
     assert (first.parameter, first.shape, first.weights, first.active) == ("conv1.weight", (8, 1, 3, 3), 72, 72)
@@ -215,13 +218,17 @@ def test_table_rows() -> None:
 def test_regions_are_observed_where_the_model_calls_them() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 2), nn.ReLU()), nn.Linear(2, 1))
     inner = model[1]
-    program = Program(model, [Region("1", inner, capture_graphs(inner))], Transformation(Config()))
+    program = Program(
+        model, [Region("1", inner, capture_graphs(inner))], Transformation(Config(weight_storage="dense"))
+    )
     observed = observe(program, (torch.ones(5, 4),), {}).tensors
     assert [str(tensors[0]) for tensors in observed.values()] == ["f32[5,3]", "f32[5,2]", "f32[5,2]", "f32[5,2]"]
 
 
 def test_networkx_has_the_documented_attributes() -> None:
-    sparse = fedmef_fx.transform(linear(), Config(density=0.5, normalization="keep", activation_sparsity=0))
+    sparse = fedmef_fx.transform(
+        linear(), Config(density=0.5, normalization="keep", activation_sparsity=0, weight_storage="dense")
+    )
     graph = inspect(sparse, (torch.ones(3, 4),)).to_networkx()
     assert graph.nodes["fc_weight"] == {
         "op": "get_attr",
@@ -287,7 +294,9 @@ def test_hostile_names_stay_in_their_line_of_text() -> None:
 
 def test_saved_bytes_before_and_after_by_layer() -> None:
     model = two_convolutions()
-    inspection = inspect(fedmef_fx.transform(model, Config(density=0.5)), (torch.randn(2, 1, 8, 8),))
+    inspection = inspect(
+        fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense")), (torch.randn(2, 1, 8, 8),)
+    )
     table = inspection.table(model)
     first, second = table.rows
     # The input of conv2 is 2 x 8 x 6 x 6 floats; packed, a bit for each and the kept tenth.
@@ -324,7 +333,10 @@ class _Untraceable(nn.Module):
 
 def test_a_model_that_is_traced_in_parts_is_compared_in_parts() -> None:
     model, inputs = _Untraceable(), (torch.ones(3, 4),)
-    before, after = inspect(model, inputs), inspect(fedmef_fx.transform(model, Config(density=0.5)), inputs)
+    before, after = (
+        inspect(model, inputs),
+        inspect(fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense")), inputs),
+    )
     assert {graph.region for graph in before.graphs} == {"first", "last"} <= {graph.region for graph in after.graphs}
     assert "-%_1 = call_module[first.1](%_0)" in after.diff(model)
     assert after.table(model).total.saved_before == memory(model, inputs).saved_total

@@ -44,7 +44,10 @@ ROUND = RoundRecord(
 
 
 def _sparse(density: float = 0.5) -> Inspection:
-    return inspect(fedmef_fx.transform(two_convolutions(), Config(density=density)), (torch.ones(1, 1, 8, 8),))
+    return inspect(
+        fedmef_fx.transform(two_convolutions(), Config(density=density, weight_storage="dense")),
+        (torch.ones(1, 1, 8, 8),),
+    )
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def test_histogram_counts_active_values() -> None:
 
 
 def test_snapshot_does_not_follow_the_model() -> None:
-    sparse = fedmef_fx.transform(two_convolutions(), Config(density=0.5))
+    sparse = fedmef_fx.transform(two_convolutions(), Config(density=0.5, weight_storage="dense"))
     found = inspect(sparse)
     before = [record.values.copy() for record in found.weights]
     with torch.no_grad():

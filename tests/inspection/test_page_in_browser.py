@@ -51,7 +51,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _write(path: Path, model: nn.Module, x: Tensor) -> Path:
     sparse = fedmef_fx.transform(
-        model, Config(density=0.2), example_inputs=(x,) if isinstance(model, Encoder) else None
+        model, Config(density=0.2, weight_storage="dense"), example_inputs=(x,) if isinstance(model, Encoder) else None
     )
     fedmef_fx.inspect(sparse, (x,)).to_html(path)
     return path
@@ -123,7 +123,9 @@ def test_narrow_screen_needs_no_sideways_scrolling(browser: Browser, pages: dict
 def test_everything_of_a_hard_model_can_be_opened(browser: Browser, tmp_path: Path, name: str) -> None:
     model, inputs = build(name)
     args, kwargs = inputs()
-    sparse = fedmef_fx.transform(model, Config(density=0.5), example_inputs=args, example_kwargs=kwargs)
+    sparse = fedmef_fx.transform(
+        model, Config(density=0.5, weight_storage="dense"), example_inputs=args, example_kwargs=kwargs
+    )
     fedmef_fx.inspect(sparse, args, example_kwargs=kwargs).to_html(tmp_path / "page.html", original=model)
     browser.open(tmp_path / "page.html")
     choices = browser.run("return document.querySelectorAll('.segmented input').length")

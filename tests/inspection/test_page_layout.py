@@ -21,11 +21,11 @@ def _tree(members: tuple[Box | Group, ...]) -> list[object]:
 
 
 def _resnet() -> GraphRecord:
-    return inspect(fedmef_fx.transform(resnet18(), Config(density=0.5))).graphs[0]
+    return inspect(fedmef_fx.transform(resnet18(), Config(density=0.5, weight_storage="dense"))).graphs[0]
 
 
 def test_weights_masks_and_packing_fold_into_the_layers_that_use_them() -> None:
-    graph = inspect(fedmef_fx.transform(two_convolutions(), Config(density=0.5))).graphs[0]
+    graph = inspect(fedmef_fx.transform(two_convolutions(), Config(density=0.5, weight_storage="dense"))).graphs[0]
     folded = fold(graph)
     assert _tree(nest(folded)) == ["input", "conv1", "relu1", "conv2", "output"]
     boxes = {node.name for node in folded.boxes}
@@ -56,7 +56,7 @@ def test_a_block_has_its_chain_in_one_column_and_the_shortcut_beside_it() -> Non
 
 def test_what_is_not_a_graph_stands_between_the_graphs() -> None:
     ids = torch.randint(50, (2, 6))
-    sparse = fedmef_fx.transform(Encoder(), Config(density=0.5), example_inputs=(ids,))
+    sparse = fedmef_fx.transform(Encoder(), Config(density=0.5, weight_storage="dense"), example_inputs=(ids,))
     (view,) = views_of(inspect(sparse).graphs, inspect(sparse).layers.rows)
     assert view.root.runs == "python"
     layers, classifier, pooler, fallbacks = view.root.members
@@ -70,7 +70,7 @@ def test_what_is_not_a_graph_stands_between_the_graphs() -> None:
 
 
 def test_modes_that_differ_are_two_views() -> None:
-    found = inspect(fedmef_fx.transform(PerMode(), Config(density=0.5)))
+    found = inspect(fedmef_fx.transform(PerMode(), Config(density=0.5, weight_storage="dense")))
     assert [view.mode for view in views_of(found.graphs, found.layers.rows)] == ["eval", "train"]
 
 

@@ -10,7 +10,7 @@ from fedmef_fx.errors import ConfigError
 from fedmef_fx.transformation.recipe import passes_of
 from tests.inspection.models import PerMode, two_convolutions
 
-CONFIG = Config(density=0.5)
+CONFIG = Config(density=0.5, weight_storage="dense")
 STEPS = ["capture", *(step.name for step in passes_of(CONFIG))]
 
 
@@ -95,6 +95,6 @@ def test_passes_that_do_not_run(options: dict[str, object], message: str) -> Non
 
 
 def test_a_pass_that_the_configuration_leaves_out() -> None:
-    config = Config(normalization="keep")
+    config = Config(normalization="keep", weight_storage="dense")
     with pytest.raises(ConfigError, match="got 'normalize-kernels'; expected a pass of this configuration"):
         fedmef_fx.transform(two_convolutions(), config, print_after=["normalize-kernels"])

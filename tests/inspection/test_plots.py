@@ -30,7 +30,9 @@ def _assert_picture(path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_sparsity_of_a_model(tmp_path: Path, suffix: str) -> None:
     model = two_convolutions()
-    inspection = inspect(fedmef_fx.transform(model, Config(density=0.5)), (torch.randn(2, 1, 8, 8),))
+    inspection = inspect(
+        fedmef_fx.transform(model, Config(density=0.5, weight_storage="dense")), (torch.randn(2, 1, 8, 8),)
+    )
     inspection.plot(tmp_path / f"a{suffix}", original=model)
     inspection.plot(tmp_path / f"b{suffix}", original=model)
     _assert_picture(tmp_path / f"a{suffix}")

@@ -29,7 +29,7 @@ from fedmef_fx.transformation.recipe import memory_passes, passes_of
 from tests.models import ZOO, Residual, build
 from tests.transformer_models import TRANSFORMERS, ViT
 
-EXACT = Config(density=0.5, normalization="keep", activation_sparsity=0.0)
+EXACT = Config(density=0.5, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
 INT8 = EXACT.replace(saved_precision="int8")
 INT4, INT2 = (EXACT.replace(saved_precision=precision) for precision in ("int4", "int2"))
 PRUNED = INT8.replace(activation_sparsity=0.9)
@@ -259,7 +259,7 @@ def test_tiny_tensors_stay_as_they_are_and_say_so():
 
 
 def test_a_bitmap_that_would_lose_is_not_used():
-    config = Config(density=1.0, activation_sparsity=0.01)
+    config = Config(density=1.0, activation_sparsity=0.01, weight_storage="dense")
     sparse = transform(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2)), config)
     x = torch.randn(32, 8)
     with SavedTensors(sparse, x) as saved:
@@ -275,7 +275,9 @@ def test_packed_values_of_16_bits_take_half(dtype):
     model, x = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 2)), torch.randn(64, 8)
     kinds, grads = {}, {}
     for value_dtype in ("same", dtype):
-        sparse = transform(model, Config(density=1.0, activation_sparsity=0.8, packed_dtype=value_dtype))
+        sparse = transform(
+            model, Config(density=1.0, activation_sparsity=0.8, packed_dtype=value_dtype, weight_storage="dense")
+        )
         with SavedTensors(sparse, x) as saved:
             out = sparse(x)
         kinds[value_dtype] = saved.by_kind()

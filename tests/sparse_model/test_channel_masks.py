@@ -16,7 +16,13 @@ from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.adjustment import unit_sizes
 
 CHANNEL = Config(
-    granularity="channel", density=0.5, channel_multiple=2, allocation="uniform", activation_sparsity=0, seed=1
+    granularity="channel",
+    density=0.5,
+    channel_multiple=2,
+    allocation="uniform",
+    activation_sparsity=0,
+    seed=1,
+    weight_storage="dense",
 )
 
 
@@ -149,7 +155,7 @@ def test_loading_silences_too() -> None:
 
 
 def test_patterns_are_laid_out_along_inputs_and_refused_where_they_do_not_fit() -> None:
-    model = fedmef_fx.transform(Coupled(), Config(granularity="2:4", activation_sparsity=0))
+    model = fedmef_fx.transform(Coupled(), Config(granularity="2:4", activation_sparsity=0, weight_storage="dense"))
     found = masks(model)
     assert set(found) == {"conv1.weight", "conv2.weight", "fc.weight"}
     for mask in found.values():

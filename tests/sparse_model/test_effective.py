@@ -11,7 +11,7 @@ from fedmef_fx import Config, transform
 from fedmef_fx.sparse_model.effective import effective_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 
-CONFIG = Config(adjustment_space="effective", density=0.5, activation_sparsity=0.0)
+CONFIG = Config(adjustment_space="effective", density=0.5, activation_sparsity=0.0, weight_storage="dense")
 
 
 class Net(nn.Module):

@@ -223,8 +223,8 @@ def sparse_model(name: str, config: Config) -> nn.Module:
 
 
 CONFIGS = {
-    "nsconv": Config(density=0.3, activation_sparsity=0.5),
-    "keep": Config(density=0.3, activation_sparsity=0.0, normalization="keep"),
+    "nsconv": Config(density=0.3, activation_sparsity=0.5, weight_storage="dense"),
+    "keep": Config(density=0.3, activation_sparsity=0.0, normalization="keep", weight_storage="dense"),
 }
 
 
@@ -296,7 +296,9 @@ def test_parts_that_are_called_on_their_own_are_0_where_masked() -> None:
 def test_biases_of_channels_that_are_off_stay_0() -> None:
     model = transform(
         nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)),
-        Config(density=0.5, granularity="channel", normalization="keep", activation_sparsity=0.0),
+        Config(
+            density=0.5, granularity="channel", normalization="keep", activation_sparsity=0.0, weight_storage="dense"
+        ),
     )
     off = ~masks(model)["0.weight"].any(1)
     assert off.any()

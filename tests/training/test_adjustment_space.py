@@ -34,7 +34,7 @@ class Net(nn.Module):
 def make(**options: object) -> nn.Module:
     torch.manual_seed(3)
     config = {"density": 0.5, "allocation": "uniform", "activation_sparsity": 0.0, "extrusion_strength": 0.3} | options
-    model = transform(Net(), Config(**{"adjustment_space": "effective", **config})).double()
+    model = transform(Net(), Config(**{"adjustment_space": "effective", "weight_storage": "dense", **config})).double()
     with torch.no_grad():
         for name in CONVOLUTIONS.values():
             model.get_parameter(name).uniform_(0.5, 2)

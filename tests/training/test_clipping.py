@@ -44,7 +44,9 @@ def test_a_vector_is_one_unit() -> None:
 
 
 def test_only_active_weights_count() -> None:
-    sparse = fedmef_fx.transform(nn.Sequential(nn.Linear(4, 2, bias=False)), Config(density=0.5))
+    sparse = fedmef_fx.transform(
+        nn.Sequential(nn.Linear(4, 2, bias=False)), Config(density=0.5, weight_storage="dense")
+    )
     weight, mask = sparse.get_parameter("0.weight"), fedmef_fx.masks(sparse)["0.weight"]
     weight.grad = torch.ones_like(weight)  # as somebody's own loss term may leave it, without the mask
     clip_gradients(sparse, 0.1)

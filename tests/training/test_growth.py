@@ -63,7 +63,7 @@ class Net(nn.Module):
 def make_model(*, density: float = 0.3, masked: bool = True, **options: Any) -> Net:
     torch.manual_seed(2)
     model = Net(**options)
-    transformation = Transformation(Config(density=density, adjustment_rate=0.5))
+    transformation = Transformation(Config(density=density, adjustment_rate=0.5, weight_storage="dense"))
     for name in NAMES:
         weight = model.get_parameter(name)
         transformation.prunable[name] = PrunableParameter(name, weight.numel(), "graph", masked=masked)

@@ -23,7 +23,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, size: int) -> list[Tensor]
 
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 99])
 def test_gradients_of_parts_add_up_to_those_of_the_batch(size: int) -> None:
-    model = fedmef_fx.transform(digits_cnn(), Config(activation_sparsity=0.0)).double()
+    model = fedmef_fx.transform(digits_cnn(), Config(activation_sparsity=0.0, weight_storage="dense")).double()
     x, y = torch.randn(10, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (10,))
     F.cross_entropy(model(x), y).backward()
     whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -37,9 +37,10 @@ def test_with_pruned_activations_the_difference_is_within_that_of_pruning() -> N
     torch.manual_seed(0)
     model = digits_cnn()
     x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
-    exact = gradients(fedmef_fx.transform(model, Config(activation_sparsity=0.0)), x, y, 64)
-    pruned = gradients(fedmef_fx.transform(model), x, y, 64)
-    parts = gradients(fedmef_fx.transform(model), x, y, 16)
+    exact = gradients(fedmef_fx.transform(model, Config(activation_sparsity=0.0, weight_storage="dense")), x, y, 64)
+    config = Config(activation_sparsity=0.9, weight_storage="dense")
+    pruned = gradients(fedmef_fx.transform(model, config), x, y, 64)
+    parts = gradients(fedmef_fx.transform(model, config), x, y, 16)
 
     def distance(first: list[Tensor], second: list[Tensor]) -> float:
         return float(sum((a - b).square().sum() for a, b in zip(first, second, strict=True)) ** 0.5)
@@ -87,7 +88,7 @@ def test_batch_statistics_are_refused_by_name() -> None:
     assert batch_statistics_in(model.eval()) == []
     model.train()
     assert batch_statistics_in(fedmef_fx.transform(model)) == []
-    kept = fedmef_fx.transform(model, Config(normalization="keep"))
+    kept = fedmef_fx.transform(model, Config(normalization="keep", weight_storage="dense"))
     assert batch_statistics_in(kept) == names
 
 

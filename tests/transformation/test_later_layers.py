@@ -164,7 +164,7 @@ def test_regions_inside_a_model() -> None:
             return self.head(x if x.sum() > 1e9 else x.relu())
 
     x = torch.randn(4, 8)
-    sparse = transform(Branch(), Config(density=0.5), example_inputs=(x,))
+    sparse = transform(Branch(), Config(density=0.5, weight_storage="dense"), example_inputs=(x,))
     sparse.body[2] = nn.Linear(8, 8)
     sparse.head = nn.Linear(8, 5)
 
@@ -202,8 +202,8 @@ def test_frozen_base_weights_under_lora() -> None:
     model[3] = Lora(model[3])  # type: ignore[arg-type]  # a convolution
     frozen = "3.base_layer.weight"
 
-    assert frozen not in fedmef_fx.masks(transform(model, Config(density=0.3)))
-    sparse = transform(model, Config(density=0.3, mask_frozen=True))
+    assert frozen not in fedmef_fx.masks(transform(model, Config(density=0.3, weight_storage="dense")))
+    sparse = transform(model, Config(density=0.3, mask_frozen=True, weight_storage="dense"))
     assert frozen in fedmef_fx.masks(sparse)
     assert not sparse[3].base_layer.weight.requires_grad
     sparse(X).sum().backward()

@@ -201,7 +201,7 @@ def test_one_sample_trains_without_batch_statistics():
 
 def test_activation_variance_stays_bounded_with_depth():
     blocks = [block for _ in range(30) for block in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
-    sparse = transform(nn.Sequential(*blocks), Config(density=0.5))
+    sparse = transform(nn.Sequential(*blocks), Config(density=0.5, weight_storage="dense"))
     with torch.no_grad():
         out = sparse(torch.randn(8, 16, 16, 16))
     assert 0.05 < out.var().item() < 20
@@ -228,7 +228,7 @@ def test_gradients_are_exact_when_nothing_is_dropped():
     expected = model.fc(out.mean((2, 3)))
     expected.square().sum().backward()
     for gamma in (0.0, 1e-9):  # off; on, but with nothing to drop: all that is not zero is kept
-        sparse = transform(model, Config(density=1.0, activation_sparsity=gamma))
+        sparse = transform(model, Config(density=1.0, activation_sparsity=gamma, weight_storage="dense"))
         got = sparse(x)
         assert torch.allclose(got, expected, rtol=1e-10)
         got.square().sum().backward()
@@ -264,8 +264,10 @@ def test_optional_arguments_keep_their_names(examples):
 def test_an_activation_after_a_linear_layer_on_sequences_works_in_place() -> None:
     # F.linear gives a view for inputs of three dimensions, which autograd lets nobody change in place.
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).double()
-    pruned = fedmef_fx.transform(model, Config(density=0.5, activation_sparsity=1e-9))  # packs, and drops nothing
-    dense = fedmef_fx.transform(model, Config(density=0.5, activation_sparsity=0))
+    pruned = fedmef_fx.transform(
+        model, Config(density=0.5, activation_sparsity=1e-9, weight_storage="dense")
+    )  # packs, and drops nothing
+    dense = fedmef_fx.transform(model, Config(density=0.5, activation_sparsity=0, weight_storage="dense"))
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     for network in (pruned, dense):
         network(x).square().sum().backward()

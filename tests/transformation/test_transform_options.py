@@ -15,7 +15,7 @@ from tests.transform_checks import OPTIMIZERS, SPARSE, assert_masked_weights_are
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("allocation", ["erk", "uniform"])
 def test_density_is_exact_to_one_weight(density, allocation):
-    sparse = transform(Residual(), Config(density=density, allocation=allocation))
+    sparse = transform(Residual(), Config(density=density, allocation=allocation, weight_storage="dense"))
     parameters = masked_parameters(sparse).values()
     total = sum(parameter.mask.numel() for parameter in parameters)
     assert abs(sum(int(parameter.mask.sum()) for parameter in parameters) - density * total) <= 1
@@ -23,7 +23,7 @@ def test_density_is_exact_to_one_weight(density, allocation):
 
 
 def test_density_one_prunes_nothing_and_inserts_no_masks():
-    sparse = transform(Residual(), Config(density=1.0))
+    sparse = transform(Residual(), Config(density=1.0, weight_storage="dense"))
     assert fedmef_fx.masks(sparse) == {}
     assert fedmef_fx.density(sparse) == 1.0
     assert not any(key.endswith("_mask") for key in sparse.state_dict())
@@ -31,7 +31,7 @@ def test_density_one_prunes_nothing_and_inserts_no_masks():
 
 def test_magnitude_masks_keep_the_largest_weights():
     model = Residual()
-    sparse = transform(model, Config(density=0.3, mask_init="magnitude"))
+    sparse = transform(model, Config(density=0.3, mask_init="magnitude", weight_storage="dense"))
     for name, mask in fedmef_fx.masks(sparse).items():
         weight = model.get_parameter(name).detach().abs()
         if bool(mask.all()):
@@ -40,7 +40,7 @@ def test_magnitude_masks_keep_the_largest_weights():
 
 
 def test_tied_weights_share_one_mask():
-    sparse = transform(Tied(), Config(density=0.5))
+    sparse = transform(Tied(), Config(density=0.5, weight_storage="dense"))
     assert set(fedmef_fx.masks(sparse)) == {"first.weight", "by_hand"}
     assert sparse.first.weight is sparse.second.weight
     sparse(torch.randn(2, 6)).sum().backward()
@@ -96,5 +96,5 @@ def test_ignore_by_name_glob_and_type():
 
 def test_names_are_matched_whole_and_not_by_prefix():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
-    sparse = transform(model, Config(density=0.5, ignore=("1",)))
+    sparse = transform(model, Config(density=0.5, ignore=("1",), weight_storage="dense"))
     assert set(fedmef_fx.masks(sparse)) == {f"{i}.weight" for i in range(12) if i != 1}

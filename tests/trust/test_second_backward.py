@@ -81,7 +81,7 @@ def test_a_jacobian():
 
 
 def test_two_losses_share_a_trunk():
-    model = transform(_images(nn.ReLU), Config(density=0.3)).eval()
+    model = transform(_images(nn.ReLU), Config(density=0.3, activation_sparsity=0.9)).eval()
     x = torch.randn(6, 3, 8, 8)
     out = model(x)
     out[:, :2].sum().backward(retain_graph=True)

@@ -21,7 +21,7 @@ from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 FAST = LocalTraining(batch_size=8, learning_rate=0.02)
-CONFIG = Config(density=0.3, adjustment_interval=2)
+CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
 NAME = "0.weight"
 
 
@@ -200,4 +200,4 @@ def test_what_travels_up_beside_weights_in_an_adjustment_round(
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.policy.granularities or m.opening])
 def test_what_chooses_single_weights_refuses_other_granularities(method: str) -> None:
     with pytest.raises(ConfigError, match=f"Method '{method}': got granularity='channel'"):
-        METHODS[method].configure(Config(granularity="channel"))
+        METHODS[method].configure(Config(granularity="channel", weight_storage="dense"))

@@ -27,7 +27,9 @@ def _linear(*weights: Sequence[Sequence[float]]) -> nn.Module:
     for layer, rows in zip(layers, weights, strict=True):
         layer.weight.data = torch.tensor(rows)
     original = nn.Sequential(*layers)
-    model = fedmef_fx.transform(original, Config(density=0.5, normalization="keep", activation_sparsity=0.0))
+    model = fedmef_fx.transform(
+        original, Config(density=0.5, normalization="keep", activation_sparsity=0.0, weight_storage="dense")
+    )
     activate_all(model, original, method="test")
     return model
 
@@ -92,7 +94,7 @@ def test_synaptic_flow_needs_numbers_to_feed() -> None:
 def test_a_run_starts_with_the_original_weights_under_the_found_masks(
     method: str, network: nn.Module, clients: list[TensorDataset]
 ) -> None:
-    config = Config(density=0.3)
+    config = Config(density=0.3, weight_storage="dense")
     history = run(network, clients, config, rounds=1, training=LocalTraining(learning_rate=1e-12), method=method)
     assert history.model is not None
     assert fedmef_fx.density(history.model) == pytest.approx(0.3, abs=1e-3)  # within one weight in total
@@ -103,8 +105,10 @@ def test_a_run_starts_with_the_original_weights_under_the_found_masks(
 
 @pytest.mark.parametrize("method", ["snip", "ssfl", "synflow"])
 def test_dense_reports_travel_once_or_never(method: str, network: nn.Module, clients: list[TensorDataset]) -> None:
-    found = run(network, clients, Config(density=0.3), rounds=2, training=FAST, method=method)
-    static = run(network, clients, Config(density=0.3), rounds=2, training=FAST, method="static-random")
+    found = run(network, clients, Config(density=0.3, weight_storage="dense"), rounds=2, training=FAST, method=method)
+    static = run(
+        network, clients, Config(density=0.3, weight_storage="dense"), rounds=2, training=FAST, method="static-random"
+    )
     assert found.model is not None
     weights = sum(parameter.numel for parameter in masked_parameters(found.model).values())
     extra = found.rounds[0].bytes_up - static.rounds[0].bytes_up
@@ -118,13 +122,13 @@ def test_dense_reports_travel_once_or_never(method: str, network: nn.Module, cli
 
 
 def test_a_transformed_model_has_lost_what_an_opening_scores(network: nn.Module, clients: list[TensorDataset]) -> None:
-    config = METHODS["snip"].configure(Config(density=0.3))
+    config = METHODS["snip"].configure(Config(density=0.3, weight_storage="dense"))
     with pytest.raises(ConfigError, match="method 'snip' scores all weights before the first round"):
         run(fedmef_fx.transform(network, config), clients, rounds=1, method="snip")
 
 
 def test_an_opening_happens_once(network: nn.Module) -> None:
-    model = fedmef_fx.transform(network, METHODS["synflow"].configure(Config(density=0.3)))
+    model = fedmef_fx.transform(network, METHODS["synflow"].configure(Config(density=0.3, weight_storage="dense")))
     activate_all(model, network, method="synflow")
     server = Server(model, method=METHODS["synflow"], rounds=1)
     assert server.is_opening
