@@ -24,8 +24,11 @@ from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.checkpoint_file import FORMAT, VERSION, deflate, described, digest_of, inflate, parsed, read_file
+from fedmef_fx.graph.emit import has_edited_graphs
+from fedmef_fx.graph.pipeline import Pass
 from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.packing import pack_bits
+from fedmef_fx.passes.catalogue import PASSES, stored_passes
 from fedmef_fx.sparse_model.copies import forget_copy
 from fedmef_fx.sparse_model.mask_digest import DIGEST
 from fedmef_fx.sparse_model.masks import bitmap_name, mask_name, set_masks
@@ -52,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ConfigError: `model` was not made by `fedmef_fx.transform`.
-        CheckpointError: A path that cannot be written, or state that is not a tensor.
+        CheckpointError: A path that cannot be written, state that is not a tensor, or a graph that was edited by hand.
 
     Example:
         >>> import tempfile, fedmef_fx
@@ -67,6 +70,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = uncompiled_model(model)
     config = transformation_of(model).config
+    if has_edited_graphs(model):
+        raise CheckpointError(
+            "save: a graph of the model was edited by hand, and a checkpoint holds weights, masks and the names of "
+            "passes, but no graphs: what loads it would lose the edit. Make the edit a pass, "
+            "fedmef_fx.transform(model, config, passes=[MyPass()]), see docs/passes.md; or keep the whole model: "
+            "torch.save(model, path)"
+        )
     target = check_target(path, error=_named_error("save"))
     state, ties = _state(model)
     tensors: dict[str, Tensor] = {}
@@ -102,6 +112,7 @@ def load(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    passes: Sequence[Pass | type[Pass]] = (),
 ) -> nn.Module:
     """Read what `save` wrote.
 
@@ -113,13 +124,15 @@ def load(
             after its transformation stand in it, too, and get masks where they had some.
         example_inputs: For that transformation, as in `fedmef_fx.transform`.
         example_kwargs: For that transformation.
+        passes: Passes of your own, or their classes, that the file may need. Those of this package and of installed
+            packages are found by the names in the file.
 
     Returns:
         The transformed model.
 
     Raises:
         CheckpointError: No checkpoint, a damaged one, a newer format, or one of another architecture or configuration.
-            The model is as it was.
+            The model is as it was. Or the file needs passes that are not there; the message names them.
     """
     model = uncompiled_model(model)
     tensors, metadata = read_file(Path(path))
@@ -131,10 +144,13 @@ def load(
         shared = {name: parameter for name, parameter in architecture.items() if name in original}
         _check_architecture(_architecture(original, {}), shared)
         transformed = functools.partial(transform, model, example_inputs=example_inputs, example_kwargs=example_kwargs)
-        model = transformed(config)
+        own_passes = stored_passes(config.passes, passes)
+        config = config.replace(passes=())
+        model = transformed(config, passes=own_passes)
         dense = _layers_without_masks(model, tensors)
         if dense:  # a new head, say, that the saved model got after its transformation
-            model = transformed(config.replace(ignore=(*config.ignore, *dense)))
+            model = transformed(config.replace(ignore=(*config.ignore, *dense)), passes=own_passes)
+        config = transformation_of(model).config
     state, own_ties = _state(model)
     _check_architecture(_architecture(state, _dense_shapes(model, own_ties)), architecture)
     if own_ties != ties:
@@ -216,6 +232,18 @@ def _check_function(own: Config, stored: Config) -> None:
                 f"load: the checkpoint was trained with {field}={theirs!r}, the model was transformed with {ours!r}; "
                 "load into the original model, which is then transformed with the checkpoint's configuration"
             )
+    ours, theirs = (_foreign(config.passes) for config in (own, stored))
+    if ours != theirs:
+        raise CheckpointError(
+            f"load: the checkpoint's model was made with the passes {theirs}, the model with {ours}; load into the "
+            "original model, which is then transformed with the checkpoint's configuration"
+        )
+
+
+def _foreign(texts: Sequence[str]) -> list[str]:
+    """Those of passes that are not this package's, which may change what a model computes."""
+    ours = {step.name for step in PASSES}
+    return [text for text in texts if text.partition("{")[0].strip() not in ours]
 
 
 def _layers_without_masks(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -47,6 +47,16 @@ def _ignore_entry(entry: object) -> str:
     )
 
 
+def _pass_texts(passes: object) -> tuple[str, ...]:
+    texts = (passes,) if isinstance(passes, str) else passes
+    if isinstance(texts, tuple | list) and all(isinstance(text, str) for text in texts):
+        return tuple(text for text in texts if text.strip())
+    raise ConfigError(
+        f'Config.passes: got {passes!r}; expected texts, e.g. passes=("rescale-residuals",); passes that are objects '
+        "are for fedmef_fx.transform(model, config, passes=...)"
+    )
+
+
 def _named(value: object) -> tuple[tuple[str, Any], ...] | None:
     """A mapping or pairs of names and values as a tuple; None for anything else."""
     entries = list(value.items()) if isinstance(value, Mapping) else value
@@ -135,6 +145,10 @@ class Config:
             example inputs `transform` then chooses formats, `layer_sparsity` and `micro_batch` so that the predicted
             peak fits, with the least error of the gradients; `fedmef_fx.memory_plan` tells what and why.
         budget_optimizer: The optimizer whose state counts in the budget.
+        passes: Passes that run after those of the other fields, as text: `("rescale-residuals", "my-pass{k=3}")`, or
+            one text with `;` between them. Names are those of this package and of installed packages that offer passes,
+            see `docs/passes.md`. What `transform(passes=...)` is given stands here afterwards, so that files and
+            federations know it.
         seed: Seed of every random choice: masks, clients, batches.
 
     Raises:
@@ -179,6 +193,7 @@ class Config:
     micro_batch: int | None = None
     memory_budget: int | str | None = None
     budget_optimizer: Literal["sgd", "sgd-momentum", "adam", "adamw"] = "sgd-momentum"
+    passes: tuple[str, ...] = ()
     seed: int = 0
 
     _chosen: ClassVar[frozenset[str]]  # names of the fields that were not given, of each configuration
@@ -190,6 +205,7 @@ class Config:
         if not isinstance(self.ignore, tuple | list):
             raise ConfigError(f'Config.ignore: got {self.ignore!r}; expected a tuple, e.g. ignore=("fc",)')
         object.__setattr__(self, "ignore", tuple(_ignore_entry(entry) for entry in self.ignore))
+        object.__setattr__(self, "passes", _pass_texts(self.passes))
         self._check_choices()
         if not isinstance(self.mask_frozen, bool):
             raise ConfigError(f"Config.mask_frozen: got {self.mask_frozen!r}; expected True or False")
@@ -348,8 +364,9 @@ class Config:
             raise ConfigError(
                 f"Config.from_json: unknown field {', '.join(map(repr, unknown))}; known fields: {', '.join(names)}"
             )
-        if isinstance(fields.get("ignore"), list):
-            fields["ignore"] = tuple(fields["ignore"])
+        for name in ("ignore", "passes"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
         return cls(**fields)
 
 

@@ -58,6 +58,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "memory_budget": [0, -1, "", "64 parsecs", "-3MB", "1e3", 1.0, math.nan, True, [1]],
     "mask_frozen": [0, 1, None, "yes"],
     "budget_optimizer": ["lion", None],
+    "passes": [None, 3, (3,), {"a": 1}, (None,), [b"pack-weights"]],
     "seed": [-1, 2**64, None, *NOT_INTEGERS],  # torch's generators take 64 bits
 }
 

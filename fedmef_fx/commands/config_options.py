@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from fedmef_fx.commands.arguments import Passes
 from fedmef_fx.commands.command import Result
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
@@ -47,6 +48,7 @@ _TRANSFORM: Final[dict[str, Any]] = {
     "seed": Annotated[int | None, typer.Option(help="Seed of every random choice.")],
 }
 _TRAINING: Final[dict[str, Any]] = {
+    "passes": Passes,
     "adjustment_space": Annotated[
         str | None,
         typer.Option(help="What is pruned, emptied and grown by: effective (NSConv's w_hat) or parameter (theta)."),

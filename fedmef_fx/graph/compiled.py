@@ -24,9 +24,27 @@ class CompiledGraph:
         graph: The graph; call `recompile` after changing it.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, is_edited: bool = False) -> None:
         self.graph = graph
         self._forward: Callable[..., Any] | None = None
+        self._is_edited = is_edited
+        self._shown = ""
+
+    def show(self) -> fx.Graph:
+        """The graph for a user, who may change it by hand."""
+        self._shown = self._shown or str(self.graph)
+        return self.graph
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether a user changed the graph that `show` gave."""
+        self._is_edited |= bool(self._shown) and str(self.graph) != self._shown
+        return self._is_edited
+
+    def take(self) -> None:
+        """Run the graph as a pass left it; that is no edit by hand. Ask for `is_edited` before the pass."""
+        self._shown = self._shown and str(self.graph)
+        self.recompile()
 
     def recompile(self) -> None:
         """Make the function from the graph again, at the next call."""
@@ -44,17 +62,17 @@ class CompiledGraph:
         """Run the graph, resolving its targets against a module."""
         return (self._forward or self._compiled())(owner, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Callable[..., "CompiledGraph"], tuple[fx.Graph]]:
+    def __reduce__(self) -> tuple[Callable[..., "CompiledGraph"], tuple[fx.Graph, bool]]:
         # Some functions of torch, such as F.max_pool2d, say that they are local ones, which no pickle finds.
         local = [n for n in self.graph.nodes if "<locals>" in getattr(n.target, "__qualname__", "")]
         if not local:
-            return CompiledGraph, (self.graph,)
+            return CompiledGraph, (self.graph, self.is_edited)
         graph = copy.deepcopy(self).graph
         for node in graph.nodes:
             if "<locals>" in getattr(node.target, "__qualname__", ""):
                 node.target = _Reference(node.target.__module__, node.target.__name__)
         # Another copy: the first one still lists the old targets.
-        return _restored, (copy.deepcopy(CompiledGraph(graph)).graph,)
+        return _restored, (copy.deepcopy(CompiledGraph(graph)).graph, self.is_edited)
 
     def __deepcopy__(self, _: dict[int, Any]) -> "CompiledGraph":
         graph = fx.Graph()
@@ -62,7 +80,7 @@ class CompiledGraph:
         graph.output(graph.graph_copy(self.graph, values))
         for old, new in values.items():
             new.meta = copy.copy(old.meta)
-        return CompiledGraph(graph)
+        return CompiledGraph(graph, self.is_edited)
 
 
 class _Reference(NamedTuple):
@@ -82,11 +100,11 @@ class _Reference(NamedTuple):
         return function
 
 
-def _restored(graph: fx.Graph) -> CompiledGraph:
+def _restored(graph: fx.Graph, is_edited: bool = False) -> CompiledGraph:
     for node in graph.nodes:
         if isinstance(node.target, _Reference):
             node.target = node.target.function
-    return CompiledGraph(graph)
+    return CompiledGraph(graph, is_edited)
 
 
 class TransformedModule(nn.Module):

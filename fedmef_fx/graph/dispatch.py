@@ -178,7 +178,7 @@ class _OfOneGraph:
             raise AttributeError(f"{kind.__name__!r} object has no attribute {self._name!r}")
         if self._name == "code":
             return only.graph.python_code("self").src
-        return getattr(only, self._name)
+        return only.show() if self._name == "graph" else getattr(only, self._name)
 
 
 _RUNNING: dict[type[nn.Module], type[nn.Module]] = {}

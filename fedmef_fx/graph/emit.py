@@ -30,7 +30,7 @@ from fedmef_fx.sparse_model.copies import note_model
 from fedmef_fx.sparse_model.gradient_masks import keep_masks
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
-__all__ = ["CompiledGraph", "emit", "program_of", "recompile", "regions_in", "restore_classes"]
+__all__ = ["CompiledGraph", "emit", "has_edited_graphs", "program_of", "recompile", "regions_in", "restore_classes"]
 
 _KEPT_BY_ROOT: Final = (
     "_forward_hooks",
@@ -97,7 +97,8 @@ def program_of(model: nn.Module) -> Program:
 
 
 def regions_in(model: nn.Module) -> Iterator[Region]:
-    """The regions inside a module, with their names in it."""
+    """The regions inside a module, with their names in it; for passes, so that edits by hand are noted first."""
+    has_edited_graphs(model)
     for path, module in model.named_modules():
         table: RegionTable | None = module.__dict__.get(_TABLE)
         for entry in table.entries if table is not None else ():
@@ -107,13 +108,22 @@ def regions_in(model: nn.Module) -> Iterator[Region]:
 
 
 def recompile(model: nn.Module) -> None:
-    """Let a transformed model run its graphs as they are now."""
+    """Let a transformed model run its graphs as passes left them."""
     if isinstance(model, fx.GraphModule):
         model.recompile()
+    for compiled in _compiled_in(model):
+        compiled.take()
+
+
+def has_edited_graphs(model: nn.Module) -> bool:
+    """Whether a user changed a graph inside a model by hand."""
+    return any([compiled.is_edited for compiled in _compiled_in(model)])  # noqa: C419 -- each has to take note
+
+
+def _compiled_in(model: nn.Module) -> Iterator[CompiledGraph]:
     for _, table in tables_in(model):
         for entry in table.entries:
-            for compiled in entry.graphs.values():
-                compiled.recompile()
+            yield from entry.graphs.values()
 
 
 def restore_classes(model: nn.Module) -> None:

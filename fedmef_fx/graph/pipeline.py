@@ -44,6 +44,8 @@ def _literal(value: object) -> str:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind.__repr__(value)  # of a subclass, such as numpy.float64, the plain number
+    if callable(value) and hasattr(value, "__qualname__"):  # the same text in every process
+        return repr(f"{value.__module__}.{value.__qualname__}")
     return repr(value)
 
 

@@ -45,10 +45,18 @@ class Verifier:
         for check in _CHECKS:
             for problem in check(self.before, after, program, result):
                 raise VerificationError(
-                    f"pass {step.name}: {check.__name__.strip('_').replace('_', ' ')}: {problem}. This is a bug of the "
-                    "pass, not of the model; please report it with the model"
+                    f"pass {step.name}: {check.__name__.strip('_').replace('_', ' ')}: {problem}. {_remedy(step)}"
                 )
         self.before = dataclasses.replace(after, keys=self.before.keys)
+
+
+def _remedy(step: Pass) -> str:
+    if type(step).__module__.startswith("fedmef_fx."):
+        return "This is a bug of the pass, not of the model; please report it with the model"
+    return (
+        f"This is a bug of {type(step).__qualname__}, not of the model; expected a pass that keeps what docs/passes.md "
+        "lists, with set_provenance for each node that it makes"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CaptureError
-from fedmef_fx.graph.dispatch import tables_in
-from fedmef_fx.graph.emit import regions_in
+from fedmef_fx.graph.emit import recompile, regions_in
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.passes.pack_weights import pack_again, unpack_weights
 from fedmef_fx.sparse_model.masked_parameter import bitmap_name
@@ -65,7 +64,7 @@ def dense_weights(module: nn.Module, config: Config, captured: list[Region]) -> 
         row = PrunableParameter(name, Tensor(*shape).numel(), tier="graph", packed_shape=shape)
         layers.transformation.prunable[name] = row
     unpack_weights(layers)
-    _recompile(module)
+    recompile(module)
     try:
         yield
     finally:
@@ -76,14 +75,7 @@ def dense_weights(module: nn.Module, config: Config, captured: list[Region]) -> 
         for weight in packed:
             weight.owner._parameters[weight.leaf] = weight.parameter
             weight.owner._buffers[bitmap_name(weight.leaf)] = weight.bitmap
-        _recompile(module)
-
-
-def _recompile(module: nn.Module) -> None:
-    for _, table in tables_in(module):
-        for entry in table.entries:
-            for compiled in entry.graphs.values():
-                compiled.recompile()
+        recompile(module)
 
 
 def _packed(module: nn.Module) -> Iterator[_Packed]:

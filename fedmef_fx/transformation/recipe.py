@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from fedmef_fx.config import SAVED_BITS, Config
-from fedmef_fx.graph.pipeline import Pass
+from fedmef_fx.graph.pipeline import Pass, describe
 from fedmef_fx.passes.compress_saved import CompressSaved
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
@@ -14,8 +14,12 @@ from fedmef_fx.passes.pack_weights import PackWeights
 from fedmef_fx.passes.prune_activations import PruneActivations
 from fedmef_fx.passes.rescale_residuals import RescaleResiduals
 from fedmef_fx.passes.shrink_saved import ShrinkSaved
+from fedmef_fx.records.passes import PassResult
 
 __all__ = ["config_after", "memory_passes", "passes_of"]
+
+_IN_FIELDS: Final = (InsertMasks, NormalizeKernels, RescaleResiduals, PackWeights)
+"""Passes whose effect the fields of `Config` say."""
 
 
 def passes_of(config: Config) -> tuple[Pass, ...]:
@@ -60,36 +64,43 @@ def memory_passes(config: Config) -> tuple[Pass, ...]:
     return CompressSaved(config.ignore, config.saved_precision), ShrinkSaved(), pruning
 
 
-def config_after(config: Config, passes: Iterable[Pass]) -> Config:
-    """The configuration that also says what passes of the caller's did to weights and results.
+def config_after(config: Config, ran: Iterable[tuple[Pass, PassResult]]) -> Config:
+    """The configuration that also says what passes of the caller's did, so that it makes the same model again.
 
     Checkpoints and later changes of masks go by it.
 
     Args:
         config: Of the transformation.
-        passes: The caller's passes that rewrote something.
+        ran: The caller's passes that ran, and what they did.
     """
     changes: dict[str, Any] = {}
-    for step in passes:
-        match step:
-            case InsertMasks():
-                names = (
-                    "density",
-                    "allocation",
-                    "mask_init",
-                    "seed",
-                    "granularity",
-                    "channel_multiple",
-                    "output_layer",
-                    "mask_frozen",
-                )
-                changes |= {name: getattr(step, name) for name in names}
-            case NormalizeKernels():
-                changes |= {"normalization": "nsconv", "nsconv_statistics": step.statistics}
-            case RescaleResiduals():
-                changes["residual"] = "rescale"
-            case PackWeights():
-                changes["weight_storage"] = "packed"
-            case _:
-                pass
-    return config.replace(**changes) if changes else config
+    texts = []
+    for step, result in ran:
+        if not isinstance(step, _IN_FIELDS):
+            texts.append(describe(step))
+        elif result.modified:
+            changes |= _fields_of(step)
+    return config.replace(**changes, passes=tuple(texts)) if changes or texts else config
+
+
+def _fields_of(step: Pass) -> dict[str, Any]:
+    """The fields of `Config` that stand for a pass."""
+    match step:
+        case InsertMasks():
+            names = (
+                "density",
+                "allocation",
+                "mask_init",
+                "seed",
+                "granularity",
+                "channel_multiple",
+                "output_layer",
+                "mask_frozen",
+            )
+            return {name: getattr(step, name) for name in names}
+        case NormalizeKernels():
+            return {"normalization": "nsconv", "nsconv_statistics": step.statistics}
+        case RescaleResiduals():
+            return {"residual": "rescale"}
+        case _:
+            return {"weight_storage": "packed"}

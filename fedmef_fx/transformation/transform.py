@@ -64,8 +64,9 @@ def transform(
         example_kwargs: Keyword arguments of that call.
         passes: Passes of your own, which run after those of the configuration, are verified and reported as they are,
             and run on what is captured later, too. Each is an object with a `name` and `run(program)`, or the text of
-            one of ours: `"rescale-residuals"`, `"compress-saved{ignore=('head',)}"`; one text may hold several, with
-            `;` between them. Checkpoints hold none: what `load` transforms gets the passes of the configuration only.
+            one of ours or of an installed package's: `"rescale-residuals"`, `"compress-saved{ignore=('head',)}"`; one
+            text may hold several, with `;` between them. They run after those of `Config.passes` and stand there, as
+            text, in the result's configuration, which files and federations keep; see `docs/passes.md`.
         print_after: Names of passes after which the graphs are printed as text ("capture" for those before the first
             pass), or "all".
         stop_after: Name of the last pass to run. The result runs and trains, with what was rewritten until then;
@@ -91,7 +92,9 @@ def transform(
         >>> round(fedmef_fx.density(sparse), 2)
         0.5
     """
-    config, own_passes = config or Config(), parse_passes(passes)
+    config = config or Config()
+    own_passes = (*parse_passes(config.passes), *parse_passes(passes))
+    config = config.replace(passes=())  # from here on they are objects
     with neutral_surroundings(model):
         example_inputs, example_kwargs = ordinary_tensors((example_inputs, example_kwargs))
         model, notices = unwrapped(model)
@@ -154,7 +157,7 @@ def _transformed(
     observer.after("capture", program)
     reports = Pipeline(steps[: observer.number], after_pass=observer.beside(Verifier.of(program))).run(program)
     ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
-    config = program.transformation.config = config_after(config, (step for step, result in ran if result.modified))
+    config = program.transformation.config = config_after(config, ran)
     if observer.runs_all:
         _apply_layer_levels(program, config)
     program.transformation.reports = PassReport((capture, *reports))

@@ -5,7 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import fedmef_fx
 from fedmef_fx.cli import app
+from fedmef_fx.models import digits_cnn
 
 RUNNER = CliRunner()
 
@@ -43,3 +45,13 @@ def test_where_no_pass_runs_the_option_is_refused(options, message):
     result = call("inspect", "digits_cnn", "--passes", "pack-weights", *options)
     assert result.exit_code != 0
     assert message in " ".join(result.stderr.split())
+
+
+def test_a_trained_model_has_them(tmp_path):
+    result = call("train", "--rounds", 1, "--clients", 2, "--output", tmp_path, "--passes", "compress-saved", "--json")
+    assert result.exit_code == 0, result.output
+    model = fedmef_fx.load(tmp_path / "model.safetensors", digits_cnn())
+    assert "compress-saved" in [entry.name.partition("{")[0] for entry in fedmef_fx.report(model)]
+    wrong = call("train", "--rounds", 1, "--clients", 2, "--output", tmp_path / "b", "--passes", "compress")
+    assert wrong.exit_code == 1
+    assert "did you mean compress-saved" in wrong.stderr
