@@ -18,16 +18,16 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: Final = {
     "demo": "Train a small federation, export it, check the file.",
-    "train": "Train a model, federated and sparse, or go on.",
-    "compare-methods": "Run several methods on the same clients, side by side.",
-    "export": "Write a transformed or trained model as an ONNX file.",
+    "train": "Train a model, federated and sparse, or go on with a run.",
+    "compare-methods": "Run federated methods on the same clients, side by side.",
+    "export": "Write a transformed or a trained model as an ONNX file.",
     "verify": "Check an exported file against the digest in it.",
     "unpack": "Write a packed ONNX file as a plain, dense one.",
     "inspect": "Show what a transformation did, or an ONNX file.",
     "compare": "Compare two checkpoints, or two rounds of a federation.",
-    "memory": "Measure or predict the memory of a training step.",
-    "bench": "Time a transformation, a training step or a file.",
-    "doctor": "Check the installation, or a model before its rewrite.",
+    "memory": "Measure or predict what a training step takes.",
+    "bench": "Time the transformation, a training step, a file.",
+    "doctor": "Check the installation, or what becomes of a model.",
 }
 """Name of each command, which is that of its function and module, and what it is for."""
 
