@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, as the next import does: its kernels run in its interpreter then.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fedmef_fx.native import why_missing
 
 # A first example can be slow because torch compiles or allocates something, so a deadline would fail at random.

@@ -132,11 +132,12 @@ def encode_levels(
     if code.levels == "centroids":
         return _encode_centroids(x.to(wide), code, parameters, noise, ends=(low, high))
     top = 2**code.bits - 1
+    divisor = low.new_full((), top)  # by a number CUDA divides less exactly
     if parameters.dtype == torch.bfloat16:
         low = _bfloat16_below(low).to(wide)
-        scale = -_bfloat16_below((low - high).div_(top)).to(wide)
+        scale = -_bfloat16_below((low - high).div_(divisor)).to(wide)
     else:
-        scale = (high - low).div_(top)
+        scale = (high - low).div_(divisor)
     scale.masked_fill_(scale < torch.finfo(parameters.dtype).tiny, 0.0)
     parameters[:, :1], parameters[:, 1:] = low, scale
     inverse = scale.reciprocal_().masked_fill_(scale.isinf(), 0.0)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
 from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode, decode_levels, encode_levels
+from fedmef_fx.packing.fused import fused_kernels
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
 from fedmef_fx.packing.marked_blocks import decode_marked, encode_marked, marks_exceptions
 from fedmef_fx.packing.noise import noise_at, noise_key
@@ -122,8 +123,10 @@ class BlockwiseTensor:
         elif key is None:
             key = noise_key(int(torch.randint(2**62, (), generator=generator)))
         with torch.no_grad():
-            kinds = None
-            if not _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key):
+            kinds, fused = None, fused_kernels(x, code)
+            if fused is not None:
+                fused.pack_blocks(layout.flatten(x), code, codes, parameters, key=key)
+            elif not _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key):
                 _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key, wide=True)
                 kinds = _kinds(layout.flatten(x))
         return cls(codes, parameters, layout, x.dtype, code, kinds)
@@ -137,6 +140,10 @@ class BlockwiseTensor:
             unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(flat, torch.uint8)
             is_wide = flat.dtype == _wide(flat.dtype)
             announce_temporary(unpacked + (0 if is_wide else _chunk_nbytes(flat, _wide(flat.dtype))))
+            return flat.as_strided(self.layout.shape, self.layout.stride)
+        fused = None if self.has_exceptions else fused_kernels(flat, self.code)
+        if fused is not None:
+            fused.unpack_blocks(self.codes, self.code, self.ranges, flat)
             return flat.as_strided(self.layout.shape, self.layout.stride)
         for values, codes, parameters in self._in_blocks(flat):
             _decode(codes, self.code, parameters, values, has_exceptions=self.has_exceptions)

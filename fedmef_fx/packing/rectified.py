@@ -41,7 +41,7 @@ class RectifiedTensor:
         >>> from fedmef_fx.packing import clamp
         >>> out, bits = clamp(torch.tensor([-1.0, 2.0, 7.0, 4.0]), high=6.0)
         >>> kept = RectifiedTensor.encode(out, bits, BlockCode(bits=2), high=6.0)
-        >>> kept.unpack().tolist()
+        >>> kept.unpack().round().tolist()
         [0.0, 2.0, 6.0, 4.0]
     """
 
