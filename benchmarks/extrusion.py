@@ -1,199 +1,233 @@
-"""What budget-aware extrusion is for: by how much pruning raises the loss, with it and without.
+"""What budget-aware extrusion is for: by how much pruning raises the loss, in either space, with extrusion and without.
 
-    python benchmarks/extrusion.py [--data digits cifar10] [--seeds 3] [--strengths 0 1e-4 1e-2 1e-1] [--epochs 8]
+    python benchmarks/extrusion.py [--seeds 3] [--strengths 1e-4 ... 10] [--schedules cosine] [--log FILE]
 
-A federation (Dirichlet 0.5, density 0.1, gamma 0.9) trains for some rounds without adjustments. Then, from the same
-weights, one adjustment round per strength lambda: clients train with extrusion, the server averages and prunes the k_l
-lowest magnitudes of each layer (alpha = 0.4). The figure is the test loss right after this pruning minus right before
-it, nothing grown yet; 0 stands for training without extrusion. "norm left" is ||theta_low|| of the marked weights after
-the round, divided by that before it.
-
-digits: digits_cnn, 10 clients. cifar10: 2,000 training and 2,000 test images, a small network, 3 clients, from the
-directory that FEDMEF_FX_DATA names; left out when it is unset.
+The network of `activation_accuracy.py` at density 0.1 trains on CIFAR-10 (folder: FEDMEF_FX_DATA). From the same
+weights then starts one adjustment round per space (`Config.adjustment_space`), schedule of the learning rate within the
+round and strength lambda; 0 stands for training without extrusion. After it the k_l lowest weights of each layer (alpha
+= 0.4), by that space, are pruned, and nothing is grown. "rise" is the test loss right after this pruning minus right
+before it, "marked" the same where those weights are pruned that were marked when the round began. "scale" is by how
+much rows of NSConvs have grown in length, sqrt(s): the median over all and the largest. `--log` appends each run to a
+file and takes those that it holds as done.
 """
 
 import argparse
 import copy
-import dataclasses
-import os
+import itertools
+import json
+import math
 import statistics
-import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from _machine import machine
+from activation_accuracy import network
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.nn import functional as F
 
-from fedmef_fx import Config, set_masks
-from fedmef_fx.data import DATA_VARIABLE, dirichlet_partition, load_cifar10, load_digits
-from fedmef_fx.federated import LocalTraining, RoundTask, run, train_locally
-from fedmef_fx.federated.averaging import weighted_average
-from fedmef_fx.federated.evaluation import evaluate
-from fedmef_fx.federated.state import ModelState, load_state, read_state
-from fedmef_fx.models import digits_cnn
-from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx import Config, Extrusion, masks, set_masks, transform
+from fedmef_fx.data import Cifar10, load_cifar10
+from fedmef_fx.sparse_model.effective import effective_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
-from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
+from fedmef_fx.training.adjustment import lowest_units, unit_sizes
+from fedmef_fx.training.clipping import clip_gradients
 
-CLIENTS = {"digits": 10, "cifar10": 3}
-BATCH_SIZE = {"digits": 32, "cifar10": 32}
-ROUNDS = {"digits": 4, "cifar10": 12}
-"""Before the adjustment: natural images take longer until there is something to lose."""
-# Rates that hold with clipping.
-RATE = {"digits": 0.4, "cifar10": 0.2}
-
-
-def cifar_cnn() -> nn.Sequential:
-    """Three Conv-BatchNorm-ReLU blocks with pooling, 32x32 to 4x4."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+BATCH = 64
+STRENGTHS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
+Data = tuple[Cifar10, Cifar10]
 
 
-def problem(data: str, *, seed: int) -> tuple[nn.Module, list[Dataset[Any]], Dataset[Any]]:
-    """Model, clients and test set."""
-    torch.manual_seed(seed)
-    train: TensorDataset
-    test: TensorDataset
-    if data == "digits":
-        model: nn.Module = digits_cnn()
-        train, test = load_digits(seed=seed)
-    else:
-        model = cifar_cnn()
-        full_train, full_test = load_cifar10()
-        train = TensorDataset(*full_train.batch(torch.randperm(len(full_train))[:2000]))
-        test = TensorDataset(*full_test.batch(torch.arange(2000)))
-    parts = dirichlet_partition(train.tensors[1], clients=CLIENTS[data], alpha=0.5, seed=seed)
-    return model, [Subset(train, part.tolist()) for part in parts], test
+class Round(NamedTuple):
+    """What a row of the table is about."""
+
+    space: str
+    schedule: str
+    strength: float
 
 
-def adjustment_counts(model: nn.Module) -> dict[str, int]:
-    """k_l for the share alpha of each layer's active weights."""
+@torch.no_grad()
+def test_loss(model: nn.Module, data: Cifar10, *, samples: int) -> float:
+    """Mean loss on the first test images."""
+    model.eval()
+    total = 0.0
+    for indices in torch.arange(samples).split(500):
+        images, labels = data.batch(indices)
+        total += F.cross_entropy(model(images), labels, reduction="sum").item()
+    model.train()
+    return total / samples
+
+
+def train(model: nn.Module, optimizer: torch.optim.SGD, data: Cifar10, *, steps: int, order: torch.Generator) -> Any:
+    """Clipped steps on random batches; yields the share of steps taken before each, for the caller's schedule."""
+    batches = itertools.chain.from_iterable(
+        torch.randperm(len(data), generator=order)[: len(data) // BATCH * BATCH].split(BATCH) for _ in itertools.count()
+    )
+    for step, indices in zip(range(steps), batches, strict=False):
+        yield step / steps
+        images, labels = data.batch(indices)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        clip_gradients(model, 0.05)
+        optimizer.step()
+
+
+def optimizer_of(model: nn.Module, rate: float) -> torch.optim.SGD:
+    """The optimizer of both stages."""
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+
+
+def pruned(model: nn.Module, positions: dict[str, Tensor]) -> nn.Module:
+    """A copy without the weights at some positions."""
+    result, changed = copy.deepcopy(model), {name: mask.clone() for name, mask in masks(model).items()}
+    for name, gone in positions.items():
+        changed[name].view(-1)[gone] = False
+    set_masks(result, changed)
+    return result
+
+
+def row_lengths(model: nn.Module) -> Tensor:
+    """sqrt(s) of all rows of NSConvs."""
+    parameters, lengths = effective_parameters(model), []
+    for name, kernel in transformation_of(model).kernels.items():
+        rows = kernel.form.rows(parameters[name].masked.dense())
+        mask = kernel.form.rows(parameters[name].mask)
+        mean = rows.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+        lengths.append(torch.where(mask, rows - mean, 0.0).norm(dim=1))
+    return torch.cat(lengths)
+
+
+def in_space(model: nn.Module, space: str) -> nn.Module:
+    """A copy that adjusts in a space."""
+    result = copy.deepcopy(model)
+    transformation = transformation_of(result)
+    transformation.config = transformation.config.replace(adjustment_space=space)
+    return result
+
+
+def marked_in(model: nn.Module) -> dict[str, Tensor]:
+    """theta_low of a round that starts now."""
+    parameters, sizes = effective_parameters(model), unit_sizes(model)
     rate = transformation_of(model).config.adjustment_rate
-    counts = {}
-    for name, (_, mask) in masked_parameters(model).items():
-        active = int(mask.sum())
-        counts[name] = adjustment_count(active, mask.numel() - active, round_index=0, stop=1, rate=rate)
-    return counts
-
-
-def lowest(model: nn.Module, counts: dict[str, int]) -> dict[str, Tensor]:
-    """Positions of the k_l lowest active weights of each layer."""
-    parameters = masked_parameters(model)
-    return {name: lowest_magnitude(e.parameter, e.mask, counts[name]) for name, e in parameters.items()}
+    counts = {name: adjustment_count(*sizes[name], round_index=0, stop=1, rate=rate) for name in parameters}
+    return lowest_units(model, parameters, counts.__getitem__)
 
 
 def norm_at(model: nn.Module, positions: dict[str, Tensor]) -> float:
-    """||theta||_2 at some positions of all layers."""
-    parameters = masked_parameters(model)
-    return float(
-        torch.cat([torch.take(parameters[name].parameter.detach(), p) for name, p in positions.items()]).norm()
-    )
+    """||theta_low|| of all layers, in the model's space."""
+    parameters = effective_parameters(model)
+    return float(torch.cat([parameters[name].at(places) for name, places in positions.items()]).norm())
 
 
-def adjust_once(
-    start: nn.Module, clients: Sequence[Dataset[Any]], test: Dataset[Any], training: LocalTraining, *, strength: float
-) -> dict[str, float]:
-    """One round of extrusion from given weights, averaging, and pruning; what it did to the loss."""
-    server = copy.deepcopy(start)
-    transformation = transformation_of(server)
-    transformation.config = transformation.config.replace(extrusion_strength=strength)
-    counts = adjustment_counts(server)
-    marked = lowest(server, counts)
-    marked_before = norm_at(server, marked)
-    # The counts ask for extrusion; candidates from one batch, as they are not used here.
-    task = RoundTask(1, 2, counts)
-    updates = [
-        train_locally(copy.deepcopy(server), data, training, task=task, client=c) for c, data in enumerate(clients)
-    ]
-    weights = [update.samples for update in updates]
-    state = read_state(server, version=1)
-    values = {name: weighted_average([u.values[name] for u in updates], weights) for name in state.values}
-    dense = {name: weighted_average([u.dense[name] for u in updates], weights) for name in state.dense}
-    load_state(server, ModelState(1, state.masks, values, dense))
-    before, accuracy = evaluate(server, test)
-    pruned = {name: mask.clone() for name, mask in state.masks.items()}
-    for name, positions in lowest(server, counts).items():
-        pruned[name].view(-1)[positions] = False
-    marked_after = norm_at(server, marked)
-    set_masks(server, pruned)
-    after, accuracy_after = evaluate(server, test)
+def trained(model: nn.Module, data: Cifar10, name: Round, *, options: argparse.Namespace, seed: int) -> nn.Module:
+    """The model after a round."""
+    result = in_space(model, name.space)
+    optimizer, order = optimizer_of(result, options.rate / 2), torch.Generator().manual_seed(1000 + seed)
+    with Extrusion(result, optimizer, budget_steps=options.steps, strength=name.strength):
+        for progress in train(result, optimizer, data, steps=options.steps, order=order):
+            if name.schedule == "cosine":
+                optimizer.param_groups[0]["lr"] = options.rate / 2 * (1 + math.cos(math.pi * progress)) / 2
+    return result
+
+
+def found_in(start: nn.Module, model: nn.Module, test: Cifar10, name: Round, *, samples: int) -> dict[str, Any]:
+    """What pruning does to the loss after a round."""
+    start, model = in_space(start, name.space), in_space(model, name.space)
+    marked, growth = marked_in(start), row_lengths(model) / row_lengths(start).clamp_min(1e-12)
+    loss = test_loss(model, test, samples=samples)
+    after, after_marked = (test_loss(pruned(model, gone), test, samples=samples) for gone in (marked_in(model), marked))
     return {
-        "rise": after - before,
-        "before": before,
-        "drop": (accuracy or 0.0) - (accuracy_after or 0.0),
-        "left": marked_after / marked_before,
+        "before": loss,
+        "rise": after - loss,
+        "marked": after_marked - loss,
+        "left": norm_at(model, marked) / norm_at(start, marked),
+        "scale": [float(growth.median()), float(growth.max())],
     }
 
 
-def measure(
-    data: str,
-    normalization: Literal["nsconv", "keep"],
-    strengths: Sequence[float],
-    *,
-    seeds: int,
-    epochs: int,
-) -> dict[float, list[dict[str, float]]]:
-    """Strength -> what `adjust_once` found, per seed."""
-    results: dict[float, list[dict[str, float]]] = {strength: [] for strength in strengths}
-    # The rates that hold for either kind of network.
-    clipping, rate = (0.05, RATE[data]) if normalization == "nsconv" else (None, 0.05)
-    # Within a round the rate decays: only then can the rate floor of extrusion act.
-    training = LocalTraining(epochs=2, batch_size=BATCH_SIZE[data], learning_rate=rate, schedule="cosine")
-    budget = dataclasses.replace(training, epochs=epochs, learning_rate=rate / 2, growth_batches=1)
-    for seed in range(seeds):
-        model, clients, test = problem(data, seed=seed)
-        config = Config(normalization=normalization, gradient_clipping=clipping, adjustment_stop=0, seed=seed)
-        warm = run(model, clients, config, rounds=ROUNDS[data], training=training).model
-        assert warm is not None
-        for strength in strengths:
-            results[strength].append(adjust_once(warm, clients, test, budget, strength=strength))
-    return results
+def runs(options: argparse.Namespace, data: Data) -> dict[Round, list[dict[str, Any]]]:
+    """Every round, one result per seed; those of the log are not repeated."""
+    settings = {key: getattr(options, key) for key in ("warm", "steps", "rate", "samples")}
+    lines = options.log.read_text().splitlines() if options.log is not None and options.log.exists() else ()
+    done = {tuple(entry["key"]): entry["result"] for entry in map(json.loads, lines) if entry["settings"] == settings}
+    names = [Round(*parts) for parts in itertools.product(options.spaces, options.schedules, options.strengths)]
+    for seed in range(options.seeds):
+        missing = [name for name in names if (*name, seed) not in done]
+        start = warmed(options, data[0], seed) if missing else None
+        plain: dict[str, nn.Module] = {}  # without extrusion the space does not matter until something is pruned
+        for name in missing:
+            model = plain.get(name.schedule) if name.strength == 0 else None
+            model = trained(start, data[0], name, options=options, seed=seed) if model is None else model
+            if name.strength == 0:
+                plain[name.schedule] = model
+            done[*name, seed] = found_in(start, model, data[1], name, samples=options.samples)
+            if options.log is not None:
+                entry = {"key": [*name, seed], "settings": settings, "result": done[*name, seed]}
+                with options.log.open("a") as log:
+                    log.write(json.dumps(entry) + "\n")
+    return {name: [done[*name, seed] for seed in range(options.seeds)] for name in names}
+
+
+def warmed(options: argparse.Namespace, data: Cifar10, seed: int) -> nn.Module:
+    """The network that the rounds start from."""
+    torch.manual_seed(seed)
+    model = transform(network(), Config(density=0.1, activation_sparsity=0.0, seed=seed)).train()
+    order = torch.Generator().manual_seed(seed)
+    for _ in train(model, optimizer_of(model, options.rate), data, steps=options.warm, order=order):
+        pass
+    return model
+
+
+def table_of(results: dict[Round, list[dict[str, Any]]], title: str) -> Table:
+    """A row per round: medians and all values."""
+    table = Table(title=title)
+    for column in (
+        "space",
+        "schedule",
+        "lambda",
+        "loss before",
+        "rise",
+        "rise per seed",
+        "marked",
+        "norm left",
+        "scale",
+    ):
+        table.add_column(column, justify="right")
+    for name, rows in results.items():
+        middle = {key: statistics.median(row[key] for row in rows) for key in ("before", "rise", "marked", "left")}
+        table.add_row(
+            name.space,
+            name.schedule,
+            f"{name.strength:g}",
+            f"{middle['before']:.3f}",
+            f"{middle['rise']:+.4f}",
+            " ".join(f"{row['rise']:+.4f}" for row in rows),
+            f"{middle['marked']:+.4f}",
+            f"{middle['left']:.3f}",
+            f"{statistics.median(row['scale'][0] for row in rows):.2f} {max(row['scale'][1] for row in rows):.1f}",
+        )
+    return table
 
 
 def main() -> None:
-    """Measure and print."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=["digits", "cifar10"], default=["digits", "cifar10"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 1e-4, 1e-2, 1e-1])
-    parser.add_argument("--normalizations", nargs="+", choices=["nsconv", "keep"], default=["nsconv"])
-    parser.add_argument("--epochs", type=int, default=8, help="local epochs of the adjustment round: the budget")
+    parser.add_argument("--spaces", nargs="+", choices=["effective", "parameter"], default=["parameter", "effective"])
+    parser.add_argument("--schedules", nargs="+", choices=["cosine", "constant"], default=["cosine"])
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--warm", type=int, default=600, help="steps before the round")
+    parser.add_argument("--steps", type=int, default=312, help="steps of the round: the budget")
+    parser.add_argument("--rate", type=float, default=0.2, help="before the round; in it the rate starts at half of it")
+    parser.add_argument("--samples", type=int, default=5000, help="test images")
+    parser.add_argument("--log", type=Path)
     options = parser.parse_args()
-
-    # Networks this small gain nothing from more threads, and the figures then depend less on the machine.
+    # Networks this small gain little from more threads, and the figures then depend less on the machine.
     torch.set_num_threads(1)
-    console = Console()
-    console.print(machine())
-    for data in options.data:
-        if data == "cifar10" and not os.environ.get(DATA_VARIABLE):
-            console.print(f"cifar10: left out, {DATA_VARIABLE} is unset")
-            continue
-        for normalization in options.normalizations:
-            begin = time.perf_counter()
-            found = measure(data, normalization, options.strengths, seeds=options.seeds, epochs=options.epochs)
-            title = f"{data}, normalization={normalization}, {time.perf_counter() - begin:.0f} s"
-            table = Table(
-                "lambda", "loss before", "rise, median", "rise per seed", "accuracy drop", "norm left", title=title
-            )
-            for strength, rows in found.items():
-                medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-                table.add_row(
-                    f"{strength:g}",
-                    f"{medians['before']:.4f}",
-                    f"{medians['rise']:+.4f}",
-                    " ".join(f"{row['rise']:+.4f}" for row in rows),
-                    f"{medians['drop']:+.4f}",
-                    f"{medians['left']:.3f}",
-                )
-            console.print(table)
+    Console(width=160).print(table_of(runs(options, load_cifar10()), machine()))
 
 
 if __name__ == "__main__":

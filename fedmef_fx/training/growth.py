@@ -34,8 +34,8 @@ def growth_candidates(
 
     This is what a FedMef client uploads in an adjustment round. Gradients are those of the effective (masked) weight,
     averaged over batches in proportion to their sizes. Dense gradients exist for one layer at a time (for a tied
-    weight, from its last use to its first); of the rest about 4 k coordinates per parameter are kept between batches.
-    With one batch the result is exact; with several, `fedmef_fx.ops.gradient_collector` states the approximation.
+    weight, from its last use to its first); between batches sums are kept, at 2 bytes per inactive coordinate. With one
+    batch the result is exact; with several, `fedmef_fx.ops.gradient_collector` states how sums are rounded.
 
     The model runs in the mode it is in. Afterwards its parameters, their `.grad`, its buffers (running statistics of
     normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks
