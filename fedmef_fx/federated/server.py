@@ -18,10 +18,11 @@ from fedmef_fx.federated.opening import active_budget
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
 from fedmef_fx.files.container import digest
+from fedmef_fx.sparse_model.effective import effective_parameters
 from fedmef_fx.sparse_model.masks import set_masks
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.schedule import adjustment_count, is_adjustment_round
-from fedmef_fx.training.adjustment import unit_sizes
+from fedmef_fx.training.adjustment import lowest_units, unit_sizes
 
 __all__ = ["Server"]
 
@@ -180,11 +181,12 @@ class Server:
         received = list(updates.values())
         weights = [update.samples for update in received]
         policy, counts, is_due = self._method.policy, self._counts(), self._is_due()
+        marked = lowest_units(self.model, effective_parameters(self.model), counts.__getitem__) if is_due else {}
         masks, values = policy.merged(self.state, received)
         dense = {name: weighted_average([u.dense[name] for u in received], weights) for name in self.schema.dense}
         load_state(self.model, ModelState(version, masks, values, dense))
         churn = policy.finish(
-            AfterRound(self.model, received, counts, is_due, self.state.version, self.memory, self.state.masks)
+            AfterRound(self.model, received, counts, is_due, self.state.version, self.memory, self.state.masks, marked)
         )
         self._advance(version)
         return churn

@@ -28,6 +28,8 @@ class AfterRound(NamedTuple):
         round_index: t.
         memory: What the policy remembers from round to round; part of checkpoints.
         sent: The masks that the clients started from.
+        marked: Parameter name -> flat positions of the weights that clients were told to empty, which were the k_l
+            lowest of what they started from; empty where nothing is due.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class AfterRound(NamedTuple):
     round_index: int
     memory: MutableMapping[str, Tensor]
     sent: Mapping[str, Tensor]
+    marked: Mapping[str, Tensor]
 
     @property
     def samples(self) -> list[int]:

@@ -3,8 +3,8 @@
 1. Every client uploads the k_l largest |gradients| at inactive coordinates of each layer: values with positions
    (O_xi), or positions alone (half of that), which then count as 1 each.
 2. The server averages them, weighted by samples; a coordinate that a client left out counts as 0.
-3. It prunes the k_l active weights of lowest averaged magnitude, and grows the k_l inactive coordinates of largest
-   averaged |gradient|, without effect.
+3. It prunes the k_l active weights of lowest averaged magnitude, or with `prune_marked` those that clients were told to
+   empty, and grows the k_l inactive coordinates of largest averaged |gradient|, without effect.
 """
 
 import dataclasses
@@ -28,11 +28,14 @@ class TopGradients(Adjustment):
 
     Attributes:
         sends: What travels of each candidate: `"gradients"` for values with positions, or `"positions"` alone.
+        prune_marked: Whether the weights are pruned that were lowest when the round began, which clients with extrusion
+            have emptied, rather than those that are lowest after it.
     """
 
     name: ClassVar[str] = "server"
     granularities: ClassVar[frozenset[str]] = frozenset()  # any
     sends: Literal["gradients", "positions"] = "gradients"
+    prune_marked: bool = False
 
     def asks(self) -> ReportName:
         """See `Adjustment.asks`."""
@@ -43,7 +46,8 @@ class TopGradients(Adjustment):
         if not after.is_due:
             return {}
         sizes = {name: parameter.numel for name, parameter in masked_parameters(after.model).items()}
-        return adjust(after.model, averaged_candidates(after.updates, sizes), after.counts)
+        marked = after.marked if self.prune_marked else None
+        return adjust(after.model, averaged_candidates(after.updates, sizes), after.counts, marked=marked)
 
 
 def averaged_candidates(updates: Sequence[Update], sizes: Mapping[str, int]) -> dict[str, SparseGradient]:

@@ -48,6 +48,18 @@ def _positions(server: Server) -> list[int]:
     return masked_parameters(server.model)[NAME].positions().tolist()
 
 
+@pytest.mark.parametrize(("prune_marked", "left"), [(False, [0, 3, 6, 7]), (True, [2, 3, 6, 7])])
+def test_the_server_prunes_what_is_lowest_now_or_what_clients_were_told_to_empty(
+    prune_marked: bool, left: list[int]
+) -> None:
+    method = Method(name="fedmef", adjustment=TopGradients(prune_marked=prune_marked))
+    server = _server(method, [1, 1, 1, 1, 0, 0, 0, 0], [0.1, -0.2, 5.0, 4.0])
+    # Weights 0 and 1 were lowest; after the round 1 and 2 are.
+    candidates = SparseGradient(torch.tensor([6, 7]), torch.tensor([1.0, 2.0]), 8)
+    assert server.finish_round({0: _update([3.0, 0.2, 0.5, 4.0], gradients={NAME: candidates})}) == {NAME: 2}
+    assert _positions(server) == left
+
+
 def test_prunefl_keeps_a_low_weight_whose_gradient_is_large() -> None:
     weight = torch.tensor([[0.1, 0.2, 5.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True, True], [False] * 4])
