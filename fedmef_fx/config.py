@@ -129,7 +129,8 @@ class Config:
             take effect (w_hat, see `docs/effective-space.md`), or `"parameter"`, theta as the paper writes it. For
             other layers the two are the same.
         adjustment_rate: alpha of the schedule k_l(t), in (0, 1]. The paper: 0.4; the authors' code: 0.2.
-        adjustment_interval: Delta_R, rounds between two adjustment rounds.
+        adjustment_interval: Delta_R, rounds between two adjustment rounds. The paper: 10; short ones are better, see
+            docs/choosing.md.
         adjustment_stop: R_stop, the round from which masks stay fixed; None for the last round of a run.
         extrusion_strength: lambda of the surrogate loss (Eq. 2), >= 0; 0 turns extrusion off.
         gradient_clipping: Adaptive gradient clipping (Brock et al., 2021): the largest allowed ratio of a unit's
@@ -184,7 +185,7 @@ class Config:
     mask_frozen: bool = False
     adjustment_space: Literal["effective", "parameter"] = "parameter"
     adjustment_rate: float = 0.4
-    adjustment_interval: int = 10
+    adjustment_interval: int = 3
     adjustment_stop: int | None = None
     extrusion_strength: float = 1e-4
     gradient_clipping: float | None = None

@@ -59,9 +59,11 @@ def compare_methods(  # noqa: PLR0913 -- one parameter per option of the command
     clients: Annotated[int, typer.Option(help="Number of clients.")] = 10,
     clients_per_round: Annotated[int | None, typer.Option(help="Clients drawn for each round; default: all.")] = None,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration: small gives each client few classes.")] = 0.5,
-    epochs: Annotated[int, typer.Option(help="Local epochs per round.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="At the start.")] = 0.05,
+    epochs: Annotated[int, typer.Option(help="Local epochs per round.")] = LocalTraining.epochs,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = LocalTraining.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="At the start.")
+    ] = LocalTraining.learning_rate,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Continue an interrupted comparison, or start over.")

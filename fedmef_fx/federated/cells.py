@@ -25,7 +25,7 @@ from fedmef_fx.federated.local import LocalTraining, LossFunction
 from fedmef_fx.federated.methods import Method, method_of
 from fedmef_fx.federated.rounds import RoundRecord
 
-__all__ = ["Contender", "compare_methods"]
+__all__ = ["Contender", "cell_folder", "compare_methods"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def compare_methods(  # noqa: PLR0913  # the options of `run`, and what is compa
     for seed in seeds:
         data = clients(seed) if callable(clients) else clients
         for contender in contenders:
-            folder = None if directory is None else Path(directory) / f"{_slug(contender.label)}-seed-{seed}"
+            folder = None if directory is None else cell_folder(directory, contender.label, seed)
             try:
                 runs[contender.label][seed] = run(
                     _model(model, seed),
@@ -166,6 +166,11 @@ def _contenders(methods: Sequence[str | Method | Contender]) -> list[Contender]:
                 f"folders: {contender.label!r} does not; give Contender(label=..., method=...)"
             )
     return found
+
+
+def cell_folder(directory: str | Path, label: str, seed: int) -> Path:
+    """Where a cell is kept: the `checkpoint_dir` of its run."""
+    return Path(directory) / f"{_slug(label)}-seed-{seed}"
 
 
 def _slug(label: str) -> str:

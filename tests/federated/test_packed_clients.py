@@ -31,7 +31,7 @@ def test_a_federation_on_digits_has_the_same_history(digits) -> None:
     torch.manual_seed(0)
     net, histories = digits_cnn(), []
     for storage in ("dense", "packed"):
-        training = LocalTraining(learning_rate=0.02, weight_storage=storage)
+        training = LocalTraining(epochs=1, batch_size=32, learning_rate=0.02, weight_storage=storage)
         config = Config(density=0.3, adjustment_interval=1, weight_storage="dense")
         histories.append(run(net, clients, config, rounds=2, test=test, training=training))
     for left, right in zip(*(history.rounds for history in histories), strict=True):

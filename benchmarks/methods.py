@@ -1,0 +1,160 @@
+"""FedMef against its rivals on CIFAR-10: the same clients, seeds and budget for every method.
+
+    python benchmarks/methods.py --log DIR [--minutes 180] [--cells resnet-0.1 resnet-0.05 mobilenet-0.1] [--seeds 3]
+        [--images 10000] [--clients 10] [--rounds 40] [--methods ...] [--shares] [--intervals 3 5 10 20]
+
+10,000 images of the folder that FEDMEF_FX_DATA names, 10 clients, Dirichlet 0.5, a small ResNet or a small MobileNetV2.
+Rows: every method of `federated.METHODS` (FedMef with this project's defaults), and FedMef as published
+(`Config.paper()`). --shares adds FedMef with one part at a time as published: parameter space, no extrusion, top-k
+activations, BatchNorm. --intervals runs FedMef, FedDST and FedRTS at several Delta_R instead.
+
+Cells are kept in --log: an interrupted benchmark goes on where it was. No new cell is started after --minutes, and
+those that were not run are listed. FedRTS' published table shares methods and density with this one, not the setting:
+there ResNet18, 100 clients of which 10 take part, 500 rounds of 5 epochs.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from _cells import Problem, run_cells
+from _machine import machine
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from fedmef_fx import Config
+from fedmef_fx.data import dirichlet_partition, load_cifar10
+from fedmef_fx.federated import METHODS, Contender, LocalTraining
+
+CELLS: Final = ("resnet-0.1", "resnet-0.05", "mobilenet-0.1")
+
+
+def _unit(inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, groups=groups, bias=False)
+    return [layer, nn.BatchNorm2d(outputs)]
+
+
+class _Residual(nn.Module):
+    """Layers next to a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, layers: list[nn.Module], shortcut: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers, self.shortcut = nn.Sequential(*layers), nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both ways."""
+        out: Tensor = self.layers(x) + self.shortcut(x)
+        return out
+
+
+def small_resnet() -> nn.Sequential:
+    """ResNet-8: three stages of 16, 32 and 64 channels, one block each; 78,042 parameters."""
+    layers: list[nn.Module] = [*_unit(3, 16, 3), nn.ReLU()]
+    for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+        block = [*_unit(inputs, outputs, 3, stride=stride), nn.ReLU(), *_unit(outputs, outputs, 3)]
+        shortcut = [] if inputs == outputs else _unit(inputs, outputs, 1, stride=stride)
+        layers += [_Residual(block, shortcut), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def small_mobilenet() -> nn.Sequential:
+    """MobileNetV2 with five inverted residuals, expansion 4; 43,482 parameters."""
+    layers: list[nn.Module] = [*_unit(3, 16, 3, stride=2), nn.ReLU6()]
+    for inputs, outputs, stride in ((16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1)):
+        width = 4 * inputs
+        block = [*_unit(inputs, width, 1), nn.ReLU6()]
+        block += [*_unit(width, width, 3, stride=stride, groups=width), nn.ReLU6(), *_unit(width, outputs, 1)]
+        layers.append(_Residual(block, []) if stride == 1 else nn.Sequential(*block))
+    layers += [*_unit(40, 160, 1), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10))
+
+
+MODELS: Final[dict[str, Callable[[], nn.Module]]] = {"resnet": small_resnet, "mobilenet": small_mobilenet}
+
+
+def contenders(methods: Sequence[str], *, density: float, interval: int, with_shares: bool) -> list[Contender]:
+    """Rows of the headline table."""
+    own = Config(density=density, adjustment_interval=interval)
+    published = Config.paper(density=density, adjustment_interval=interval)
+    found = [Contender(label=name, method=name, config=own) for name in methods]
+    if "fedmef" in methods:
+        found.append(Contender(label="fedmef as published", config=published))
+    if with_shares:
+        parts: dict[str, dict[str, Any]] = {
+            "parameter space": {"adjustment_space": "parameter"},
+            "effective space": {"adjustment_space": "effective"},
+            "no extrusion": {"extrusion_strength": 0.0},
+            "extrusion 0.01": {"extrusion_strength": 0.01},
+            "top-k activations": {"activation_sparsity": 0.9, "activation_bits": None},
+            "2 bits": {"activation_sparsity": 0.0, "activation_bits": 2},
+            "exact activations": {"activation_sparsity": 0.0, "activation_bits": None},
+            "BatchNorm": {"normalization": "keep"},
+        }
+        found += [Contender(label=f"fedmef, {part}", config=own.replace(**change)) for part, change in parts.items()]
+    return found
+
+
+def by_interval(intervals: Sequence[int], *, density: float) -> list[Contender]:
+    """FedMef, FedDST and FedRTS at several Delta_R."""
+    return [
+        Contender(
+            label=f"{name}, every {interval}",
+            method=name,
+            config=Config(density=density, adjustment_interval=interval),
+        )
+        for interval in intervals
+        for name in ("fedmef", "feddst", "fedrts")
+    ]
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log", type=Path, required=True, help="folder for cells, tables and curves")
+    parser.add_argument("--minutes", type=float, default=180.0)
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--test-images", type=int, default=2_000)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--interval", type=int, default=5, help="Delta_R")
+    parser.add_argument("--shares", action="store_true", help="FedMef with one part changed at a time, too")
+    parser.add_argument("--intervals", type=int, nargs="+", help="instead: three methods at these Delta_R")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    console.print(machine())
+    console.print(str(vars(options)), soft_wrap=True)
+    until = time.monotonic() + 60 * options.minutes
+    train, full_test = load_cifar10()
+    test = Subset(full_test, list(range(min(options.test_images, len(full_test)))))
+    count = min(options.images, len(train))
+
+    def clients(seed: int) -> Sequence[Dataset[Any]]:
+        shares = dirichlet_partition(train.labels[:count], clients=options.clients, alpha=0.5, seed=seed, min_samples=8)
+        return [Subset(train, share.tolist()) for share in shares]
+
+    training = LocalTraining(epochs=options.epochs, batch_size=32, learning_rate=options.rate, round_schedule="cosine")
+    for cell in options.cells:
+        name, density = cell.split("-")
+        rows = contenders(
+            options.methods, density=float(density), interval=options.interval, with_shares=options.shares
+        )
+        if options.intervals:
+            rows = by_interval(options.intervals, density=float(density))
+        title = f"{cell}, {count} images, {options.clients} clients, {options.rounds} rounds"
+        problem = Problem(title, MODELS[name], clients, test, Config(), training, options.rounds)
+        run_cells(problem, rows, range(options.seeds), log=options.log, until=until, console=console)
+
+
+if __name__ == "__main__":
+    main()
