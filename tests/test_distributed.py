@@ -96,12 +96,30 @@ def _resizes(rank: int) -> None:
     parallel = DistributedDataParallel(model)
     step(parallel, optimizer, x + rank, y)
     optimizer.zero_grad()
-    set_masks(model, {name: torch.ones_like(mask) for name, mask in masks(model).items()})
+    own = masks(model)
+    set_masks(model, {name: torch.ones_like(mask) for name, mask in own.items()})
+    with pytest.raises(ConfigError, match="Wrap the model again"):
+        parallel(x)
+    set_masks(model, own)  # the former sizes, but nothing hears of their gradients any more
     with pytest.raises(ConfigError, match="Wrap the model again"):
         parallel(x)
     parallel = DistributedDataParallel(parallel.module)
     step(parallel, optimizer, x + rank, y)
     step(copy.deepcopy(parallel), optimizer, x + rank, y)
+
+
+def _keeps_sizes(rank: int) -> None:
+    model, x, y = make("packed")
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(2):
+        step(parallel, optimizer, x + rank, y)
+        set_masks(model, {name: mask.flip(0) for name, mask in masks(model).items()})
+    step(parallel, optimizer, x + rank, y)
+    for parameter in model.parameters():
+        other = parameter.detach().clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(other, parameter)
 
 
 def _wraps_flat(_: int) -> None:
@@ -129,7 +147,7 @@ def _shards(_: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [_adjusts, _differs, _resizes, _wraps_flat, _shards])
+@pytest.mark.parametrize("check", [_adjusts, _differs, _keeps_sizes, _resizes, _wraps_flat, _shards])
 def test_on_two_processes(check: Callable[[int], None], tmp_path: Path) -> None:
     on_two_processes(tmp_path, check)
 

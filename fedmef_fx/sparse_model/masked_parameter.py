@@ -8,15 +8,17 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fedmef_fx.ops.packed_weight import unpack
 from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
 from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state
 
-__all__ = ["MaskedParameter", "bitmap_name", "clear_masked", "mask_name", "resize"]
+__all__ = ["MaskedParameter", "bitmap_name", "clear_masked", "mask_name", "resize", "resizes"]
 
 
 def mask_name(parameter: str) -> str:
@@ -162,10 +164,24 @@ def clear_masked(parameter: Tensor, mask: Tensor) -> None:
     torch.where(mask, values, values.new_zeros(()), out=values)
 
 
+_RESIZES: Any = WeakIdKeyDictionary()  # torch leaves its methods unannotated
+
+
+def resizes(parameter: nn.Parameter) -> int:
+    """How often a parameter got another size: whoever listened to its gradient before then hears it no more."""
+    return int(_RESIZES.get(parameter, 0))
+
+
 def resize(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter, which stays the same object, a value of another size; it must have no gradient."""
+    """Give a parameter, which stays the same object, a value that may have another size; it must have no gradient."""
+    if values.shape == parameter.shape and values.dtype == parameter.dtype:
+        # In place: DistributedDataParallel listens to the node that accumulates the gradient, which stays then.
+        with torch.no_grad():
+            parameter.copy_(values)
+        return
     # As long as any graph of an earlier step lives, so does the node that accumulates the parameter's gradient, and
     # that insists on the old size. torch makes a new one when the type changes, so it changes for a moment.
+    _RESIZES[parameter] = resizes(parameter) + 1
     other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = values

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.bitmap import pack_bits
 from fedmef_fx.sparse_model.averages import transformed_parts
-from fedmef_fx.sparse_model.masked_parameter import MaskedParameter
+from fedmef_fx.sparse_model.masked_parameter import MaskedParameter, resizes
 from fedmef_fx.sparse_model.parameters import masked_parameters
 
 __all__ = ["check_process_group", "check_same_masks", "watch_wrappers"]
@@ -80,11 +80,15 @@ def _check(parameters: list[MaskedParameter], digest: int, group: "dist.ProcessG
         )
 
 
+def _resizes_of(entries: list[MaskedParameter]) -> dict[int, int]:
+    return {id(entry.parameter): resizes(entry.parameter) for entry in entries}
+
+
 class _Watch:
     """What one wrapper was made for; a forward pre-hook of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._sizes = [entry.parameter.numel() for entry in _entries(model)]
+        self._resizes = _resizes_of(_entries(model))
         self._versions: list[tuple[int, int]] = []
         self._digest = 0
 
@@ -99,10 +103,13 @@ class _Watch:
             self._digest = _digest_of(entries)
             self._versions = versions
         _check(entries, self._digest, wrapper.process_group)
-        if [entry.parameter.numel() for entry in entries] != self._sizes:
+        present = _resizes_of(entries)
+        if present.keys() != self._resizes.keys():  # of a copy, whose buckets were made for what it has now
+            self._resizes = present
+        if present != self._resizes:
             raise ConfigError(
-                "DistributedDataParallel: packed weights have another number of active values than when the model was "
-                "wrapped; expected the sizes that its buckets were made for. Wrap the model again after set_masks: "
+                "DistributedDataParallel: packed weights got another number of active values since the model was "
+                "wrapped; expected the parameters that its buckets were made for. Wrap the model again after set_masks: "
                 "parallel = torch.nn.parallel.DistributedDataParallel(parallel.module)"
             )
 

@@ -126,7 +126,8 @@ class _Recorder(TorchFunctionMode):
             return
         if transposed:
             raise ConfigError(
-                f"fisher: {name!r} is a transposed convolution; expected ordinary ones: leave it out, ignore=(...)"
+                f"fisher: {name!r} is a transposed convolution; expected ordinary ones: leave it out, "
+                f"ignore=({name.rpartition('.')[0]!r},)"
             )
         kernel = tuple(self._parameters[name].shape[2:])
         dims = len(kernel)
