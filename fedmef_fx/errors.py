@@ -8,9 +8,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "ExportError",
     "FedmefError",
     "PassError",
+    "RoundError",
     "VerificationError",
     "WireError",
 ]
@@ -50,3 +52,11 @@ class WireError(FedmefError):
 
 class DataError(FedmefError, ValueError):
     """A data file that is missing, truncated or not in the format it should be in."""
+
+
+class DivergedError(ConfigError):
+    """Training whose loss is no longer finite."""
+
+
+class RoundError(FedmefError, RuntimeError):
+    """Rounds of a federation in a row with too few usable answers."""

@@ -8,6 +8,7 @@ from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.comparison import MethodComparison, compare
 from fedmef_fx.federated.engine import run
+from fedmef_fx.federated.failures import Failure
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.local import LocalTraining, train_locally
@@ -15,11 +16,13 @@ from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
+from fedmef_fx.federated.strategy import Strategy
 
 __all__ = [
     "METHODS",
     "Client",
     "Contender",
+    "Failure",
     "History",
     "Limits",
     "LocalTraining",
@@ -28,6 +31,7 @@ __all__ = [
     "RoundRecord",
     "RoundTask",
     "Server",
+    "Strategy",
     "Update",
     "compare",
     "compare_methods",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from fedmef_fx.errors import DataError
+from fedmef_fx.errors import DataError, FedmefError
 
 __all__ = ["Batch", "batch_indices", "batches", "fetch", "sample_count"]
 
@@ -47,19 +47,30 @@ def fetch(dataset: Dataset[Any], indices: Tensor) -> Batch:
     """The samples at some indices, stacked.
 
     Raises:
-        DataError: Items that are no pairs of input and target.
+        DataError: Samples that cannot be read, or that are no pairs of input and target.
     """
-    if isinstance(dataset, Subset):
-        return fetch(dataset.dataset, torch.as_tensor(dataset.indices, dtype=torch.int64)[indices])
-    if isinstance(dataset, TensorDataset):
-        parts: Any = [tensor[indices] for tensor in dataset.tensors]
-    elif callable(batch := getattr(dataset, "batch", None)):  # e.g. data.Cifar10
-        parts = batch(indices)
-    else:
-        parts = default_collate([dataset[index] for index in indices.tolist()])
+    try:
+        parts = _parts(dataset, indices)
+    except FedmefError:
+        raise
+    except Exception as error:  # whatever a data set raises
+        raise DataError(
+            f"{type(dataset).__name__}: samples could not be read: {type(error).__name__}: {error!s:.200}; expected "
+            "pairs (input, target)"
+        ) from error
     if not isinstance(parts, tuple | list) or len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
         raise DataError(f"{type(dataset).__name__}: got items that are no pairs; expected (input, target)")
     return cast("Batch", tuple(parts))
+
+
+def _parts(dataset: Dataset[Any], indices: Tensor) -> Any:
+    if isinstance(dataset, Subset):
+        return _parts(dataset.dataset, torch.as_tensor(dataset.indices, dtype=torch.int64)[indices])
+    if isinstance(dataset, TensorDataset):
+        return [tensor[indices] for tensor in dataset.tensors]
+    if callable(batch := getattr(dataset, "batch", None)):  # e.g. data.Cifar10
+        return batch(indices)
+    return default_collate([dataset[index] for index in indices.tolist()])
 
 
 def batches(dataset: Dataset[Any], *, batch_size: int, shuffle: bool, device: torch.device) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import CheckpointError, WireError
+from fedmef_fx.federated.failures import Failure
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.files.atomic import replacing
@@ -48,6 +49,7 @@ class Checkpoint:
         rounds: The history so far.
         settings: What the run was started with, as JSON can hold it.
         memory: As in `Server`.
+        failures: Clients that were left out so far.
     """
 
     state: ModelState
@@ -56,6 +58,7 @@ class Checkpoint:
     rounds: tuple[RoundRecord, ...]
     settings: Mapping[str, Any]
     memory: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE_NAME) -> None:
@@ -79,7 +82,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE
         "version": state.version,
         "changed": dict(checkpoint.changed),
         "known": {str(client): version for client, version in checkpoint.known.items()},
-        "rounds": [dataclasses.asdict(record) for record in checkpoint.rounds],
+        "rounds": [record.to_dict() for record in checkpoint.rounds],
+        "failures": [list(failure) for failure in checkpoint.failures],
         "settings": dict(checkpoint.settings),
         "shapes": {name: list(mask.shape) for name, mask in state.masks.items()},
     }
@@ -203,6 +207,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
         rounds=tuple(RoundRecord.from_dict(record) for record in fields["rounds"]),
         settings=fields["settings"],
         memory=memory,
+        failures=tuple(map(Failure.from_json, fields.get("failures", []))),
     )
 
 

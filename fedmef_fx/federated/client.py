@@ -1,5 +1,7 @@
 """`Client`: bytes in, local training, bytes out. What runs on a device, independent of the transport."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -62,5 +64,19 @@ class Client:
         task, state = decode_broadcast(message, self._schema, previous=self.received)
         self.received = state
         load_state(self._model, state)
-        update = train_locally(self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn)
-        return encode_update(update, received=state)
+        with _named(f"client {client}, round {task.round_index}"):
+            update = train_locally(
+                self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn
+            )
+            return encode_update(update, received=state)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A block whose errors say where they happened."""
+    try:
+        yield
+    except Exception as error:
+        if where not in str(error):
+            error.add_note(f"in {where}")
+        raise

@@ -4,8 +4,7 @@ import copy
 import dataclasses
 import json
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,20 @@ from fedmef_fx.federated.batches import fetch, sample_count
 from fedmef_fx.federated.checkpoint import (
     Checkpoint,
     clear_leftovers,
-    load_checkpoint,
     round_file_name,
     save_checkpoint,
 )
 from fedmef_fx.federated.client import Client
-from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining, LossFunction
 from fedmef_fx.federated.methods import Method, method_of
+from fedmef_fx.federated.one_round import Answers, ask, play_round
 from fedmef_fx.federated.opening import activate_all
+from fedmef_fx.federated.resuming import resume as go_on
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
-from fedmef_fx.sparse_model.masks import density
+from fedmef_fx.federated.strategy import Strategy
 from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
@@ -50,6 +49,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     clients_per_round: int | None = None,
     training: LocalTraining | None = None,
     method: str | Method = "fedmef",
+    strategy: Strategy | None = None,
     loss_fn: LossFunction = F.cross_entropy,
     checkpoint_dir: str | Path | None = None,
     resume: bool = True,
@@ -72,10 +72,13 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         clients_per_round: How many clients are drawn for a round; None for all.
         training: How clients train; None for `LocalTraining()`.
         method: A name in `METHODS`, or policies of your own.
+        strategy: Who takes part, how many answers a round needs, what is late; None for `Strategy()`. It says how many
+            clients are drawn, unless `clients_per_round` does.
         loss_fn: Mean loss of a batch of outputs and targets.
         checkpoint_dir: Where the run is saved after every round; made if it is missing. One run at a time.
         resume: Continue from the checkpoint there, bit for bit as if the run had never been interrupted. It has to
-            belong to the same settings; data, loss function and test set are not compared. False starts over.
+            belong to the same settings, but for those that `fedmef_fx.federated.resuming` lists, such as a larger
+            number of rounds; data, loss function and test set are not compared. False starts over.
         keep_rounds: Keep a checkpoint of the model as it was before the first round and after each, as
             `round-00000.safetensors` and so on in `checkpoint_dir`, to compare rounds with
             `fedmef_fx.inspection.compare`; each takes as much space as the checkpoint.
@@ -83,10 +86,11 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         device: Where to train and evaluate; None for where the model is.
 
     Returns:
-        The history; `history.model` is the final model.
+        The history; `history.model` is the final model, `history.failures` lists the clients that were left out.
 
     Raises:
-        ConfigError: Arguments that cannot be used, an empty client, or training that diverged.
+        ConfigError: Arguments that cannot be used, or an empty client.
+        RoundError: `Strategy.patience` rounds in a row, or all of them, in which too few clients gave a usable answer.
         CheckpointError: A checkpoint that is damaged or belongs to another run.
 
     Example:
@@ -100,11 +104,19 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     """
     training = training or LocalTraining()
     method = method_of(method)
-    sizes = _check_clients(clients, rounds=rounds, clients_per_round=clients_per_round, test=test)
+    strategy = _strategy(strategy, clients_per_round, clients=len(clients))
+    sizes = _check_clients(clients, rounds=rounds, clients_per_round=strategy.clients_per_round, test=test)
     network = _prepare(model, config, method)
     network = network if device is None else _on(network, device)
-    server = Server(network, method=method, rounds=rounds, samples=dict(enumerate(sizes)), run=secrets.token_hex(16))
-    settings = _settings(network, method, training, rounds=rounds, clients_per_round=clients_per_round, sizes=sizes)
+    server = Server(
+        network,
+        method=method,
+        rounds=rounds,
+        samples=dict(enumerate(sizes)),
+        limits=strategy.limits,
+        run=secrets.token_hex(16),
+    )
+    settings = _settings(network, method, training, strategy, rounds=rounds, sizes=sizes)
     history = History(settings=settings, model=network)
     directory = None if checkpoint_dir is None else _directory(checkpoint_dir)
     if keep_rounds and directory is None:
@@ -112,21 +124,27 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
             "federated.run: keep_rounds=True needs a directory; expected checkpoint_dir='run' or the like"
         )
     if directory is not None and resume:
-        _resume(directory, server, history)
+        go_on(directory, server, history)
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
     # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None
     client = Client(copy.deepcopy(network), training, loss_fn=loss_fn, received=received)
-    opened = _open(server, client, clients) if server.is_opening else (0, 0)
+    opened = _open(server, client, clients, strategy)
+    history.failures.extend(opened.failures)
     if directory is not None and keep_rounds and not history.rounds:
         save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
+    short = 0
     for round_index in range(len(history.rounds), rounds):
-        chosen = _sample(len(clients), clients_per_round, seed=derive_seed(_seed(network), "sample", round_index))
-        record = _round(server, client, {index: clients[index] for index in chosen}, test=test, loss_fn=loss_fn)
+        chosen = strategy.select(round_index, len(clients), seed=derive_seed(_seed(network), "sample", round_index))
+        record, answers = play_round(server, client, clients, chosen, strategy, test=test, loss_fn=loss_fn)
         if round_index == 0:
-            down, up = opened
-            record = dataclasses.replace(record, bytes_down=record.bytes_down + down, bytes_up=record.bytes_up + up)
+            record = dataclasses.replace(
+                record,
+                bytes_down=record.bytes_down + opened.bytes_down,
+                bytes_up=record.bytes_up + opened.bytes_up,
+            )
         history.rounds.append(record)
+        history.failures.extend(answers.failures)
         if directory is not None:
             checkpoint = _checkpoint(server, history)
             save_checkpoint(directory, checkpoint)
@@ -134,64 +152,55 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
                 save_checkpoint(directory, checkpoint, name=round_file_name(len(history.rounds)))
         if progress is not None:
             progress(record)
+        short = 0 if record.clients else short + 1
+        if short == strategy.patience or (short and len(history.rounds) == rounds == short):
+            raise answers.shortage(round_index, rounds=short, minimum=strategy.minimum) from answers.error
+        if strategy.after_round(record, server):
+            break
     network.eval()
     return history
 
 
-def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]]) -> tuple[int, int]:
-    """Find the first masks, with a report of every client where the method wants one: bytes down and up."""
-    down = up = 0
-    updates = {}
-    for index, dataset in enumerate(datasets if server.asks_for_opening else []):
-        message = server.broadcast(index)
-        answer = client.answer(message, dataset, client=index)
-        updates[index] = server.receive(index, answer)
-        down, up = down + len(message), up + len(answer)
-    server.open(updates, sample=fetch(datasets[0], torch.tensor([0]))[0][0])
-    return down, up
+def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]], strategy: Strategy) -> Answers:
+    """Find the first masks, with a report of every client where the method wants one."""
+    if not server.is_opening:
+        return Answers()
+    answers = ask(server, client, datasets, range(len(datasets) if server.asks_for_opening else 0), strategy)
+    if server.asks_for_opening and len(answers.updates) < strategy.minimum:
+        raise answers.shortage(0, rounds=1, minimum=strategy.minimum) from answers.error
+    readable = next(iter(answers.updates), 0)
+    server.open(answers.updates, sample=fetch(datasets[readable], torch.tensor([0]))[0][0])
+    return answers
 
 
 def _checkpoint(server: Server, history: History) -> Checkpoint:
     return Checkpoint(
-        server.state, server.changed, server.known, tuple(history.rounds), history.settings, dict(server.memory)
+        server.state,
+        server.changed,
+        server.known,
+        tuple(history.rounds),
+        history.settings,
+        dict(server.memory),
+        tuple(history.failures),
     )
 
 
-def _round(
-    server: Server,
-    client: Client,
-    datasets: Mapping[int, Dataset[Any]],
-    *,
-    test: Dataset[Any] | None,
-    loss_fn: LossFunction,
-) -> RoundRecord:
-    start = time.perf_counter()
-    task = server.task()
-    bytes_down = bytes_up = 0
-    updates = {}
-    for index, dataset in datasets.items():
-        message = server.broadcast(index)
-        answer = client.answer(message, dataset, client=index)
-        updates[index] = server.receive(index, answer)
-        bytes_down += len(message)
-        bytes_up += len(answer)
-    churn = server.finish_round(updates)
-    test_loss, accuracy = (None, None) if test is None else evaluate(server.model, test, loss_fn=loss_fn)
-    samples = sum(update.samples for update in updates.values())
-    return RoundRecord(
-        round_index=task.round_index,
-        adjusted=task.counts is not None,
-        clients=tuple(datasets),
-        train_loss=sum(update.loss * update.samples for update in updates.values()) / samples,
-        test_loss=test_loss,
-        test_accuracy=accuracy,
-        density=density(server.model),
-        bytes_down=bytes_down,
-        bytes_up=bytes_up,
-        seconds=time.perf_counter() - start,
-        peak_saved_bytes=max(update.peak_saved_bytes for update in updates.values()),
-        churn=churn,
-    )
+def _strategy(strategy: Strategy | None, clients_per_round: int | None, *, clients: int) -> Strategy:
+    """The strategy, with the number of clients of a round in it."""
+    strategy = copy.copy(strategy) if strategy is not None else Strategy()
+    if strategy.minimum > clients > 0:
+        raise ConfigError(
+            f"Strategy.minimum: got {strategy.minimum}; expected at most {clients}, the number of clients"
+        )
+    if clients_per_round is None:
+        return strategy
+    if strategy.clients_per_round not in (None, clients_per_round):
+        raise ConfigError(
+            f"federated.run: clients_per_round: got {clients_per_round} beside a strategy with "
+            f"{strategy.clients_per_round}; expected one of the two"
+        )
+    strategy.clients_per_round = clients_per_round
+    return strategy
 
 
 def _check_clients(
@@ -249,9 +258,9 @@ def _settings(
     model: nn.Module,
     method: Method,
     training: LocalTraining,
+    strategy: Strategy,
     *,
     rounds: int,
-    clients_per_round: int | None,
     sizes: Sequence[int],
 ) -> dict[str, Any]:
     """What a run depends on, as JSON can hold it."""
@@ -260,8 +269,9 @@ def _settings(
         "config": json.loads(transformation_of(model).config.to_json()),
         "training": dataclasses.asdict(training),
         "rounds": rounds,
-        "clients_per_round": clients_per_round,
+        "clients_per_round": strategy.clients_per_round,
         "client_samples": list(sizes),
+        "strategy": {name: value for name, value in strategy.settings().items() if name != "clients_per_round"},
     }
 
 
@@ -287,38 +297,5 @@ def _directory(checkpoint_dir: str | Path) -> Path:
     return directory
 
 
-def _resume(directory: Path, server: Server, history: History) -> None:
-    """Put server and history where the checkpoint says, if there is one."""
-    checkpoint = load_checkpoint(directory, server.schema)
-    if checkpoint is None:
-        return
-    for key, wanted in history.settings.items():
-        stored = checkpoint.settings.get(key)
-        stored = _with_later_fields(stored) if key == "config" else stored
-        if stored != wanted:
-            raise CheckpointError(
-                f"{directory}: the checkpoint belongs to another run: {key}: got {wanted!r:.200}, the checkpoint has "
-                f"{stored!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
-            )
-    server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known, memory=checkpoint.memory)
-    history.rounds.extend(checkpoint.rounds)
-
-
-def _with_later_fields(config: object) -> object:
-    """A configuration from a checkpoint, with the fields that came after it was written."""
-    try:
-        return json.loads(Config.from_json(json.dumps(config)).to_json())
-    except ConfigError:  # no configuration of this version
-        return config
-
-
 def _seed(model: nn.Module) -> int:
     return transformation_of(model).config.seed
-
-
-def _sample(clients: int, per_round: int | None, *, seed: int) -> list[int]:
-    """The clients of a round, ascending."""
-    if per_round is None:
-        return list(range(clients))
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(clients, generator=generator)[:per_round].tolist())

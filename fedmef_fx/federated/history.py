@@ -10,6 +10,7 @@ from torch import nn
 from fedmef_fx.display.notebook import fragment, html_table
 from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.errors import CheckpointError
+from fedmef_fx.federated.failures import Failure
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.files.atomic import check_target, replacing
 
@@ -26,11 +27,13 @@ class History:
         rounds: What happened, in order.
         settings: What the run was started with: method, configuration, training, number of rounds, sizes of clients.
         model: The final global model, transformed and in eval mode; None in a history that was read from JSON.
+        failures: Clients that were left out of a round: (round, client, reason).
     """
 
     rounds: list[RoundRecord] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: nn.Module | None = dataclasses.field(default=None, repr=False)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
 
     @property
     def bytes_down(self) -> int:
@@ -54,8 +57,13 @@ class History:
 
     def to_json(self) -> str:
         """Rounds and settings as JSON text; the model is not part of it."""
-        rounds = [dataclasses.asdict(record) for record in self.rounds]
-        return json.dumps({"format": _FORMAT, "settings": self.settings, "rounds": rounds}, indent=2, allow_nan=False)
+        content = {
+            "format": _FORMAT,
+            "settings": self.settings,
+            "rounds": [record.to_dict() for record in self.rounds],
+            "failures": [list(failure) for failure in self.failures],
+        }
+        return json.dumps(content, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -71,9 +79,14 @@ class History:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointError(f"History.from_json: got another format; expected a history of format {_FORMAT}")
         rounds, settings = content.get("rounds"), content.get("settings")
-        if not isinstance(rounds, list) or not isinstance(settings, dict):
+        failures = content.get("failures", [])
+        if not isinstance(rounds, list) or not isinstance(settings, dict) or not isinstance(failures, list):
             raise CheckpointError("History.from_json: got no rounds or settings; expected both: the file is damaged")
-        return cls([RoundRecord.from_dict(record) for record in rounds], settings)
+        return cls(
+            [RoundRecord.from_dict(record) for record in rounds],
+            settings,
+            failures=[Failure.from_json(entry) for entry in failures],
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the JSON text; the file is either the old one or complete.

@@ -42,7 +42,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("value", "growth"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(f"Limits.{name}: got {value!r}; expected a number > 0")
         for name, low in (("samples", 1), ("steps", 0)):
             value = getattr(self, name)

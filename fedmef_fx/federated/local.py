@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import Dataset
 
-from fedmef_fx.errors import ConfigError
+from fedmef_fx.errors import ConfigError, DivergedError
 from fedmef_fx.federated.batches import Batch, batches, sample_count
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.reports import Findings, findings_of, readjusted_midway
@@ -274,7 +274,7 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction, client: int) ->
 
 def _finite(value: float, client: int, task: RoundTask) -> float:
     if not math.isfinite(value):
-        raise ConfigError(
+        raise DivergedError(
             f"client {client}, round {task.round_index}: the loss became {value}: training has diverged; expected a "
             "smaller LocalTraining.learning_rate, or gradient clipping, e.g. Config(gradient_clipping=0.05)"
         )

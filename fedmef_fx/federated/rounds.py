@@ -2,11 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Final, Self, get_args, get_type_hints
 
 from fedmef_fx.errors import CheckpointError
 
-__all__ = ["RoundRecord"]
+__all__ = ["RoundRecord", "json_number"]
+
+
+_NOT_FINITE: Final = ("nan", "inf", "-inf")
+
+
+def json_number(value: Any) -> Any:
+    """A value as strict JSON can hold it: a number that is not finite as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +24,8 @@ class RoundRecord:
     Attributes:
         round_index: t, counted from 0.
         adjusted: Whether it was an adjustment round.
-        clients: The clients that took part.
-        train_loss: Mean loss of the last local epoch, weighted by samples.
+        clients: The clients whose updates were averaged; none in a round without enough answers.
+        train_loss: Mean loss of the last local epoch, weighted by samples; NaN where nobody took part.
         test_loss: Mean loss of the new global model on the test set; None without one.
         test_accuracy: Its share of correct predictions, 0 to 1; None without a test set or classes.
         density: Active share of the prunable weights, 0 to 1.
@@ -41,9 +49,13 @@ class RoundRecord:
     peak_saved_bytes: int
     churn: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them: numbers that are not finite as text."""
+        return {name: json_number(value) for name, value in dataclasses.asdict(self).items()}
+
     @classmethod
     def from_dict(cls, fields: object) -> Self:
-        """Read what `dataclasses.asdict` gave and JSON stored.
+        """Read what `to_dict` gave and JSON stored.
 
         Raises:
             CheckpointError: Missing or unknown fields, or values of another type.
@@ -51,7 +63,10 @@ class RoundRecord:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or fields.keys() != set(names):
             raise CheckpointError(f"round record: got {fields!r:.80}; expected the fields {', '.join(names)}")
+        fields = dict(fields)
         for name, hint in get_type_hints(cls).items():
+            if float in (hint, *get_args(hint)) and fields[name] in _NOT_FINITE:
+                fields[name] = float(fields[name])
             if not _fits(fields[name], hint):
                 raise CheckpointError(f"round record: {name}: got {fields[name]!r:.80}; expected {hint}")
         return cls(**{**fields, "clients": tuple(fields["clients"])})
@@ -62,5 +77,4 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int for item in value)
     if hint == dict[str, int]:
         return isinstance(value, dict) and all(type(item) is int for item in value.values())
-    allowed = get_args(hint) or (hint,)
-    return type(value) in allowed and (not isinstance(value, float) or math.isfinite(value))
+    return type(value) in (get_args(hint) or (hint,))

@@ -3,6 +3,7 @@
 Knows nothing about transports: a round is `task`, one `broadcast` and one `receive` per client, `finish_round`.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -190,6 +191,10 @@ class Server:
         )
         self._advance(version)
         return churn
+
+    def skip_round(self) -> None:
+        """End a round without enough answers: the model stays as it was."""
+        self.state = dataclasses.replace(self.state, version=self.state.version + 1)
 
     def _advance(self, version: int) -> None:
         """Note which masks and dense tensors the new version changes."""

@@ -57,10 +57,22 @@ def replacing(target: Path, *, error: Callable[[str], FedmefError]) -> Iterator[
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        _sync_folder(target.parent)
     except OSError as cause:
         raise error(f"{target}: could not be written: {cause}; a file of that name is as it was") from cause
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name survive a power cut: it is in the folder, which is written by itself."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows, which has no such call
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _temporary(target: Path) -> Path:

@@ -1,6 +1,7 @@
 """The document of a page: everything that it shows, as JSON values. Keys are short where they are repeated often."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,7 @@ from fedmef_fx.records.passes import PassReport
 
 if TYPE_CHECKING:
     from fedmef_fx.federated.history import History
+    from fedmef_fx.federated.rounds import RoundRecord
 
 __all__ = ["PageContent", "page_document"]
 
@@ -120,7 +122,7 @@ def _parameter(row: LayerRow, record: WeightRecord | None, pixels: int) -> dict[
 def _history(history: "History | None") -> dict[str, Any] | None:
     if history is None:
         return None
-    return {"settings": history.settings, "rounds": [dataclasses.asdict(record) for record in history.rounds]}
+    return {"settings": history.settings, "rounds": [_drawable(record) for record in history.rounds]}
 
 
 def _view(view: View, when: str, parameters: Mapping[str, int], changes: Changes) -> dict[str, Any]:
@@ -211,3 +213,9 @@ def _node(
         # A layer that a graph calls whole reads its parameters without nodes of their own.
         entry["w"] = [index for name, index in parameters.items() if name.rpartition(".")[0] == node.target]
     return {key: value for key, value in entry.items() if value not in (None, [], "")}
+
+
+def _drawable(record: "RoundRecord") -> dict[str, Any]:
+    """A round with gaps where a number is not finite: a curve has no place for it, and JSON none, either."""
+    fields = dataclasses.asdict(record)
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in fields.items()}

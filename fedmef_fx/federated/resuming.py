@@ -1,0 +1,89 @@
+"""What may change when a run goes on from a checkpoint, and what may not.
+
+May change: `rounds` (a longer run, or a shorter one that is not over yet), `training.learning_rate`,
+`config.gradient_clipping`, `strategy`, and the list of clients at its end, where some may come or go. Nothing else may.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fedmef_fx.config import Config
+from fedmef_fx.errors import CheckpointError, ConfigError
+from fedmef_fx.federated.checkpoint import load_checkpoint
+from fedmef_fx.federated.history import History
+from fedmef_fx.federated.server import Server
+
+__all__ = ["CHANGES", "resume"]
+
+CHANGES: Final = "changes"
+"""Where a run's settings list what was changed when it went on."""
+
+_FREE: Final = ("rounds", "training.learning_rate", "config.gradient_clipping", "strategy.")
+
+
+def resume(directory: Path, server: Server, history: History) -> None:
+    """Put server and history where the checkpoint says, if there is one.
+
+    Args:
+        directory: Where the checkpoint is.
+        server: Of the same model.
+        history: Its settings are what is asked for now; changes are noted there.
+
+    Raises:
+        CheckpointError: A checkpoint that is damaged, or whose settings differ in what may not change.
+    """
+    checkpoint = load_checkpoint(directory, server.schema)
+    if checkpoint is None:
+        return
+    stored = dict(checkpoint.settings)
+    stored["config"] = _with_later_fields(stored.get("config"))
+    finished = len(checkpoint.rounds)
+    changes = [*stored.get(CHANGES, [])]
+    for field, before, now in _differences(stored, history.settings):
+        if not _may_change(field, now, finished=finished):
+            raise CheckpointError(
+                f"{directory}: the checkpoint belongs to another run: {field}: got {now!r:.200}, the checkpoint has "
+                f"{before!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"
+            )
+        changes.append({"round": finished, "field": field, "before": before, "now": now})
+    if changes:
+        history.settings[CHANGES] = changes
+    server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known, memory=checkpoint.memory)
+    history.rounds.extend(checkpoint.rounds)
+    history.failures.extend(checkpoint.failures)
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, former and present value of every setting that differs."""
+    for key, now in wanted.items():
+        if key not in stored and key == "strategy":  # from before there were strategies
+            continue
+        before = stored.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            for name in sorted(before.keys() | now.keys()):
+                if before.get(name) != now.get(name):
+                    yield f"{key}.{name}", before.get(name), now.get(name)
+        elif key == "client_samples" and isinstance(before, list):
+            for index, (old, new) in enumerate(zip(before, now, strict=False)):
+                if old != new:
+                    yield f"client_samples[{index}]", old, new
+            if len(before) != len(now):
+                yield "clients", len(before), len(now)
+        elif before != now:
+            yield key, before, now
+
+
+def _may_change(field: str, now: Any, *, finished: int) -> bool:
+    if field == "rounds":
+        return bool(now >= finished)
+    return field == "clients" or field.startswith(_FREE)
+
+
+def _with_later_fields(config: object) -> object:
+    """A configuration from a checkpoint, with the fields that came after it was written."""
+    try:
+        return json.loads(Config.from_json(json.dumps(config)).to_json())
+    except ConfigError:  # no configuration of this version
+        return config
