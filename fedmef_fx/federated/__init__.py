@@ -4,6 +4,7 @@
 bytes and know nothing of how these travel.
 """
 
+from fedmef_fx.federated.aggregation import Aggregator, CoordinateMedian, Krum, NormClipping, TrimmedMean, WeightedMean
 from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.comparison import MethodComparison, compare
@@ -20,19 +21,25 @@ from fedmef_fx.federated.strategy import Strategy
 
 __all__ = [
     "METHODS",
+    "Aggregator",
     "Client",
     "Contender",
+    "CoordinateMedian",
     "Failure",
     "History",
+    "Krum",
     "Limits",
     "LocalTraining",
     "Method",
     "MethodComparison",
+    "NormClipping",
     "RoundRecord",
     "RoundTask",
     "Server",
     "Strategy",
+    "TrimmedMean",
     "Update",
+    "WeightedMean",
     "compare",
     "compare_methods",
     "run",

@@ -115,7 +115,7 @@ def compare_methods(  # noqa: PLR0913  # the options of `run`, and what is compa
                     method=contender.method,
                     loss_fn=loss_fn,
                     checkpoint_dir=folder,
-                    resume=resume,
+                    resume="exact" if resume else False,  # cells share one budget
                     progress=_progress(progress, contender.label, seed),
                     device=device,
                 )

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     strategy: Strategy | None = None,
     loss_fn: LossFunction = F.cross_entropy,
     checkpoint_dir: str | Path | None = None,
-    resume: bool = True,
+    resume: bool | Literal["exact"] = True,
     keep_rounds: bool = False,
     progress: Callable[[RoundRecord], None] | None = None,
     device: torch.device | str | None = None,
@@ -78,7 +78,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         checkpoint_dir: Where the run is saved after every round; made if it is missing. One run at a time.
         resume: Continue from the checkpoint there, bit for bit as if the run had never been interrupted. It has to
             belong to the same settings, but for those that `fedmef_fx.federated.resuming` lists, such as a larger
-            number of rounds; data, loss function and test set are not compared. False starts over.
+            number of rounds; data, loss function and test set are not compared. False
+            starts over; "exact" takes none but the same settings.
         keep_rounds: Keep a checkpoint of the model as it was before the first round and after each, as
             `round-00000.safetensors` and so on in `checkpoint_dir`, to compare rounds with
             `fedmef_fx.inspection.compare`; each takes as much space as the checkpoint.
@@ -114,6 +115,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         rounds=rounds,
         samples=dict(enumerate(sizes)),
         limits=strategy.limits,
+        aggregate=strategy.aggregate,
         run=secrets.token_hex(16),
     )
     settings = _settings(network, method, training, strategy, rounds=rounds, sizes=sizes)
@@ -124,7 +126,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
             "federated.run: keep_rounds=True needs a directory; expected checkpoint_dir='run' or the like"
         )
     if directory is not None and resume:
-        go_on(directory, server, history)
+        go_on(directory, server, history, is_exact=resume == "exact")
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
     # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None

@@ -23,13 +23,14 @@ CHANGES: Final = "changes"
 _FREE: Final = ("rounds", "training.learning_rate", "config.gradient_clipping", "strategy.")
 
 
-def resume(directory: Path, server: Server, history: History) -> None:
+def resume(directory: Path, server: Server, history: History, *, is_exact: bool = False) -> None:
     """Put server and history where the checkpoint says, if there is one.
 
     Args:
         directory: Where the checkpoint is.
         server: Of the same model.
         history: Its settings are what is asked for now; changes are noted there.
+        is_exact: Whether no change is taken.
 
     Raises:
         CheckpointError: A checkpoint that is damaged, or whose settings differ in what may not change.
@@ -42,7 +43,7 @@ def resume(directory: Path, server: Server, history: History) -> None:
     finished = len(checkpoint.rounds)
     changes = [*stored.get(CHANGES, [])]
     for field, before, now in _differences(stored, history.settings):
-        if not _may_change(field, now, finished=finished):
+        if is_exact or not _may_change(field, now, finished=finished):
             raise CheckpointError(
                 f"{directory}: the checkpoint belongs to another run: {field}: got {now!r:.200}, the checkpoint has "
                 f"{before!r:.200}; expected the same settings, another checkpoint_dir, or resume=False to start over"

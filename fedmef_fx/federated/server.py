@@ -5,7 +5,7 @@ Knows nothing about transports: a round is `task`, one `broadcast` and one `rece
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from fedmef_fx.training.adjustment import lowest_units, unit_sizes
 __all__ = ["Server"]
 
 
+Aggregate = Callable[[Sequence[Update], ModelState, MutableMapping[str, Tensor]], Sequence[Update]]
+"""As `Strategy.aggregate`."""
+
+
 class Server:
     """The server side of a federation.
 
@@ -37,6 +41,7 @@ class Server:
         rounds: Rounds of the whole run; adjustments stop there unless the configuration says otherwise.
         samples: Client -> how many samples it declared; others' answers, and other numbers, are refused. None for any.
         limits: What no update may exceed; None for `Limits()`.
+        aggregate: What becomes of updates before the method averages them, see `Strategy.aggregate`; None for nothing.
         run: The run's name, which every message bears; None for one that follows from model, method and rounds.
 
     Attributes:
@@ -55,6 +60,7 @@ class Server:
         rounds: int,
         samples: Mapping[int, int] | None = None,
         limits: Limits | None = None,
+        aggregate: Aggregate | None = None,
         run: str | None = None,
     ) -> None:
         if rounds < 1:
@@ -70,6 +76,7 @@ class Server:
         self._rounds = rounds
         self._samples = samples
         self._limits = limits or Limits()
+        self._aggregate = aggregate
 
     def restore(
         self,
@@ -179,7 +186,9 @@ class Server:
         if not updates:
             raise ConfigError(f"round {self.state.version}: got no updates; expected at least one client's")
         version = self.state.version + 1
-        received = list(updates.values())
+        received: Sequence[Update] = list(updates.values())
+        if self._aggregate is not None:
+            received = self._aggregate(received, self.state, self.memory)
         weights = [update.samples for update in received]
         policy, counts, is_due = self._method.policy, self._counts(), self._is_due()
         marked = lowest_units(self.model, effective_parameters(self.model), counts.__getitem__) if is_due else {}

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.aggregation import Aggregator, WeightedMean
 from fedmef_fx.federated.limits import Limits
+from fedmef_fx.federated.messages import Update
 from fedmef_fx.federated.rounds import RoundRecord
+from fedmef_fx.federated.state import ModelState
 
 if TYPE_CHECKING:
     from fedmef_fx.federated.server import Server
@@ -29,6 +33,7 @@ class Strategy:
         timeout_s: After how many seconds an answer is too late; None for never.
         patience: After how many rounds in a row without enough answers a run ends with an error, >= 1.
         limits: What no update may exceed.
+        aggregator: What becomes of updates before the method averages them.
 
     Raises:
         ConfigError: A value out of range.
@@ -40,12 +45,18 @@ class Strategy:
     timeout_s: float | None = None
     patience: int = 3
     limits: Limits = dataclasses.field(default_factory=Limits)
+    aggregator: Aggregator = dataclasses.field(default_factory=WeightedMean)
 
     def __post_init__(self) -> None:
         for name, low in (("clients_per_round", 1), ("reserves", 0), ("minimum", 1), ("patience", 1)):
             value = getattr(self, name)
             if not (type(value) is int and value >= low) and not (name == "clients_per_round" and value is None):
                 raise ConfigError(f"Strategy.{name}: got {value!r}; expected an integer >= {low}")
+        if self.minimum < self.aggregator.fewest:
+            raise ConfigError(
+                f"Strategy.minimum: got {self.minimum}; expected at least {self.aggregator.fewest}, which "
+                f"{self.aggregator!r} needs"
+            )
         timeout = self.timeout_s
         is_time = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < math.inf
         if timeout is not None and not is_time:
@@ -66,6 +77,19 @@ class Strategy:
         order = torch.randperm(clients, generator=torch.Generator().manual_seed(seed)).tolist()
         return [*sorted(order[:count]), *order[count : count + self.reserves]]
 
+    def aggregate(
+        self, updates: Sequence[Update], sent: ModelState, memory: MutableMapping[str, Tensor]
+    ) -> Sequence[Update]:
+        """What the method averages, weighted by samples, and adjusts masks by.
+
+        Args:
+            updates: Of this round, at least `minimum`.
+            sent: What the clients started from.
+            memory: Tensors to remember from round to round; part of checkpoints.
+        """
+        del memory
+        return self.aggregator.combine(updates, sent)
+
     def after_round(self, record: RoundRecord, server: "Server") -> bool:
         """Called with every finished round; `server.model` is the new model.
 
@@ -78,5 +102,5 @@ class Strategy:
     def settings(self) -> dict[str, Any]:
         """What a run depends on, as JSON can hold it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        text = json.dumps(fields, default=dataclasses.asdict)
+        text = json.dumps(fields, default=lambda value: {"name": type(value).__name__, **dataclasses.asdict(value)})
         return {"name": type(self).__name__, **json.loads(text)}

@@ -198,7 +198,7 @@ def test_an_interrupted_comparison_goes_on_in_the_round_where_it_was(start: Runn
 
 def test_cells_of_another_comparison_are_not_taken(start: Runner, tmp_path: Path) -> None:
     start(directory=tmp_path, rounds=1)
-    with pytest.raises(CheckpointError, match="belongs to another run"):
+    with pytest.raises(CheckpointError, match=r"belongs to another run: rounds: got 2, the checkpoint has 1"):
         start(directory=tmp_path, rounds=2)
 
 

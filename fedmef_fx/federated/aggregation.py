@@ -1,0 +1,246 @@
+"""Aggregators: what becomes of the updates of a round before a method averages them and adjusts masks.
+
+The default averages all of them, weighted by samples. The others bound what a few wrong or hostile clients can do. They
+work on sparse updates: all clients of a round have the same masks, so active values correspond; of growth candidates, a
+coordinate that a client left out counts as 0. The order of clients never matters, to the last bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.messages import Update
+from fedmef_fx.federated.state import ModelState
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
+
+__all__ = ["Aggregator", "CoordinateMedian", "Krum", "NormClipping", "TrimmedMean", "WeightedMean"]
+
+# Terms that are held in float64 at a time, 32 MiB.
+_TERMS: Final = 2**22
+
+Reduce = Callable[[Tensor], Tensor]
+"""Of `[clients, coordinates]`, sorted along the clients, to `[coordinates]`."""
+
+
+class Aggregator:
+    """Turns the updates of a round into those that the method averages, weighted by samples."""
+
+    @property
+    def fewest(self) -> int:
+        """How many updates it needs."""
+        return 1
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """What is to be averaged.
+
+        Args:
+            updates: At least `fewest`, by client.
+            sent: What the clients started from.
+
+        Raises:
+            ConfigError: Updates of a method that this aggregator does not fit.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedMean(Aggregator):
+    """All updates as they are."""
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        del sent
+        return updates
+
+
+@dataclasses.dataclass(frozen=True)
+class TrimmedMean(Aggregator):
+    """Of each coordinate, the mean without the lowest and the highest values; clients count alike (Yin et al. 2018).
+
+    Attributes:
+        trim: Share of the clients that is left out at either end, in [0, 0.5); at least one client where it is > 0.
+    """
+
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trim, bool) or not isinstance(self.trim, int | float) or not 0 <= self.trim < 0.5:
+            raise ConfigError(f"TrimmedMean.trim: got {self.trim!r}; expected a number in [0, 0.5)")
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        return 3 if self.trim else 1
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        del sent
+        count = math.ceil(self.trim * len(updates))
+        count = min(count, (len(updates) - 1) // 2)
+        return [_reduced(self, updates, lambda terms: terms[count : len(terms) - count].mean(0))]
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinateMedian(Aggregator):
+    """Of each coordinate, the median; clients count alike (Yin et al. 2018)."""
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        return 3
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        del sent
+        return [_reduced(self, updates, _median)]
+
+
+def _median(terms: Tensor) -> Tensor:
+    middle = len(terms) // 2
+    return terms[middle] if len(terms) % 2 else (terms[middle - 1] + terms[middle]) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class NormClipping(Aggregator):
+    """The mean of updates none of which moves the model by more than `norm`.
+
+    Attributes:
+        norm: Largest L2 norm of what a client changes in all floating-point tensors together, > 0.
+    """
+
+    norm: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.norm, bool) or not isinstance(self.norm, int | float) or not 0 < self.norm < math.inf:
+            raise ConfigError(f"NormClipping.norm: got {self.norm!r}; expected a number > 0")
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        _check_masks(self, updates)
+        return [self._clipped(update, sent) for update in updates]
+
+    def _clipped(self, update: Update, sent: ModelState) -> Update:
+        norm = float(torch.linalg.vector_norm(_change(update, sent)))
+        if norm <= self.norm:
+            return update
+        scale = self.norm / norm
+
+        def clip(tensor: Tensor, before: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            return (before.double() + scale * (tensor.double() - before.double())).to(tensor.dtype)
+
+        values = {name: clip(tensor, sent.values[name]) for name, tensor in update.values.items()}
+        dense = {name: clip(tensor, sent.dense[name]) for name, tensor in update.dense.items()}
+        return dataclasses.replace(update, values=values, dense=dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Krum(Aggregator):
+    """The updates that are closest to their neighbours (Blanchard et al. 2017; several: Multi-Krum).
+
+    Attributes:
+        faulty: f, how many clients of a round may be wrong, >= 0; it takes 2 f + 3 clients.
+        keep: How many updates are averaged, >= 1; None for all but 2 f + 2.
+    """
+
+    faulty: int
+    keep: int | None = 1
+
+    def __post_init__(self) -> None:
+        if type(self.faulty) is not int or self.faulty < 0:
+            raise ConfigError(f"Krum.faulty: got {self.faulty!r}; expected an integer >= 0")
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
+            raise ConfigError(f"Krum.keep: got {self.keep!r}; expected an integer >= 1, or None")
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        return 2 * self.faulty + 3
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        _check_masks(self, updates)
+        ordered = sorted(updates, key=lambda update: update.client)
+        neighbours = len(ordered) - self.faulty - 2
+        distances = _distances(ordered, sent)
+        # Of each row the distance to itself, 0, comes first.
+        scores = distances.sort(dim=1).values[:, 1 : neighbours + 1].sum(1)
+        keep = self.keep if self.keep is not None else max(len(ordered) - 2 * self.faulty - 2, 1)
+        chosen = scores.argsort(stable=True)[:keep].sort().values
+        return [ordered[index] for index in chosen.tolist()]
+
+
+def _distances(updates: Sequence[Update], sent: ModelState) -> Tensor:
+    """Squared distances between all updates, float64 `[clients, clients]`; two of them are in memory at a time."""
+    result = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for row, left in enumerate(updates):
+        change = _change(left, sent)
+        for column, right in enumerate(updates[:row]):
+            distance = (change - _change(right, sent)).square().sum()
+            result[row, column] = result[column, row] = distance
+    return result
+
+
+def _change(update: Update, sent: ModelState) -> Tensor:
+    """What a client changed in all floating-point tensors, float64 `[coordinates]`."""
+    pairs = [(tensor, sent.values[name]) for name, tensor in update.values.items()]
+    pairs += [(tensor, sent.dense[name]) for name, tensor in update.dense.items() if tensor.is_floating_point()]
+    changes = [(after.double() - before.double()).flatten() for after, before in pairs]
+    return torch.cat(changes) if changes else torch.zeros(0, dtype=torch.float64)
+
+
+def _check_masks(aggregator: Aggregator, updates: Sequence[Update]) -> None:
+    if any(update.masks for update in updates):
+        raise ConfigError(
+            f"{type(aggregator).__name__}: got clients with masks of their own, whose weights do not correspond; "
+            "expected WeightedMean() for this method"
+        )
+
+
+def _reduced(aggregator: Aggregator, updates: Sequence[Update], reduce: Reduce) -> Update:
+    """One update in the place of all, coordinate by coordinate."""
+    _check_masks(aggregator, updates)
+    if any(update.votes for update in updates):
+        raise ConfigError(
+            f"{type(aggregator).__name__}: got votes for growth without values; expected WeightedMean(), "
+            "NormClipping(...) or Krum(...) for this method"
+        )
+    first = updates[0]
+    return dataclasses.replace(
+        first,
+        samples=sum(update.samples for update in updates),
+        values={name: _coordinates([u.values[name] for u in updates], reduce) for name in first.values},
+        dense={name: _coordinates([u.dense[name] for u in updates], reduce) for name in first.dense},
+        scores={name: _coordinates([u.scores[name] for u in updates], reduce) for name in first.scores},
+        gradients={name: _candidates([u.gradients[name] for u in updates], reduce) for name in first.gradients},
+    )
+
+
+def _coordinates(tensors: Sequence[Tensor], reduce: Reduce) -> Tensor:
+    first = tensors[0]
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    result = torch.empty(first.numel(), dtype=first.dtype)
+    step = max(_TERMS // len(tensors), 1)
+    for start in range(0, first.numel(), step):
+        terms = torch.stack([tensor[start : start + step].double() for tensor in flat]).sort(dim=0).values
+        reduced = reduce(terms)
+        result[start : start + step] = reduced if first.is_floating_point() else reduced.round().to(first.dtype)
+    return result.reshape(first.shape)
+
+
+def _candidates(gradients: Sequence[SparseGradient], reduce: Reduce) -> SparseGradient:
+    first = gradients[0]
+    positions = torch.cat([gradient.positions for gradient in gradients])
+    positions = positions.unique()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    rows = []
+    for gradient in gradients:
+        row = torch.zeros(len(positions), dtype=gradient.values.dtype)
+        row[torch.searchsorted(positions, gradient.positions)] = gradient.values
+        rows.append(row)
+    return SparseGradient(positions, _coordinates(rows, reduce), first.numel)
