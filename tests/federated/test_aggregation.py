@@ -144,41 +144,38 @@ def _attacked(monkeypatch: pytest.MonkeyPatch, bad: set[int], change: Any) -> No
     monkeypatch.setattr(Client, "answer", answer)
 
 
-def _scaled(after: Tensor, before: Tensor) -> Tensor:
-    return before + 30 * (after - before)
-
-
 def _flipped(after: Tensor, before: Tensor) -> Tensor:
     return before - 10 * (after - before)
 
 
 @pytest.mark.parametrize(
-    ("aggregator", "change"),
-    [(TrimmedMean(0.2), _scaled), (CoordinateMedian(), _flipped), (Krum(1, keep=None), _scaled)],
-    ids=["trimmed mean", "median", "krum"],
+    ("aggregator", "learns"),
+    [(WeightedMean(), False), (TrimmedMean(0.2), True), (CoordinateMedian(), True), (Krum(1, keep=None), True)],
+    ids=lambda value: type(value).__name__,
 )
-def test_few_attackers_do_little(
+def test_one_client_in_five_that_flips_its_update(
     aggregator: Aggregator,
-    change: Any,
+    learns: bool,
     network: nn.Module,
     clients: list[TensorDataset],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    _attacked(monkeypatch, {2}, _flipped)
     data = list(itertools.islice(itertools.cycle(clients), 5))
-    config = Config(density=0.3, adjustment_interval=2)
-    training = LocalTraining(batch_size=8, learning_rate=0.02)
-    clean = run(network, data, config, rounds=3, test=clients[0], training=training).rounds[-1].test_loss
-    _attacked(monkeypatch, {2}, change)
-    losses = {}
-    for used in (aggregator, WeightedMean()):
-        strategy = Strategy(minimum=5, aggregator=used)
-        found = run(network, data, config, rounds=3, test=clients[0], training=training, strategy=strategy)
-        assert found.failures == []
-        losses[used] = found.rounds[-1].test_loss
-    assert clean is not None
-    assert losses[aggregator] is not None
-    assert losses[aggregator] < 1.2 * clean
-    assert losses[aggregator] < losses[WeightedMean()]
+    history = run(
+        network,
+        data,
+        Config(density=0.3, adjustment_interval=2),
+        rounds=3,
+        test=clients[0],
+        training=LocalTraining(batch_size=8, learning_rate=0.02),
+        strategy=Strategy(minimum=5, aggregator=aggregator),
+    )
+    assert history.failures == []
+    first, _, last = (record.test_loss for record in history.rounds)
+    assert first is not None
+    assert last is not None
+    assert (last < first) == learns
 
 
 def test_the_default_changes_nothing(network: nn.Module, clients: list[TensorDataset]) -> None:
