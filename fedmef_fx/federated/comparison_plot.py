@@ -35,7 +35,7 @@ def plot_curves(runs: Mapping[str, Curves], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, another format, or a path that cannot be written.
     """
-    with drawing(path, (12, 5), call="MethodComparison.plot") as figure:
+    with drawing(path, (12, 5 + 0.08 * len(runs)), call="MethodComparison.plot") as figure:
         by_round, by_bytes = figure.subplots(1, 2, sharey=True)
         for index, (name, curves) in enumerate(runs.items()):
             places = [place for place, found in enumerate(curves.accuracies) if found]
@@ -47,7 +47,9 @@ def plot_curves(runs: Mapping[str, Curves], path: Path) -> None:
         by_bytes.set_title("the same by bytes sent")
         by_bytes.set_xlabel("sent by all so far (MB)")
         by_bytes.set_xscale("log")
-        by_bytes.legend()
+        by_bytes.xaxis.set_major_formatter("{x:g}")  # powers as text: names may hold dollar signs, so no math is parsed
+        handles, names = by_round.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
 
 
 def _draw(axes: "Axes", index: int, name: str, curves: Curves, places: Sequence[int], x: Sequence[float]) -> None:
