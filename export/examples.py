@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.export.results import EVERYTHING, Wanted
 
-__all__ = ["ExampleCall", "Examples", "containers", "evaluating", "is_unknown_dataclass", "read_examples", "run"]
+__all__ = ["ExampleCall", "Examples", "evaluating", "read_examples", "result_of", "run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class Examples:
         signature: Of the model's forward.
         batch_size: Size of dimension 0 of the first tensor; None where it has no dimensions.
         sizes: Names of further sizes that vary, by argument and dimension.
+        wanted: Which of the model's results count.
     """
 
     call: ExampleCall
     signature: inspect.Signature
     batch_size: int | None
     sizes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
+    wanted: Wanted = EVERYTHING
 
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of an example is the batch: it has the size of the first tensor's."""
@@ -109,6 +112,7 @@ def read_examples(
     kwargs: Mapping[str, Any] | None,
     sizes: Mapping[str, Mapping[int, str]] | None = None,
     *,
+    wanted: Wanted = EVERYTHING,
     where: str = "export_onnx",
 ) -> Examples:
     """Check example arguments against a model's signature; errors name the call `where`.
@@ -118,6 +122,7 @@ def read_examples(
         inputs: Positional arguments of a call.
         kwargs: Its keyword arguments.
         sizes: Names of sizes that vary besides the batch, by argument and dimension.
+        wanted: Which of the model's results count.
         where: Name of the call, for errors.
 
     Raises:
@@ -142,7 +147,7 @@ def read_examples(
     tensors = call.tensors()
     if not tensors:
         raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
-    examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, sizes or {})
+    examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, sizes or {}, wanted)
     _check_sizes(examples)
     return examples
 
@@ -183,26 +188,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run(model: nn.Module, call: ExampleCall) -> list[Tensor]:
+def run(model: nn.Module, call: ExampleCall, wanted: Wanted = EVERYTHING) -> list[Tensor]:
     """The tensors that a model returns in eval mode, in order; it may write into its inputs, not into the call's."""
+    return wanted.tensors(result_of(model, call))
+
+
+def result_of(model: nn.Module, call: ExampleCall) -> Any:
+    """What a model returns in eval mode; see `run`."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     with evaluating(model), torch.no_grad():
-        leaves = pytree.tree_leaves(containers(model(*args, **kwargs)))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def containers(value: Any) -> Any:
-    """A result with dictionaries for dataclasses that torch cannot take apart, without their fields that are None."""
-    return pytree.tree_map(_container, value)
-
-
-def _container(leaf: Any) -> Any:
-    if not is_unknown_dataclass(type(leaf)):
-        return leaf
-    fields = ((field.name, getattr(leaf, field.name)) for field in dataclasses.fields(leaf))
-    return {name: containers(part) for name, part in fields if part is not None}
-
-
-def is_unknown_dataclass(kind: type) -> bool:
-    """Whether a class is a dataclass that torch's trees take for a leaf."""
-    return dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES
+        return model(*args, **kwargs)

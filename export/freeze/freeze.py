@@ -54,8 +54,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Returns:
         A module in eval mode that computes what `model.eval()` computes, up to float rounding of the folded
-        BatchNorms. It can be copied and pickled, and read back where fedmef_fx is not installed. A GraphModule where a
-        graph runs the model; otherwise a module of the original classes, with sparse weights.
+        BatchNorms. It can be copied and pickled, and read back where fedmef_fx is not installed, unless it returns a
+        cache: torch.fx cannot read graphs with other objects than tuples, dictionaries and dataclasses. A GraphModule
+        where a graph runs the model; otherwise a module of the original classes, with sparse weights.
 
     Raises:
         ConfigError: `model` was not made by `fedmef_fx.transform`.
@@ -102,7 +103,7 @@ def _freeze_region(program: Program, region: Region, *, class_name: str) -> fx.G
         compute_weights(region.owner.get_submodule(str(node.target)))
     FunctionalizeWeights().run(Program(program.model, [inference], program.transformation))
     restore_plain_ops(inference, graph)
-    restore_plain_results(graph)
+    restore_plain_results(inference, graph)
     fold_weights(inference, graph)
     fold_batch_norms(inference, graph)
     erase_unread(graph)

@@ -34,7 +34,7 @@ def explain(mismatch: OutputMismatchError, model: nn.Module, converted: Converte
     """
     call = mismatch.call
     assert call is not None  # noqa: S101 -- check_parity sets it
-    expected, again = run(model, call), run(model, call)
+    expected, again = (run(model, call, converted.examples.wanted) for _ in range(2))
     if any(not torch.equal(left, right) for left, right in zip(expected, again, strict=True)):
         return f"The model itself returns something else each time it is called. {_RANDOM}"
     try:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, ExportError
-from fedmef_fx.export.examples import Examples, run
+from fedmef_fx.export.examples import Examples, result_of
+from fedmef_fx.export.results import EVERYTHING
 from fedmef_fx.sparse_model.masks import masks
 from fedmef_fx.sparse_model.transformation import is_transformed
 
@@ -19,20 +20,35 @@ _LAYERS: Final = ("Conv", "ConvTranspose")
 _CHECKED_IN_MEMORY_BYTES: Final = 2**31 - 2**24  # a protobuf message holds less than 2 GiB
 
 
-def check_runs(model: nn.Module, examples: Examples) -> None:
-    """Find out whether a model runs on its examples.
+def check_runs(model: nn.Module, examples: Examples) -> list[str]:
+    """Find out whether a model runs on its examples and returns what is wanted.
+
+    Returns:
+        Notices about results that are left out.
 
     Raises:
         ConfigError: It does not; the message quotes its error.
     """
     try:
-        run(model, examples.call)
+        result = result_of(model, examples.call)
     except Exception as error:
         shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in examples.call.tensors())
         raise ConfigError(
             f"export_onnx: {type(model).__name__} itself fails on the example inputs ({shapes}): "
             f"{type(error).__name__}: {error}"
         ) from error
+    wanted = examples.wanted
+    if (unknown := wanted.unknown(result)) or not wanted.tensors(result):
+        names = ", ".join(map(repr, EVERYTHING.names_in(result))) or "a model that returns tensors"
+        raise ConfigError(
+            f"export_onnx: got outputs={unknown or None}, of which {type(model).__name__} returns no tensor; expected "
+            f"some of {names}"
+        )
+    return [
+        f"left out {name}, a {kind}: outputs=[..., {name!r}] writes its tensors"
+        for name, kind in wanted.left_out(result).items()
+        if wanted.names is None
+    ]
 
 
 def check_finite(model: nn.Module) -> None:

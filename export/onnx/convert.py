@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
-from fedmef_fx.export.examples import ExampleCall, Examples, containers, evaluating, is_unknown_dataclass
+from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
+from fedmef_fx.export.results import Wanted, output_name
 
 __all__ = ["Converted", "convert"]
 
@@ -89,7 +90,7 @@ def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic
     # Two inputs that are one tensor would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (call.args, call.kwargs))
     shapes = examples.dynamic_shapes() if dynamic else None
-    with evaluating(model), _returning_containers(model) as traced, torch.no_grad(), _quiet():
+    with evaluating(model), _returning_containers(model, examples.wanted) as traced, torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever Python in the model's forward raises
@@ -124,17 +125,17 @@ def constant_size(program: torch.export.ExportedProgram) -> str | None:
 
 
 @contextlib.contextmanager
-def _returning_containers(model: nn.Module) -> Iterator[nn.Module]:
-    """A model that returns dictionaries for dataclasses, which torch.export takes only once they are registered."""
+def _returning_containers(model: nn.Module, wanted: Wanted) -> Iterator[nn.Module]:
+    """A model that returns containers that torch.export knows, of the tensors that are wanted."""
     if isinstance(model, fx.GraphModule):
-        yield _with_containers(model)  # torch.export interprets its graph
+        yield _with_containers(model, wanted)  # torch.export interprets its graph
         return
     original = model.forward
     is_own = "forward" in vars(model)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return containers(original(*args, **kwargs))
+        return wanted.containers(original(*args, **kwargs))
 
     vars(model)["forward"] = forward
     try:
@@ -146,16 +147,10 @@ def _returning_containers(model: nn.Module) -> Iterator[nn.Module]:
             del vars(model)["forward"]
 
 
-def _with_containers(model: fx.GraphModule) -> fx.GraphModule:
-    makers = [node for node in model.graph.nodes if isinstance(node.target, type) and is_unknown_dataclass(node.target)]
-    if not makers:
-        return model
+def _with_containers(model: fx.GraphModule, wanted: Wanted) -> fx.GraphModule:
     graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
+    graph.output(graph.call_function(wanted.containers, (graph.graph_copy(model.graph, {}),)))
     graph.set_codegen(model.graph._codegen)
-    for node in graph.nodes:
-        if isinstance(node.target, type) and is_unknown_dataclass(node.target):
-            node.target, node.kwargs = dict, {name: part for name, part in node.kwargs.items() if part is not None}
     return fx.GraphModule(model, graph, type(model).__name__)
 
 
@@ -191,8 +186,7 @@ def _output_names(exported: torch.export.ExportedProgram) -> list[str]:
     for path, value in paths:
         if value not in tensors:
             continue  # a constant, which is no output of the graph
-        name = "_".join(re.sub(r"\W+", "_", pytree.keystr((key,))).strip("_") for key in path) or "output"
-        name = f"output_{name}" if name[0].isdigit() else name
+        name = output_name(path)
         while name in taken:
             name += "_out"
         taken.add(name)

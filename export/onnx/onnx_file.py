@@ -20,6 +20,7 @@ from fedmef_fx.export.onnx.checks import check_finite, check_masked, check_runs
 from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.precision import in_float32, other_precision, widened
 from fedmef_fx.export.onnx.report import ExportReport
+from fedmef_fx.export.results import Wanted
 from fedmef_fx.files.atomic import check_target
 from fedmef_fx.module_tree import uncompiled_model
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -44,6 +45,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     calibration_data: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
     dynamic_sizes: Mapping[str, Mapping[int, str]] | None = None,
+    outputs: Sequence[str] | None = None,
     verify: bool = True,
     optimize: Optimize = "onnxscript",
     compact: bool = False,
@@ -67,6 +69,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
             name are equal.
+        outputs: Which of the model's results the file has, by key, field or position ("output_0"); None for all but
+            caches of keys and values, which are written when they are named: `outputs=["logits", "past_key_values"]`.
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
         optimize: What simplifies the graph before weights are encoded: "onnxscript", "onnxslim" in addition (which has
             to be installed), "none".
@@ -99,8 +103,9 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     runtime_target = read_target(target, weights=weights)
     destination = check_target(path, error=_named_export_error)
     model = uncompiled_model(model)
-    examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes)
-    check_runs(model, examples)
+    wanted = Wanted(None if outputs is None else tuple(outputs))
+    examples = read_examples(model, example_inputs, example_kwargs, dynamic_sizes, wanted=wanted)
+    left_out = check_runs(model, examples)
     calls = calibration_calls(model, quantize, calibration_data, examples)
 
     clock = Clock()
@@ -113,7 +118,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         if compact:
             plain = remove_dead_channels(plain, arguments[0], example_kwargs=arguments[1])
         # A model with a graph per mode takes any arguments; only its graph knows their names and order.
-        examples = read_examples(plain, *arguments, dynamic_sizes)
+        examples = read_examples(plain, *arguments, dynamic_sizes, wanted=wanted)
         calibration = None if calls is None else [ExampleCall(*widened(call.args, call.kwargs)) for call in calls]
     with clock.stage("convert"):
         from fedmef_fx.export.onnx.convert import convert  # noqa: PLC0415 -- imports onnx
@@ -157,7 +162,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         nodes=nodes,
         parity=parity,
         seconds=clock.seconds,
-        notices=(*converted.notices, *built.notices, *notices),
+        notices=(*left_out, *converted.notices, *built.notices, *notices),
         weights=weights,
         quantize=quantize,
         plain_bytes=built.plain_bytes,

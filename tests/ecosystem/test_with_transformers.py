@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -15,9 +16,13 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -196,6 +201,33 @@ def test_extrusion_with_the_trainers_optimizer(tmp_path: Path) -> None:
         trainer.train()
     assert extrusion.step == 4
     check_sparse(model, expected_density=0.4)
+
+
+GPT2 = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+T5 = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "number"),
+    [(GPT2LMHeadModel, GPT2, 4), (LlamaForCausalLM, LLAMA, 4), (T5ForConditionalGeneration, T5, 4)],
+    ids=["gpt2", "llama", "t5"],
+)
+def test_models_with_caches_are_exported(tmp_path: Path, make: Any, config: Any, number: int) -> None:
+    ids = _batch()["input_ids"]
+    arguments = {"input_ids": ids}
+    if make is T5ForConditionalGeneration:
+        arguments["decoder_input_ids"] = ids[:, :5].clone()
+    options: dict[str, Any] = {"example_inputs": (), "example_kwargs": arguments}
+    torch.manual_seed(0)
+    model = transform(make(config), CONFIG, example_kwargs=arguments).eval()
+    report = fedmef_fx.export_onnx(model, tmp_path / "m.onnx", **options)
+    assert report.parity is not None
+    assert report.parity.max_rel < 1e-5
+    (cache,) = [notice.split()[2].rstrip(",") for notice in report.notices if notice.startswith("left out")]
+    fedmef_fx.export_onnx(model, tmp_path / "m.onnx", outputs=["logits", cache], **options)
+    written = [value.name for value in onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()]
+    assert written[0] == "logits"
+    assert len([name for name in written if name.startswith(cache)]) == number
 
 
 def test_tied_embeddings_stay_tied() -> None:

@@ -1,6 +1,7 @@
 """What models return besides tensors, and models of other floats than float32."""
 
 import collections
+import copy
 import dataclasses
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config, export_onnx, freeze
+from fedmef_fx.errors import ConfigError
 
 X = torch.linspace(-1.0, 1.0, 128).reshape(2, 64)
 IMAGES = torch.linspace(-1.0, 1.0, 4 * 3 * 64).reshape(4, 3, 8, 8)
@@ -89,6 +91,85 @@ def test_results_of_any_class_are_frozen_and_exported(tmp_path: Path, name: str)
     np.testing.assert_allclose(
         session.run(None, {session.get_inputs()[0].name: X.numpy()})[0], logits.detach(), 1e-5, 1e-6
     )
+
+
+class Layer:
+    """Keys and values of one layer, as transformers keeps them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.dtype = keys, values, keys.dtype
+
+
+class Cache:
+    """Layers, a class, a dictionary with numbers as keys."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.layers, self.kind, self.is_updated = [Layer(a, b), Layer(b, a)], Layer, {0: True}
+
+
+class Holder:
+    """A cache of two."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.own, self.other = Cache(a, b), Cache(b, a)
+
+
+CACHES = {
+    "in a dataclass": (lambda a, b: Output(a, Cache(a, b)), ["logits"], "hidden", 4),
+    "of two": (lambda a, b: Pair(a, Holder(a, b)), ["logits"], "hidden", 8),
+    "in a tuple": (lambda a, b: (a, Cache(b, a)), ["output_0"], "output_1", 4),
+    "in a dictionary": (lambda a, b: {"logits": a, "past": Cache(a, b), "more": b}, ["logits", "more"], "past", 4),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_caches_are_written_when_they_are_asked_for(tmp_path: Path, name: str, is_sparse: bool) -> None:
+    make, names, cache, number = CACHES[name]
+    model: nn.Module = Returning(make)
+    if is_sparse:
+        model = fedmef_fx.transform(model, Config(density=0.4), example_inputs=(X,)).eval()
+    report = export_onnx(model, tmp_path / "m.onnx", example_inputs=(X,))
+    assert [value.name for value in _session(tmp_path).get_outputs()] == names
+    kind = "Holder" if name == "of two" else "Cache"
+    assert report.notices[0] == f"left out {cache}, a {kind}: outputs=[..., '{cache}'] writes its tensors"
+
+    report = export_onnx(model, tmp_path / "m.onnx", example_inputs=(X,), outputs=[names[0], cache])
+    written = [value.name for value in _session(tmp_path).get_outputs()]
+    assert written[0] == names[0]
+    assert len(written) == 1 + number
+    assert all(name.startswith(f"{cache}_") and name.endswith(("_keys", "_values")) for name in written[1:])
+    assert not report.notices
+    assert report.parity is not None
+    assert report.parity.max_abs < 1e-6
+
+
+def test_a_frozen_model_makes_its_cache_anew(tmp_path: Path) -> None:
+    sparse = fedmef_fx.transform(Returning(Holder), Config(density=0.4), example_inputs=(X,)).eval()
+    frozen = freeze(sparse)
+    frozen.graph.eliminate_dead_code()
+    frozen.recompile()
+    for module in (frozen, copy.deepcopy(frozen)):
+        first, second = module(X), module(2 * X)
+        assert type(first) is Holder
+        assert type(first.own) is Cache
+        assert first.own.kind is Layer
+        assert first.other.is_updated == {0: True}
+        assert first.own.layers[1].dtype is torch.float32
+        assert torch.equal(first.other.layers[0].keys, sparse(X).other.layers[0].keys)
+        assert not torch.equal(first.own.layers[0].keys, second.own.layers[0].keys)
+
+
+def test_outputs_are_chosen_by_name(tmp_path: Path) -> None:
+    model = Returning(lambda a, b: {"logits": a, "hidden": (b, a), "hidden_states": b})
+    export_onnx(model, tmp_path / "m.onnx", example_inputs=(X,), outputs=["hidden"])
+    assert [value.name for value in _session(tmp_path).get_outputs()] == ["hidden_0", "hidden_1"]
+    with pytest.raises(ConfigError, match=r"outputs=\['loss'\].*some of 'logits', 'hidden', 'hidden_states'"):
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=(X,), outputs=["logits", "loss"])
+
+
+def _session(folder: Path) -> Any:
+    return onnxruntime.InferenceSession(folder / "m.onnx", providers=["CPUExecutionProvider"])
 
 
 def test_a_plain_model_with_a_dataclass_is_exported_and_keeps_its_forward(tmp_path: Path) -> None:
