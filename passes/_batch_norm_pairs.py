@@ -1,8 +1,9 @@
 """Find the layers with a BatchNorm after them that `normalize_kernels` may rewrite, and why others stay.
 
 Refused: a BatchNorm that does not directly follow a convolution or linear layer, or whose input has other users;
-a layer or BatchNorm that is called more than once; one that Python code calls; ignored layers. A pair is found only if
-it occurs, once, in every graph that uses one of its parts.
+a layer or BatchNorm that is called more than once; one that Python code calls; where Python may run, a layer with a
+forward of its own, such as a convolution that computes its padding; ignored layers. A pair is found only if it occurs,
+once, in every graph that uses one of its parts.
 """
 
 import dataclasses
@@ -86,6 +87,12 @@ def find_pairs(program: Program, *, ignore: tuple[str | type, ...]) -> tuple[lis
             for pair in pairs
             if pair.name not in refused and not _has_plain_form(pair.region.owner.get_submodule(pair.path))
         }
+        called = {id(region.owner) for region in program.regions if region.role != "region"}
+        refused |= {
+            pair.name: "Python code, which may run for other calls, computes the layer before it in a way of its own"
+            for pair in pairs
+            if pair.name not in refused and id(_holder(pair)) not in called
+        }
     found = [pair for pair in pairs if pair.name not in refused]
     return found, refused | _called_by_python(program)
 
@@ -163,6 +170,10 @@ def _called_by_python(program: Program) -> dict[str, str]:
     reason = "Python code calls it, so that no graph shows what comes before it"
     outside = [(path, m) for path, m in program.model.named_modules() if id(m) not in inside]
     return {path: reason for path, module in outside if _is_batch_norm(operator_of(type(module)))}
+
+
+def _holder(pair: Pair) -> nn.Module:
+    return pair.region.owner.get_submodule(pair.weight.rpartition(".")[0])
 
 
 def _has_plain_form(norm: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from tests.ecosystem.networks import CONFIG, PACKED, check_sparse, images, loss_
 MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {},
     "mobilenetv3_small_050": {},
+    "tf_mobilenetv3_small_minimal_100": {},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "patch_size": 8},
 }

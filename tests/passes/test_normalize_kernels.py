@@ -1,9 +1,13 @@
 """A layer and its BatchNorm become one layer with an NSConv kernel, and nothing else does."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from fedmef_fx import Config, freeze, report, transform
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -121,3 +125,31 @@ def test_refusals_change_nothing(model, ignore, reason):
     assert not result.modified
     assert text_of(program) == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+class SamePadding(nn.Conv2d):
+    """Computes its padding from the size of the image, as models that came from TensorFlow do."""
+
+    def forward(self, x):
+        height, width = (max((math.ceil(n / 2) - 1) * 2 + 3 - n, 0) for n in x.shape[-2:])
+        padded = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return F.conv2d(padded, self.weight, self.bias, stride=2)
+
+
+def test_a_layer_whose_python_computes_the_padding_keeps_its_batch_norm():
+    net = nn.Sequential(
+        SamePadding(3, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    model = transform(net, Config(density=0.5), example_inputs=(torch.randn(2, 3, 16, 16),)).eval()
+    refusals = {refusal.where: refusal.reason for result in report(model) for refusal in result.refusals}
+    assert refusals["1"].endswith("computes the layer before it in a way of its own")
+    assert "4" not in refusals
+    frozen = freeze(model)
+    for size in (16, 17, 24):  # one that the graph serves, and two for which Python runs
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-6)
