@@ -36,9 +36,7 @@ def federation(space: str, *, prune_marked: bool, strength: float, rounds: int, 
     parts = dirichlet_partition(train.tensors[1], clients=10, alpha=0.5, seed=seed)
     clients = [torch.utils.data.Subset(train, part.tolist()) for part in parts]
     method = Method(name="fedmef", adjustment=TopGradients(prune_marked=prune_marked))
-    return run(
-        digits_cnn(), clients, config, rounds=rounds, training=settings.training, method=method, test=test
-    ).history
+    return run(digits_cnn(), clients, config, rounds=rounds, training=settings.training, method=method, test=test)
 
 
 def main() -> None:
