@@ -183,11 +183,11 @@ class Config:
     ignore: tuple[str | type, ...] = ()
     output_layer: Literal["pruned", "dense"] = "pruned"
     mask_frozen: bool = False
-    adjustment_space: Literal["effective", "parameter"] = "parameter"
+    adjustment_space: Literal["effective", "parameter"] = "effective"
     adjustment_rate: float = 0.4
     adjustment_interval: int = 3
     adjustment_stop: int | None = None
-    extrusion_strength: float = 1e-4
+    extrusion_strength: float = 0.02
     gradient_clipping: float | None = None
     layer_sparsity: tuple[tuple[str, float], ...] = ()
     layer_bits: tuple[tuple[str, Bits | None], ...] = ()

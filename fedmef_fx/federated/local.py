@@ -66,7 +66,7 @@ class LocalTraining:
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = "cosine"
     round_schedule: Literal["constant", "cosine"] = "constant"
     growth_batches: int | None = None
     weight_storage: Literal["packed", "dense"] = "packed"

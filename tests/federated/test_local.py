@@ -12,9 +12,10 @@ import fedmef_fx
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.federated import LocalTraining, RoundTask, Update, train_locally
 from fedmef_fx.federated.batches import batch_indices, fetch
+from fedmef_fx.sparse_model.effective import effective_parameters
 from fedmef_fx.sparse_model.parameters import masked_parameters
-from fedmef_fx.sparsity.adjust import lowest_magnitude
 from fedmef_fx.sparsity.schedule import adjustment_count
+from fedmef_fx.training.adjustment import lowest_units
 
 PLAIN = RoundTask(0, 10)
 
@@ -90,9 +91,8 @@ def test_masked_weights_stay_zero_under_momentum_and_decay(
 
 
 def _low_norm(model: nn.Module, marked: dict[str, Tensor]) -> float:
-    parameters = masked_parameters(model)
-    parts = [torch.take(parameters[name].parameter.detach(), positions) for name, positions in marked.items()]
-    return float(torch.cat(parts).norm())
+    parameters = effective_parameters(model)
+    return float(torch.cat([torch.take(parameters[name].dense(), at) for name, at in marked.items()]).norm())
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3])
@@ -103,8 +103,7 @@ def test_extrusion_empties_the_marked_weights_in_adjustment_rounds(
     for strength in (0.0, 2.0):
         model = sparse(density=density, extrusion_strength=strength)
         task = _adjusting(model)
-        parameters = masked_parameters(model)
-        marked = {name: lowest_magnitude(e.parameter, e.mask, task.counts[name]) for name, e in parameters.items()}
+        marked = lowest_units(model, effective_parameters(model), task.counts.__getitem__)
         # All of them are active weights: marking masked zeros would make extrusion a no-op at low densities.
         before = _low_norm(model, marked)
         assert before > 0
