@@ -18,9 +18,10 @@ KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native
 	tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 ECOSYSTEM := .venv-ecosystem
+DOCS := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-native test-ecosystem lint format bench docs-images clean
+.PHONY: help install demo test test-fast test-slow test-native test-ecosystem lint format bench docs docs-images clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +82,18 @@ format: $(INSTALLED)  ## Rewrite the files in the project's style
 bench: $(INSTALLED)  ## Run every benchmark, or BENCHMARKS='benchmarks/one.py'
 	@test -n '$(BENCHMARKS)' || { echo 'make bench: no script in benchmarks/' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(DOCS)/.installed  ## Make the site in build/site; a broken link or an undocumented public name fails, tutorials run
+	$(DOCS)/bin/mkdocs build --strict --site-dir build/site
+
+# Beside .venv, which it sees: tutorials run with what the project is installed with.
+$(DOCS)/.installed: $(INSTALLED) constraints-docs.txt
+	test -x $(DOCS)/bin/python || $(BIN)/python -m venv $(DOCS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(DOCS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -c constraints-docs.txt \
+		$(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",/'"'\1'"'/p' pyproject.toml)
+	touch $@
 
 docs-images: $(INSTALLED)  ## Make the pictures of the docs anew; needs Chromium and its driver
 	$(BIN)/python docs/make_images.py

@@ -35,3 +35,4 @@ REFERENCE_MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
     "vit_tiny": vit_tiny,
     "gpt2_bytes": gpt2_bytes,
 }
+"""The models that the command line knows, by name."""

@@ -1,0 +1,122 @@
+"""What `make docs` adds to the pages in this folder: the reference, the tutorials with their output, and the recipes.
+
+Nothing of it is written by hand, so that nothing of it can be out of date: the reference lists what the packages
+export, and fails for a name without a docstring; tutorials and recipes are scripts, and tutorials run while the site is
+built.
+"""
+
+import ast
+import contextlib
+import io
+import os
+import re
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = {
+    "fedmef_fx": ["fedmef_fx"],
+    "federated": ["fedmef_fx.federated"],
+    "passes": ["fedmef_fx.passes"],
+    "training": [
+        "fedmef_fx.training.clipping",
+        "fedmef_fx.training.distributed",
+        "fedmef_fx.sparse_model.optimizer_state",
+    ],
+    "models": ["fedmef_fx.models", "fedmef_fx.data"],
+    "errors": ["fedmef_fx.errors"],
+}
+"""Page of the reference -> the modules whose public names it lists."""
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add the pages that are made."""
+    package, listed = griffe.load("fedmef_fx", search_paths=[ROOT], resolve_aliases=True), set()
+    pages = {f"reference/{name}.md": _reference(package, name, modules, listed) for name, modules in REFERENCE.items()}
+    for script in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        pages[f"tutorials/{script.stem}.md"] = _tutorial(script)
+    pages["recipes.md"] = _recipes(sorted((ROOT / "examples").glob("*.py")))
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links to recipes lead to their page; on a code host they lead to the file."""
+    return re.sub(r"\]\(\.\./examples/(\w+)\.py\)", r"](recipes.md#\1)", markdown)
+
+
+def public_names(module: str) -> list[str]:
+    """What a module exports."""
+    path = ROOT.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return [str(name) for name in ast.literal_eval(node.value)]
+    raise PluginError(f"{path}: no __all__")
+
+
+def _reference(package: Any, page: str, modules: list[str], listed: set[str]) -> str:
+    """A page of what modules export; what another page has, and modules that have a page, are left out."""
+    parts = [f"# {page}\n"]
+    for module in modules:
+        if len(modules) > 1:
+            parts.append(f"`{module}`\n")
+        for name in public_names(module):
+            member = package[f"{module}.{name}".removeprefix("fedmef_fx.")]
+            if member.is_module or member.canonical_path in listed:
+                continue
+            if not member.has_docstring:
+                raise PluginError(f"{module}.{name} is public and has no docstring")
+            listed.add(member.canonical_path)
+            parts.append(f"::: {member.canonical_path}\n")
+    return "\n".join(parts)
+
+
+def cells(script: str) -> list[tuple[bool, str]]:
+    """The cells of a script with `# %%` marks: whether it is text, and what is in it."""
+    found = []
+    for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
+        head, _, body = part.partition("\n")
+        is_text = "[markdown]" in head
+        found.append((is_text, re.sub(r"^# ?", "", body, flags=re.MULTILINE) if is_text else body.strip("\n")))
+    return found
+
+
+def _tutorial(path: Path) -> str:
+    """A page of a script: its text, its code, and what the code printed just now."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    parts = []
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for is_text, body in cells(path.read_text(encoding="utf-8")):
+                if is_text:
+                    parts.append(body)
+                    continue
+                printed = io.StringIO()
+                with contextlib.redirect_stdout(printed):
+                    exec(compile(body, str(path), "exec"), names)
+                output = printed.getvalue().rstrip()
+                parts.append(f"```python\n{body}\n```\n" + (f"\n```text\n{output}\n```\n" if output else ""))
+        except Exception as error:
+            raise PluginError(f"{path}: {traceback.format_exc()}") from error
+        finally:
+            os.chdir(before)
+    return "\n".join(parts)
+
+
+def _recipes(paths: list[Path]) -> str:
+    parts = ["# Recipes\n\nWhole scripts in `examples/`, each of which is tested as it stands.\n"]
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        title = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0].rstrip(".")
+        parts.append(f"## {title} {{ #{path.stem} }}\n\n`examples/{path.name}`\n\n```python\n{text}```\n")
+    return "\n".join(parts)
