@@ -98,10 +98,10 @@ def _resizes(rank: int) -> None:
     optimizer.zero_grad()
     own = masks(model)
     set_masks(model, {name: torch.ones_like(mask) for name, mask in own.items()})
-    with pytest.raises(ConfigError, match="Wrap the model again"):
+    with pytest.raises(ConfigError, match="Wrap it again"):
         parallel(x)
     set_masks(model, own)  # the former sizes, but nothing hears of their gradients any more
-    with pytest.raises(ConfigError, match="Wrap the model again"):
+    with pytest.raises(ConfigError, match="Wrap it again"):
         parallel(x)
     parallel = DistributedDataParallel(parallel.module)
     step(parallel, optimizer, x + rank, y)

@@ -109,7 +109,7 @@ class _Watch:
         if present != self._resizes:
             raise ConfigError(
                 "DistributedDataParallel: packed weights got another number of active values since the model was "
-                "wrapped; expected the parameters that its buckets were made for. Wrap the model again after set_masks: "
+                "wrapped; expected the parameters that its buckets were made for. Wrap it again after set_masks: "
                 "parallel = torch.nn.parallel.DistributedDataParallel(parallel.module)"
             )
 
