@@ -34,6 +34,14 @@ REFERENCE = {
 }
 """Page of the reference -> the modules whose public names it lists."""
 
+_PAGES_OF = {
+    r"\.\./examples": "recipes.md",
+    r"\.\./examples/(\w+)\.py": r"recipes.md#\1",
+    r"tutorials/(\w+)\.py": r"tutorials/\1.md",
+    r"\.\./fedmef_fx/__init__\.py": "reference/fedmef_fx.md",
+}
+"""Link to a file, as a pattern -> the page that is made of it."""
+
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Add the pages that are made."""
@@ -48,8 +56,10 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links to recipes lead to their page; on a code host they lead to the file."""
-    return re.sub(r"\]\(\.\./examples/(\w+)\.py\)", r"](recipes.md#\1)", markdown)
+    """Let links to what pages are made of lead to these pages; on a code host they lead to the files."""
+    for source, page in _PAGES_OF.items():
+        markdown = re.sub(rf"\]\({source}\)", rf"]({page})", markdown)
+    return markdown
 
 
 def public_names(module: str) -> list[str]:
