@@ -240,7 +240,7 @@ def test_clients_leave_and_join(kept: int, network: nn.Module, clients: list[Ten
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"training": LocalTraining(batch_size=8, learning_rate=0.02, epochs=2)}, r"training\.epochs: got 2"),
+        ({"training": LocalTraining(batch_size=8, learning_rate=0.02, epochs=7)}, r"training\.epochs: got 7"),
         ({"training": LocalTraining(batch_size=8, learning_rate=0.02, momentum=0.5)}, r"training\.momentum: got 0\.5"),
         ({"config": CONFIG.replace(seed=1)}, r"config\.seed: got 1"),
         ({"config": CONFIG.replace(adjustment_rate=0.1)}, r"config\.adjustment_rate: got 0\.1"),
