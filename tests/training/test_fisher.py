@@ -97,7 +97,7 @@ def test_layers_without_such_factors_are_refused_by_name(net: nn.Module) -> None
 @pytest.mark.parametrize("normalization", ["keep", "nsconv"])
 def test_gradients_of_all_weights_are_those_of_the_effective_weight(storage: str, normalization: str) -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-    model = _sparse(net, weight_storage=storage, normalization=normalization).eval()
+    model = _sparse(net, weight_storage=storage, normalization=normalization, adjustment_space="parameter").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batches = [(torch.randn(size, 2, 4, 4), torch.randn(size, 3)) for size in (4, 2)]
     found = mean_gradients(model, _loss, batches)
