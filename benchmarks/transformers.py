@@ -6,8 +6,8 @@
 optimizer step, with weights, masks, gradients and optimizer state, after a first step that makes the latter. Ours:
 density 0.1, gamma 0.9, 8-bit codecs; with weights stored dense, and packed where this version can.
 
-`--train` trains three of each: dense, masked dense (the same masks, everything kept exact), and ours. The vision
-transformer sees scikit-learn's digits as patches, the language model the bytes of this project's own text.
+`--train` trains four of each: dense, masked dense (the same masks, everything kept exact), ours, and ours in 4 bits.
+The vision transformer sees scikit-learn's digits as patches, the language model the bytes of this project's own text.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.models import gpt2_bytes, vit_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = Config(density=0.1, activation_sparsity=0.9, saved_precision="int8")
-FOUR_BITS = Config(density=0.1, activation_bits=4, saved_precision="int4")
-MASKED = Config(density=0.1, activation_sparsity=0.0)
+OURS = Config(density=0.1, activation_sparsity=0.9, saved_precision="int8", weight_storage="dense")
+FOUR_BITS = Config(density=0.1, activation_bits=4, saved_precision="int4", weight_storage="dense")
+MASKED = Config(density=0.1, activation_sparsity=0.0, weight_storage="dense")
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def training(steps: int) -> tuple[Table, dict[str, dict[str, list[float]]]]:
     for name, build, batches in cases:
         torch.manual_seed(0)
         model = build()
-        for label, config in (("dense", None), ("masked dense", MASKED), ("ours", OURS)):
+        for label, config in (("dense", None), ("masked dense", MASKED), ("ours", OURS), ("ours, 4 bits", FOUR_BITS)):
             torch.manual_seed(0)
             losses, seconds = train(build() if config is None else transform(model, config), batches, steps)
             curves.setdefault(name, {})[label] = losses
