@@ -65,7 +65,7 @@ def export(  # noqa: PLR0913 -- one parameter per option
     input_shape: InputShape = None,
     weights: Annotated[
         Weights, typer.Option(help="How weights are stored: packed files decode themselves when they are loaded.")
-    ] = Weights.DENSE,
+    ] = Weights.PACKED,
     quantize: Annotated[
         Quantize | None, typer.Option(help="int8: static quantization; needs --calibration.", show_default="none")
     ] = None,

@@ -35,7 +35,8 @@ def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_export(tmp_path: Path) -> None:
-    report = json_of("export", "digits_cnn", "model.onnx")
+    assert json_of("export", "digits_cnn", "packed.onnx")["weights"] == "packed"
+    report = json_of("export", "digits_cnn", "model.onnx", "--weights", "dense")
     assert (tmp_path / "model.onnx").stat().st_size == report["bytes"]
     assert report["parity"]["max_abs"] < 1e-4
     document = json_of("inspect", "model.onnx")
@@ -46,7 +47,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_export_of_a_compacted_model() -> None:
-    options = ("--granularity", "channel", "--density", "0.5", "--allocation", "uniform")
+    options = ("--granularity", "channel", "--density", "0.5", "--allocation", "uniform", "--weights", "dense")
     full = json_of("export", "digits_cnn", "full.onnx", *options)
     small = json_of("export", "digits_cnn", "small.onnx", "--compact", *options)
     assert small["bytes"] < 0.4 * full["bytes"]
@@ -120,3 +121,4 @@ def test_demo(tmp_path: Path) -> None:
     assert data["bytes_up"] < data["bytes_up_dense"]
     assert data["saved_bytes"] < data["saved_bytes_dense"]
     assert (tmp_path / "out" / "model.onnx").stat().st_size == data["file_bytes"]
+    assert data["file_bytes"] < 0.5 * data["file_bytes_dense"]
