@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fedmef_fx import Config, masks, micro_batches, transform
 from fedmef_fx.models import REFERENCE_MODELS
@@ -46,7 +47,7 @@ def masked(model: nn.Module) -> nn.Module:
 
 def ours(**options: Any) -> Callable[[nn.Module], nn.Module]:
     """A transformation of the model."""
-    return lambda model: transform(model, Config(**{"density": DENSITY, "activation_sparsity": GAMMA, **options}))
+    return lambda model: transform(model, Config(**{"density": DENSITY, **options}))
 
 
 class _ReLU6(Function):
@@ -123,6 +124,44 @@ def drop_it(model: nn.Module) -> nn.Module:
     return _replaced(masked(model), (nn.Conv2d, nn.Linear), TopKLayer)
 
 
+class _Checkpointed(nn.Module):
+    """A block whose activations are computed again for its backward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Any:
+        """The block's result."""
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """A masked model that checkpoints each residual block."""
+    model = masked(model)
+    blocks = {type(m) for m in model.modules() if type(m).__name__ in ("_BasicBlock", "_InvertedResidual")}
+    return _replaced(model, tuple(blocks), _Checkpointed)
+
+
+class _Autocast(nn.Module):
+    """A model that computes in bfloat16 where torch's autocast does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores in float32."""
+        with torch.autocast("cpu", torch.bfloat16):
+            scores: Tensor = self.model(x)
+        return scores.float()
+
+
+def autocast(model: nn.Module) -> nn.Module:
+    """A masked model under autocast."""
+    return _Autocast(masked(model))
+
+
 def _replaced(model: nn.Module, kinds: Any, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -131,18 +170,21 @@ def _replaced(model: nn.Module, kinds: Any, make: Callable[[nn.Module], nn.Modul
     return model
 
 
-PACKED = {"weight_storage": "packed"}
-NARROW = {"packed_dtype": "bfloat16"}
+DENSE = {"weight_storage": "dense"}
+VALUES = {"activation_sparsity": 0.9}
+ONE_BIT = {"activation_bits": 1, "activation_rounding": "nearest", "activation_levels": "centroids"}
 METHODS = {
     "dense": Method("dense (BatchNorm)", copy.deepcopy),
     "masked": Method("masked-dense (BatchNorm)", masked, is_masked=True),
     "relu6": Method("masked-dense, ReLU6 saved once", with_relu6_saved_once, is_masked=True),
     "dropit": Method("masked-dense, top-k and int32 indices", drop_it, is_masked=True),
-    "activations": Method("ours: activations", ours()),
-    "weights": Method("  + packed weights", ours(**PACKED)),
-    "bfloat16": Method("  + bfloat16 values", ours(**PACKED, **NARROW)),
-    "gamma": Method("    with gamma 0.8", ours(activation_sparsity=0.8, **PACKED, **NARROW)),
-    "micro": Method(f"  + micro-batches of {MICRO_BATCH}", ours(**PACKED, **NARROW), micro_batch=MICRO_BATCH),
+    "checkpointing": Method("masked-dense, each block checkpointed", checkpointed, is_masked=True),
+    "autocast": Method("masked-dense, bfloat16 autocast", autocast, is_masked=True),
+    "values": Method("ours: gamma 0.9, weights dense", ours(**VALUES, **DENSE)),
+    "packed": Method("ours: gamma 0.9, weights packed", ours(**VALUES)),
+    "default": Method("ours: 2 bits, weights packed (default)", ours()),
+    "one-bit": Method("ours: 1 bit", ours(**ONE_BIT)),
+    "micro": Method(f"ours: default, micro-batches of {MICRO_BATCH}", ours(), micro_batch=MICRO_BATCH),
 }
 
 

@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Message:
     return message_from_string(next(source.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def noxfile() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "noxfile.py"))
 

@@ -115,8 +115,16 @@ def test_an_old_federation_goes_on(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     torch.manual_seed(0)
-    config = fedmef_fx.Config(density=0.3, activation_sparsity=0.5, weight_storage="dense")
-    history = federated.run(_network(), clients, config, rounds=2, checkpoint_dir=tmp_path)
+    config = fedmef_fx.Config(
+        density=0.3,
+        activation_sparsity=0.5,
+        weight_storage="dense",
+        adjustment_space="parameter",
+        adjustment_interval=10,
+        extrusion_strength=1e-4,
+    )
+    training = federated.LocalTraining(epochs=1, batch_size=32, schedule="constant")
+    history = federated.run(_network(), clients, config, rounds=2, training=training, checkpoint_dir=tmp_path)
     assert len(history.rounds) == 2
 
 

@@ -24,7 +24,8 @@ def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
     assert comparison["total"]["overlap"] == 1
     assert "conv1.weight" in invoke("compare", "run", "run/model.safetensors").stdout
 
-    other = invoke(*arguments, "--rounds", "3")
+    assert json_of(*arguments, "--rounds", "3")["rounds"] == 3
+    other = invoke(*arguments, "--rounds", "3", "--clients-per-round", "2", "--seed", "5")
     assert other.exit_code == 1
     assert "--restart" in other.stderr
 

@@ -132,7 +132,7 @@ def test_static_masks_never_ask(method: str, sparse: Callable[..., nn.Module]) -
 
 
 def test_an_adjustment_prunes_the_lowest_and_grows_the_candidates_at_zero(sparse: Callable[..., nn.Module]) -> None:
-    server = _at_adjustment(_server(sparse(adjustment_interval=1)))
+    server = _at_adjustment(_server(sparse(adjustment_interval=1, adjustment_space="parameter")))
     counts, before = server.task().counts, server.state
     assert counts is not None
     churn = server.finish_round({0: _update(server)})
