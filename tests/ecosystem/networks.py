@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config, density, freeze, masks, set_masks, transform
 
-CONFIG = Config(density=0.4, activation_sparsity=0.5)
+CONFIG = Config(density=0.4, activation_sparsity=0.5, weight_storage="dense")
 PACKED = CONFIG.replace(weight_storage="packed")
 
 
