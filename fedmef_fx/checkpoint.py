@@ -278,6 +278,6 @@ def _value(tensors: Mapping[str, Tensor], name: str, own: Tensor, mask: Tensor |
 
 def _config(metadata: Mapping[str, str]) -> Config:
     try:
-        return Config.from_json(metadata["config"])
+        return Config.from_json(metadata["config"], is_stored=True)
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"load: the checkpoint's configuration cannot be used: {error}") from error

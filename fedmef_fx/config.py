@@ -33,6 +33,10 @@ class _Unset:
 
 
 _UNSET: Final[Any] = _Unset()
+_FORMER: Final[Mapping[str, Any]] = MappingProxyType(
+    {"activation_bits": None, "adjustment_space": "parameter", "weight_storage": "dense"}
+)
+"""What was done before there were these fields, where that is not their default."""
 
 
 def _ignore_entry(entry: object) -> str:
@@ -93,9 +97,8 @@ class Config:
             depth; `"none"` leaves the sum. Only graphs in which an NSConv was made are touched.
         activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1). Forward and the
             gradients of inputs stay exact; weight gradients become approximate. Where neither it nor `activation_bits`
-            is given, nothing is dropped and everything is coded in 2 bits, which costs the least accuracy for its
-            bytes; where it is given alone, values are kept, so that 0 leaves all saved tensors alone. With
-            `layer_sparsity` or `packed_dtype` alone it is 0.9.
+            is given, nothing is dropped and everything is coded in 2 bits; where it is given alone, values are kept, so
+            that 0 leaves all saved tensors alone. With `layer_sparsity` or `packed_dtype` alone it is 0.9.
         activation_bits: 1, 2, 3, 4 or 8: what a layer keeps of its input is coded in that many bits an element, in
             blocks: all of it where nothing is dropped (of a ReLU's result the positive part, as its mask is kept
             anyway), else what is not dropped. None keeps values, in `packed_dtype`.
@@ -247,8 +250,8 @@ class Config:
         object.__setattr__(self, "_chosen", frozenset(chosen))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a pickle; one from before there were codes keeps values."""
-        self.__dict__.update({"activation_bits": None, "_chosen": frozenset(), **state})
+        """From a pickle; fields that came after it are what was done before."""
+        self.__dict__.update({**_FORMER, "_chosen": frozenset(), **state})
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -347,8 +350,13 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str, *, is_stored: bool = False) -> Self:
         """Read what `to_json` wrote; fields left out take their defaults.
+
+        Args:
+            text: A JSON object.
+            is_stored: Whether it was stored with a model or a run: a field that an earlier version did not know then
+                stands for what that version did.
 
         Raises:
             ConfigError: Not a JSON object, an unknown field, or a value out of range.
@@ -368,7 +376,7 @@ class Config:
         for name in ("ignore", "passes"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
-        return cls(**fields)
+        return cls(**({**_FORMER, **fields} if is_stored else fields))
 
 
 def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:

@@ -249,3 +249,16 @@ def test_who_names_a_sparsity_means_values() -> None:
         assert Config.from_json(config.to_json()) == config
         assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301 -- its own
         assert copy.deepcopy(config).replace(seed=1) == config.replace(seed=1)
+
+
+def test_what_was_stored_before_there_was_a_field_means_what_was_done_then() -> None:
+    """A checkpoint, or a pickle, of a version whose defaults were others."""
+    later = {"activation_bits", "adjustment_space", "weight_storage"}
+    fields = json.loads(Config(activation_sparsity=0.9).to_json())
+    text = json.dumps({name: value for name, value in fields.items() if name not in later})
+    stored, pickled = Config.from_json(text, is_stored=True), Config.__new__(Config)
+    pickled.__setstate__({name: value for name, value in vars(stored).items() if name not in later | {"_chosen"}})
+    for config in (stored, pickled):
+        assert (config.activation_bits, config.adjustment_space, config.weight_storage) == (None, "parameter", "dense")
+    assert Config.from_json(text).adjustment_space == "effective"
+    assert Config.from_json(Config().to_json(), is_stored=True) == Config()

@@ -82,14 +82,9 @@ def _may_change(field: str, now: Any, *, finished: int) -> bool:
     return field == "clients" or field.startswith(_FREE)
 
 
-_FORMER: Final = {"adjustment_space": "parameter", "activation_bits": None}
-"""What was done before there were these fields, which is not the default that they have."""
-
-
 def _with_later_fields(config: object) -> object:
     """A configuration from a checkpoint, with the fields that came after it was written, as it was then."""
     try:
-        fields = {**_FORMER, **config} if isinstance(config, dict) else config
-        return json.loads(Config.from_json(json.dumps(fields)).to_json())
+        return json.loads(Config.from_json(json.dumps(config), is_stored=True).to_json())
     except ConfigError:  # no configuration of this version
         return config
