@@ -42,6 +42,7 @@ _SIGNATURES: Final = {
     "count": "pn:n",
     "clamp": "ipddppni",
     "scale_unmarked": "ippdpni",
+    "clear": "ippni",
     "row_statistics": "ipppddddpni",
     "row_scale": "ippppni",
     "row_gradients": "ippppdppni",

@@ -135,5 +135,4 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
                 continue
             held.stepped, mask = True, held.mask()
             if mask is not None:
-                # Of several ways the one without temporary memory, and the fastest.
-                parameter.data.mul_(mask)
+                clear_masked(parameter, mask)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedmef_fx.native import call, threads_for, why_missing
 from fedmef_fx.ops.packed_weight import unpack
 from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
 from fedmef_fx.sparse_model.optimizer_state import StateUpdate, forget_state, update_state
@@ -161,7 +162,26 @@ def clear_masked(parameter: Tensor, mask: Tensor) -> None:
     """
     # Through `.data` autograd counts no write: a backward that waits for the weight read 0 there, and may go on.
     values = parameter.data
-    torch.where(mask, values, values.new_zeros(()), out=values)
+    if _has_kernel(values, mask):
+        call("clear", values.itemsize, mask, values, values.numel(), threads_for(values.numel()))
+    else:
+        torch.where(mask, values, values.new_zeros(()), out=values)
+
+
+def _has_kernel(values: Tensor, mask: Tensor) -> bool:
+    """Whether the compiled kernel can clear a tensor: it is several times as fast, and runs after every step."""
+    return (
+        type(values) is Tensor
+        and values.is_cpu
+        and mask.is_cpu
+        and values.is_floating_point()
+        and values.itemsize > 1
+        and mask.dtype is torch.bool
+        and mask.shape == values.shape
+        and values.is_contiguous()
+        and mask.is_contiguous()
+        and why_missing() is None
+    )
 
 
 _RESIZES: Any = WeakIdKeyDictionary()  # torch leaves its methods unannotated
