@@ -42,12 +42,14 @@ class DemoResult:
     Attributes:
         settings: What was run.
         history: Every round.
+        dense: Every round of FedAvg on the dense model, with the same clients, training and seed.
         model: The final global model, transformed and in eval mode.
         test: The test set: images `f32[1, 8, 8]` and labels.
     """
 
     settings: DemoSettings
     history: History
+    dense: History
     model: nn.Module
     test: TensorDataset
 
@@ -73,26 +75,30 @@ def run_demo(*, seed: int = 0, progress: Callable[[RoundRecord], None] | None = 
 
     Args:
         seed: Of the split into training and test set, the partition, the initial weights and everything in the run.
-        progress: Called with every finished round.
+        progress: Called with every finished round, first those of FedMef, then those of the dense model.
     """
     settings = demo_settings(seed=seed)
     train, test = load_digits(seed=seed)
     parts = dirichlet_partition(train.tensors[1], clients=settings.clients, alpha=settings.alpha, seed=seed)
     clients = [Subset(train, part.tolist()) for part in parts]
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+
+    def history_of(method: str) -> History:
         torch.manual_seed(seed)
-        model = digits_cnn()
-        history = run(
-            model,
+        return run(
+            digits_cnn(),
             clients,
             settings.config,
             rounds=settings.rounds,
             test=test,
             training=settings.training,
+            method=method,
             progress=progress,
         )
+
+    with _one_thread(), torch.random.fork_rng(devices=[]):
+        history, dense = history_of("fedmef"), history_of("fedavg")
     assert history.model is not None  # noqa: S101  # every run has one
-    return DemoResult(settings, history, history.model, test)
+    return DemoResult(settings, history, dense, history.model, test)
 
 
 @contextlib.contextmanager

@@ -214,7 +214,9 @@ class _Images:
         most = max(1, min(_BUFFER, room_for_copies(shape, x_shape)) // layout.image_size(shape))
         together = -(-x_shape[0] // -(-x_shape[0] // most))  # all parts of about the same size
         self.layout, self.distance = layout, _whole_vectors(together * layout.size)
-        self.parts = [slice(start, start + together) for start in range(0, x_shape[0], together)]
+        # Where no tensor has values, memory is being predicted: the first part takes what each of the others does.
+        images = together if has_no_values(like) else x_shape[0]
+        self.parts = [slice(start, start + together) for start in range(0, images, together)]
         self.pixels = _Side(
             _Planes(layout.planes, geometry.stride, geometry.padding), shape[1], layout, self.distance, like, reach=0
         )
@@ -262,7 +264,8 @@ class _Side:
         self._planes, self._layout = planes, layout
         size, behind = self.count * distance, layout.reach - reach
         buffer = like.new_empty(reach + size + behind)
-        buffer[:reach], buffer[reach + size :] = 0, 0
+        if not has_no_values(like):
+            buffer[:reach], buffer[reach + size :] = 0, 0
         self._rows = Rows(buffer, self.count, distance, distance, first=reach, reach=(reach, behind))
 
     def of(self, x: Tensor) -> Rows:
