@@ -11,6 +11,7 @@ __all__ = [
     "DivergedError",
     "ExportError",
     "FedmefError",
+    "MissingStateError",
     "PassError",
     "RoundError",
     "VerificationError",
@@ -48,6 +49,10 @@ class CheckpointError(FedmefError):
 
 class WireError(FedmefError):
     """Bytes from a peer that do not decode to what the protocol allows."""
+
+
+class MissingStateError(WireError):
+    """A broadcast that builds on what its receiver does not have: it needs a complete one."""
 
 
 class DataError(FedmefError, ValueError):

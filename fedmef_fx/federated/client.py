@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+from fedmef_fx.federated.client_state import read_client_state, write_client_state
 from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
 from fedmef_fx.federated.state import ModelState, Schema, load_state
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
@@ -58,6 +60,8 @@ class Client:
             The update, as bytes.
 
         Raises:
+            MissingStateError: A broadcast that builds on what this client does not have, for instance since it started
+                anew without `load`; after `Server.forget` the server sends a complete one.
             WireError: A message that cannot be used.
             ConfigError: Data that cannot be trained on, or training that diverged.
         """
@@ -69,6 +73,28 @@ class Client:
                 self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn
             )
             return encode_update(update, received=state)
+
+    def save(self, path: str | Path) -> None:
+        """Write what a device keeps between rounds, for another process that goes on with `load`.
+
+        Args:
+            path: The file; it is either the old one or complete.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        write_client_state(path, self.received)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where another process called `save`. A client that does not is sent everything anew.
+
+        Args:
+            path: The file.
+
+        Raises:
+            CheckpointError: A file that is missing, damaged, something else, or of another model.
+        """
+        self.received = read_client_state(path, self._schema)
 
 
 @contextlib.contextmanager

@@ -147,6 +147,10 @@ class Server:
         """The message to one client: without what it is known to have."""
         return encode_broadcast(self.task(), self.state, changed=self.changed, known=self.known.get(client))
 
+    def forget(self, client: int) -> None:
+        """Send a complete broadcast next time: for a client that lost what it had, see `MissingStateError`."""
+        self.known.pop(client, None)
+
     def receive(self, client: int, data: bytes) -> Update:
         """Read a client's answer; from now on the client is known to have this round's broadcast.
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedmef_fx.errors import WireError
+from fedmef_fx.errors import MissingStateError, WireError
 from fedmef_fx.federated.envelope import FORMAT, seal, unseal
 from fedmef_fx.federated.limits import Limits, check_update
 from fedmef_fx.federated.message_parts import (
@@ -96,7 +96,8 @@ def decode_broadcast(
         The task and the complete state of the server.
 
     Raises:
-        WireError: Bytes that are no broadcast for this model, or that build on a version that the client lacks.
+        MissingStateError: A broadcast that builds on a version that the client lacks.
+        WireError: Bytes that are no broadcast for this model.
     """
     message = unseal(
         data,
@@ -113,13 +114,13 @@ def decode_broadcast(
     known_version = None if fields["known"] is None else integer(fields, "known", low=0, high=version)
     if known_version is not None and (previous is None or not known_version <= previous.version <= version):
         have = "none" if previous is None else str(previous.version)
-        raise WireError(
+        raise MissingStateError(
             f"broadcast: got one that builds on version {known_version}; this client has {have}: ask the server for a "
             "complete one (known=None)"
         )
     base = previous if known_version is not None else None
     if base is not None and base.run != run:
-        raise WireError(
+        raise MissingStateError(
             f"broadcast: got one of run {run!r:.40} that builds on an earlier one; this client is in run "
             f"{base.run!r:.40}: ask the server for a complete one (known=None)"
         )
@@ -136,7 +137,7 @@ def decode_broadcast(
     dense = dense_tensors(tensors, schema.dense, base.dense if base else {})
     state = ModelState(version, masks, values, dense, run)
     if fields["masks"] != state.mask_digest:
-        raise WireError(
+        raise (WireError if base is None else MissingStateError)(
             "broadcast: masks: the digest does not fit the masks that this client has: ask the server for a complete "
             "one (known=None)"
         )
