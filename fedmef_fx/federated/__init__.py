@@ -5,37 +5,50 @@ bytes and know nothing of how these travel.
 """
 
 from fedmef_fx.federated.aggregation import Aggregator, CoordinateMedian, Krum, NormClipping, TrimmedMean, WeightedMean
+from fedmef_fx.federated.callbacks import Callback, EarlyStopping, KeepBest
 from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.comparison import MethodComparison, compare
 from fedmef_fx.federated.engine import run
 from fedmef_fx.federated.failures import Failure
 from fedmef_fx.federated.history import History
+from fedmef_fx.federated.hooks import ClientHooks, ServerHooks
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.local import LocalTraining, train_locally
+from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
+from fedmef_fx.federated.server_round import ServerRound
+from fedmef_fx.federated.state import ModelState
 from fedmef_fx.federated.strategy import Strategy
 
 __all__ = [
     "METHODS",
     "Aggregator",
+    "Callback",
     "Client",
+    "ClientHooks",
     "Contender",
     "CoordinateMedian",
+    "EarlyStopping",
     "Failure",
     "History",
+    "KeepBest",
     "Krum",
     "Limits",
+    "LocalRound",
     "LocalTraining",
     "Method",
     "MethodComparison",
+    "ModelState",
     "NormClipping",
     "RoundRecord",
     "RoundTask",
     "Server",
+    "ServerHooks",
+    "ServerRound",
     "Strategy",
     "TrimmedMean",
     "Update",

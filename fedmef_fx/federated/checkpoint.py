@@ -36,6 +36,7 @@ FILE_NAME: Final = "federation.safetensors"
 
 _FORMAT: Final = 1
 _MEMORY: Final = "memory/"
+_CLIENT: Final = "client/"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +51,7 @@ class Checkpoint:
         settings: What the run was started with, as JSON can hold it.
         memory: As in `Server`.
         failures: Clients that were left out so far.
+        clients: What the strategy keeps of each client: number -> tensors by name.
     """
 
     state: ModelState
@@ -59,6 +61,7 @@ class Checkpoint:
     settings: Mapping[str, Any]
     memory: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
+    clients: Mapping[int, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE_NAME) -> None:
@@ -77,6 +80,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, name: str = FILE
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items()}
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
     tensors |= {f"{_MEMORY}{name}": tensor for name, tensor in checkpoint.memory.items()}
+    for client, kept in checkpoint.clients.items():
+        tensors |= {f"{_CLIENT}{client}/{name}": tensor for name, tensor in kept.items()}
     fields = {
         "run": state.run,
         "version": state.version,
@@ -156,7 +161,7 @@ def read_state_file(path: Path) -> ModelState:
             raise CheckpointError(
                 f"{path}: {name}: got {list(values[name].shape)} values for {int(mask.count_nonzero())} weights"
             )
-    dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items() if not key.startswith(_MEMORY)}
+    dense = {key.removeprefix("dense/"): tensor for key, tensor in tensors.items() if key.startswith("dense/")}
     return ModelState(fields.get("version", 0), masks, values, dense)
 
 
@@ -198,6 +203,10 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
     }
     dense = {name: _take(tensors, f"dense/{name}", spec) for name, spec in schema.dense.items()}
     memory = {key.removeprefix(_MEMORY): tensors.pop(key) for key in list(tensors) if key.startswith(_MEMORY)}
+    clients: dict[int, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if key.startswith(_CLIENT)]:
+        client, _, name = key.removeprefix(_CLIENT).partition("/")
+        clients.setdefault(int(client), {})[name] = tensors.pop(key)
     if tensors:
         raise CheckpointError(f"got tensors that the model does not have: {', '.join(sorted(tensors))[:200]}")
     return Checkpoint(
@@ -208,6 +217,7 @@ def _parse(data: bytes, schema: Schema) -> Checkpoint:
         settings=fields["settings"],
         memory=memory,
         failures=tuple(map(Failure.from_json, fields.get("failures", []))),
+        clients=clients,
     )
 
 

@@ -1,15 +1,16 @@
 """`Client`: bytes in, local training, bytes out. What runs on a device, independent of the transport."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedmef_fx.federated.client_state import read_client_state, write_client_state
+from fedmef_fx.federated.hooks import ClientHooks
 from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
 from fedmef_fx.federated.state import ModelState, Schema, load_state
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
@@ -26,10 +27,13 @@ class Client:
         training: How to train.
         loss_fn: Mean loss of a batch of outputs and targets.
         received: What was received in an earlier life, if anything.
+        strategy: What takes part in the training, the same as the server's; None for nothing.
+        states: What clients keep from round to round, from an earlier life: number of a client -> tensors by name.
 
     Attributes:
         received: The last broadcast, on which the next one may build; None before the first. Its masks and dense
             tensors are what a device has to keep between rounds.
+        states: What the strategy keeps of each client that was served; changed only by answers that succeed.
     """
 
     def __init__(
@@ -39,13 +43,17 @@ class Client:
         *,
         loss_fn: LossFunction = F.cross_entropy,
         received: ModelState | None = None,
+        strategy: ClientHooks | None = None,
+        states: MutableMapping[int, dict[str, Tensor]] | None = None,
     ) -> None:
         self.received = received
+        self.states = {} if states is None else states
         if training.weight_storage == "packed":
             pack_weights(model)
         self._model = model
         self._training = training
         self._loss_fn = loss_fn
+        self._strategy = strategy
         self._schema = Schema.of(model)
 
     def answer(self, message: bytes, dataset: Dataset[Any], *, client: int) -> bytes:
@@ -65,14 +73,28 @@ class Client:
             WireError: A message that cannot be used.
             ConfigError: Data that cannot be trained on, or training that diverged.
         """
-        task, state = decode_broadcast(message, self._schema, previous=self.received)
+        task, state = decode_broadcast(
+            message, self._schema, previous=self.received, takes_extras=self._strategy is not None
+        )
         self.received = state
         load_state(self._model, state)
+        kept = dict(self.states.get(client, {}))
         with _named(f"client {client}, round {task.round_index}"):
             update = train_locally(
-                self._model, dataset, self._training, task=task, client=client, loss_fn=self._loss_fn
+                self._model,
+                dataset,
+                self._training,
+                task=task,
+                client=client,
+                loss_fn=self._loss_fn,
+                hooks=self._strategy,
+                received=state,
+                kept=kept,
             )
-            return encode_update(update, received=state)
+            answer = encode_update(update, received=state)
+        if kept or client in self.states:
+            self.states[client] = kept
+        return answer
 
     def save(self, path: str | Path) -> None:
         """Write what a device keeps between rounds, for another process that goes on with `load`.

@@ -2,39 +2,40 @@
 
 import copy
 import dataclasses
-import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedmef_fx.config import Config
-from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.federated.batches import fetch, sample_count
-from fedmef_fx.federated.checkpoint import (
-    Checkpoint,
-    clear_leftovers,
-    round_file_name,
-    save_checkpoint,
-)
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.batches import fetch
+from fedmef_fx.federated.callbacks import Callback, OnRound
+from fedmef_fx.federated.checkpoint import Checkpoint, round_file_name, save_checkpoint
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining, LossFunction
 from fedmef_fx.federated.methods import Method, method_of
 from fedmef_fx.federated.one_round import Answers, ask, play_round
-from fedmef_fx.federated.opening import activate_all
+from fedmef_fx.federated.preparing import (
+    check_clients,
+    network_on,
+    own_strategy,
+    prepared,
+    settings_of,
+    usable_directory,
+)
 from fedmef_fx.federated.resuming import resume as go_on
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.strategy import Strategy
-from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
-from fedmef_fx.transformation.transform import transform
+from fedmef_fx.sparse_model.transformation import transformation_of
 
 __all__ = ["run"]
 
@@ -55,6 +56,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     resume: bool | Literal["exact"] = True,
     keep_rounds: bool = False,
     progress: Callable[[RoundRecord], None] | None = None,
+    on_round: OnRound | Sequence[OnRound] = (),
+    client_tests: Sequence[Dataset[Any] | None] | None = None,
     device: torch.device | str | None = None,
 ) -> History:
     """Train a model on many clients' data, federated, sparse and with little memory per client.
@@ -84,6 +87,10 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
             `round-00000.safetensors` and so on in `checkpoint_dir`, to compare rounds with
             `fedmef_fx.inspection.compare`; each takes as much space as the checkpoint.
         progress: Called with every finished round.
+        on_round: Called with every finished round's record and the server, whose `model` is the new model: functions,
+            or `Callback` objects such as `EarlyStopping` and `KeepBest`. One that gives True ends the run.
+        client_tests: A test set per client, or None for a client without one; after every round that is evaluated the
+            new model's loss and accuracy on each go into `RoundRecord.by_client`.
         device: Where to train and evaluate; None for where the model is.
 
     Returns:
@@ -105,40 +112,45 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     """
     training = training or LocalTraining()
     method = method_of(method)
-    strategy = _strategy(strategy, clients_per_round, clients=len(clients))
-    sizes = _check_clients(clients, rounds=rounds, clients_per_round=strategy.clients_per_round, test=test)
-    network = _prepare(model, config, method)
-    network = network if device is None else _on(network, device)
+    strategy = own_strategy(strategy, clients_per_round, clients=len(clients))
+    sizes = check_clients(clients, rounds=rounds, clients_per_round=strategy.clients_per_round, test=test)
+    network = prepared(model, config, method)
+    network = network if device is None else network_on(network, device)
     server = Server(
         network,
         method=method,
         rounds=rounds,
         samples=dict(enumerate(sizes)),
         limits=strategy.limits,
-        aggregate=strategy.aggregate,
+        strategy=strategy,
         run=secrets.token_hex(16),
     )
-    settings = _settings(network, method, training, strategy, rounds=rounds, sizes=sizes)
+    settings = settings_of(network, method, training, strategy, rounds=rounds, sizes=sizes)
     history = History(settings=settings, model=network)
-    directory = None if checkpoint_dir is None else _directory(checkpoint_dir)
+    directory = None if checkpoint_dir is None else usable_directory(checkpoint_dir)
     if keep_rounds and directory is None:
         raise ConfigError(
             "federated.run: keep_rounds=True needs a directory; expected checkpoint_dir='run' or the like"
         )
-    if directory is not None and resume:
-        go_on(directory, server, history, is_exact=resume == "exact")
+    states = go_on(directory, server, history, is_exact=resume == "exact") if directory and resume else {}
     # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
     # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None
-    client = Client(copy.deepcopy(network), training, loss_fn=loss_fn, received=received)
+    client = Client(
+        copy.deepcopy(network), training, loss_fn=loss_fn, received=received, strategy=strategy, states=states
+    )
     opened = _open(server, client, clients, strategy)
     history.failures.extend(opened.failures)
     if directory is not None and keep_rounds and not history.rounds:
-        save_checkpoint(directory, _checkpoint(server, history), name=round_file_name(0))
+        save_checkpoint(directory, _checkpoint(server, history, states), name=round_file_name(0))
+    callbacks = tuple(on_round) if isinstance(on_round, Sequence) else (on_round,)
+    is_over = _have_seen(callbacks, history, server)
     short = 0
-    for round_index in range(len(history.rounds), rounds):
+    for round_index in range(len(history.rounds), 0 if is_over else rounds):
         chosen = strategy.select(round_index, len(clients), seed=derive_seed(_seed(network), "sample", round_index))
-        record, answers = play_round(server, client, clients, chosen, strategy, test=test, loss_fn=loss_fn)
+        record, answers = play_round(
+            server, client, clients, chosen, strategy, test=test, client_tests=client_tests, loss_fn=loss_fn
+        )
         if round_index == 0:
             record = dataclasses.replace(
                 record,
@@ -148,7 +160,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         history.rounds.append(record)
         history.failures.extend(answers.failures)
         if directory is not None:
-            checkpoint = _checkpoint(server, history)
+            checkpoint = _checkpoint(server, history, states)
             save_checkpoint(directory, checkpoint)
             if keep_rounds:
                 save_checkpoint(directory, checkpoint, name=round_file_name(len(history.rounds)))
@@ -157,7 +169,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         short = 0 if record.clients else short + 1
         if short == strategy.patience or (short and len(history.rounds) == rounds == short):
             raise answers.shortage(round_index, rounds=short, minimum=strategy.minimum) from answers.error
-        if strategy.after_round(record, server):
+        ends = [callback(record, server) is True for callback in callbacks]
+        if strategy.after_round(record, server) or any(ends):
             break
     network.eval()
     return history
@@ -175,7 +188,17 @@ def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]], stra
     return answers
 
 
-def _checkpoint(server: Server, history: History) -> Checkpoint:
+def _have_seen(callbacks: Sequence[OnRound], history: History, server: Server) -> bool:
+    """Tell callbacks of the rounds before a run went on; whether they end it."""
+    if not history.rounds:
+        return False
+    ends = [
+        callback.on_resume(tuple(history.rounds), server) for callback in callbacks if isinstance(callback, Callback)
+    ]
+    return any(ends)
+
+
+def _checkpoint(server: Server, history: History, states: Mapping[int, Mapping[str, Tensor]]) -> Checkpoint:
     return Checkpoint(
         server.state,
         server.changed,
@@ -184,119 +207,8 @@ def _checkpoint(server: Server, history: History) -> Checkpoint:
         history.settings,
         dict(server.memory),
         tuple(history.failures),
+        {client: dict(kept) for client, kept in states.items()},
     )
-
-
-def _strategy(strategy: Strategy | None, clients_per_round: int | None, *, clients: int) -> Strategy:
-    """The strategy, with the number of clients of a round in it."""
-    strategy = copy.copy(strategy) if strategy is not None else Strategy()
-    if strategy.minimum > clients > 0:
-        raise ConfigError(
-            f"Strategy.minimum: got {strategy.minimum}; expected at most {clients}, the number of clients"
-        )
-    if clients_per_round is None:
-        return strategy
-    if strategy.clients_per_round not in (None, clients_per_round):
-        raise ConfigError(
-            f"federated.run: clients_per_round: got {clients_per_round} beside a strategy with "
-            f"{strategy.clients_per_round}; expected one of the two"
-        )
-    strategy.clients_per_round = clients_per_round
-    return strategy
-
-
-def _check_clients(
-    clients: Sequence[Dataset[Any]], *, rounds: int, clients_per_round: int | None, test: Dataset[Any] | None
-) -> list[int]:
-    """The number of samples of every client."""
-    if type(rounds) is not int or rounds < 1:
-        raise ConfigError(f"federated.run: rounds: got {rounds!r}; expected an integer >= 1")
-    if not clients:
-        raise ConfigError("federated.run: got no clients; expected a list of data sets, one per client")
-    sizes = [sample_count(dataset) for dataset in clients]
-    empty = [str(index) for index, size in enumerate(sizes) if size == 0]
-    if empty:
-        raise ConfigError(
-            f"federated.run: client {', '.join(empty)} has no samples; expected at least one each: leave empty clients "
-            "out, e.g. [data for data in clients if len(data)]"
-        )
-    if test is not None and sample_count(test) == 0:
-        raise ConfigError("federated.run: test: got a data set without samples; expected some, or test=None")
-    allowed = clients_per_round is None or (type(clients_per_round) is int and 1 <= clients_per_round <= len(clients))
-    if not allowed:
-        raise ConfigError(
-            f"federated.run: clients_per_round: got {clients_per_round!r}; expected an integer in [1, {len(clients)}], "
-            "the number of clients"
-        )
-    return sizes
-
-
-def _prepare(model: nn.Module, config: Config | None, method: Method) -> nn.Module:
-    """A transformed copy of the model that fits the method."""
-    if not is_transformed(model):
-        network = transform(model, method.configure(config or Config()))
-        if method.opening is not None:
-            activate_all(network, model, method=method.name)
-        return network
-    own = transformation_of(model).config
-    wanted = method.configure(config or own)
-    different = [
-        f"{field.name}={getattr(own, field.name)!r} instead of {getattr(wanted, field.name)!r}"
-        for field in dataclasses.fields(Config)
-        if getattr(own, field.name) != getattr(wanted, field.name)
-    ]
-    if different:
-        raise ConfigError(
-            f"federated.run: the model was transformed with {', '.join(different)}, which method {method.name!r} and "
-            "config ask for; expected the original model, which run transforms itself, or one with this configuration"
-        )
-    network = copy.deepcopy(model)
-    if method.opening is not None:
-        activate_all(network, model, method=method.name)
-    return network
-
-
-def _settings(
-    model: nn.Module,
-    method: Method,
-    training: LocalTraining,
-    strategy: Strategy,
-    *,
-    rounds: int,
-    sizes: Sequence[int],
-) -> dict[str, Any]:
-    """What a run depends on, as JSON can hold it."""
-    return {
-        "method": method.settings(),
-        "config": json.loads(transformation_of(model).config.to_json()),
-        "training": dataclasses.asdict(training),
-        "rounds": rounds,
-        "clients_per_round": strategy.clients_per_round,
-        "client_samples": list(sizes),
-        "strategy": {name: value for name, value in strategy.settings().items() if name != "clients_per_round"},
-    }
-
-
-def _on(network: nn.Module, device: torch.device | str) -> nn.Module:
-    try:
-        return network.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without a kind of device
-        raise ConfigError(
-            f"federated.run: device: got {str(device)!r}, which cannot be used here: {error!s:.200}; expected "
-            "cpu, cuda, cuda:1, ..."
-        ) from error
-
-
-def _directory(checkpoint_dir: str | Path) -> Path:
-    directory = Path(checkpoint_dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint_dir: {directory}: cannot be used: {error}; expected a writable directory"
-        ) from error
-    return directory
 
 
 def _seed(model: nn.Module) -> int:

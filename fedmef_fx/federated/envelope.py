@@ -21,6 +21,8 @@ FORMAT: Final = 1
 # The header states each tensor's name twice at most (once among the fields), up to 16 sizes, offsets and punctuation.
 _HEADER_BYTES_PER_TENSOR: Final = 512
 _HEADER_BYTES: Final = 4096
+# What strategies add has names and numbers in the header, too.
+_HEADER_ROOM: Final = 2**17
 # A message may be larger than its model allows by this factor before it is refused unread: so that a message that is
 # only a little wrong is read, and the error says in what.
 _SLACK: Final = 2
@@ -70,7 +72,13 @@ def seal(tensors: Mapping[str, Tensor], kind: str, fields: Mapping[str, Any]) ->
 
 
 def unseal(
-    data: bytes, kind: str, *, fields: Collection[str], optional: Collection[str] = (), sizes: Mapping[str, int]
+    data: bytes,
+    kind: str,
+    *,
+    fields: Collection[str],
+    optional: Collection[str] = (),
+    sizes: Mapping[str, int],
+    room: int = 0,
 ) -> Envelope:
     """Take a message apart, without looking at bytes that are more than a message of this kind can have.
 
@@ -80,12 +88,17 @@ def unseal(
         fields: Names of the fields that it has to have.
         optional: Names of those that it may have.
         sizes: Name of every tensor that it may have -> its most bytes.
+        room: How many bytes its tensors may have besides, and its header up to a bound.
 
     Raises:
         WireError: Another message, or something else.
     """
-    header = _HEADER_BYTES + sum(_HEADER_BYTES_PER_TENSOR + 4 * len(json.dumps(name)) for name in sizes)
-    largest = _SLACK * (header + sum(sizes.values()))
+    header = (
+        _HEADER_BYTES
+        + min(room, _HEADER_ROOM)
+        + sum(_HEADER_BYTES_PER_TENSOR + 4 * len(json.dumps(name)) for name in sizes)
+    )
+    largest = _SLACK * (header + room + sum(sizes.values()))
     if len(data) > largest:
         raise WireError(f"{kind}: got {len(data)} bytes; expected at most {largest} for this model: another model")
     tensors, content = decode(data, header_bytes=header)

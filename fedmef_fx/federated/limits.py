@@ -66,7 +66,12 @@ def check_update(update: Update, sent: ModelState, limits: Limits) -> None:
     if abs(update.loss) > limits.value:
         raise WireError(f"update: loss: got {update.loss:.3g}; expected at most {limits.value:.3g}: it has diverged")
     gradients = {name: gradient.values for name, gradient in update.gradients.items()}
-    for kind, tensors in (("value", update.values), ("gradient", gradients), ("score", update.scores)):
+    for kind, tensors in (
+        ("value", update.values),
+        ("gradient", gradients),
+        ("score", update.scores),
+        ("extra", update.extras),
+    ):
         for name, tensor in tensors.items():
             _check_magnitude(f"{kind}/{name}", tensor, limits.value)
     for name, tensor in update.dense.items():

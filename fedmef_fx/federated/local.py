@@ -4,23 +4,25 @@ Knows nothing about transports: `train_locally` takes a model and a data set and
 """
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from fedmef_fx.errors import ConfigError, DivergedError
 from fedmef_fx.federated.batches import Batch, batches, sample_count
+from fedmef_fx.federated.hooks import ClientHooks
+from fedmef_fx.federated.local_round import LocalRound
+from fedmef_fx.federated.local_training import LocalTraining, cosine
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.reports import Findings, findings_of, readjusted_midway
 from fedmef_fx.federated.seeds import derive_seed
-from fedmef_fx.federated.state import read_state
+from fedmef_fx.federated.state import ModelState, read_state
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.sparse_model.transformation import transformation_of
@@ -34,78 +36,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 """Maps a batch of outputs and targets to their mean loss, a scalar."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalTraining:
-    """How clients train. The optimizer is new in every round: clients keep no state of it.
-
-    Attributes:
-        epochs: E, passes over the local data per round, >= 1.
-        batch_size: Samples per batch, >= 1. A last batch of one sample joins the one before it. Sparse networks need
-            steps: on clients with few samples two passes in batches of 16 reach what one in batches of 32 misses by
-            far, see docs/choosing.md.
-        optimizer: `"sgd"` or `"adam"`.
-        learning_rate: eta_0, > 0. NSConv networks diverge at rates that BatchNorm allows; `Config.gradient_clipping`
-            widens the range.
-        momentum: Of SGD, in [0, 1).
-        weight_decay: >= 0; acts on active weights only, as masked ones are 0.
-        schedule: The rate within a local training: `"constant"`, or `"cosine"` down to 0 at its end. Only where the
-            rate decays can the rate floor of extrusion act.
-        round_schedule: The rate over the rounds of a run: `"constant"`, or `"cosine"` down to 0 after the last.
-        growth_batches: Batches from which growth candidates are computed; None for all local data.
-        weight_storage: How a `Client` stores its masked weights: `"packed"`, the active values alone with their
-            gradients and optimizer state, however its model came; `"dense"` leaves its model as it came. The results
-            are the same up to rounding.
-
-    Raises:
-        ConfigError: A value out of range; the message gives the field, the value and the range.
-    """
-
-    epochs: int = 2
-    batch_size: int = 16
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "cosine"
-    round_schedule: Literal["constant", "cosine"] = "constant"
-    growth_batches: int | None = None
-    weight_storage: Literal["packed", "dense"] = "packed"
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
-                self._reject(name, " | ".join(map(repr, choices)))
-        for name in ("epochs", "batch_size", "growth_batches"):
-            value = getattr(self, name)
-            if not (type(value) is int and value >= 1) and not (name == "growth_batches" and value is None):
-                self._reject(name, "an integer >= 1")
-        if not (_is_number(self.learning_rate) and self.learning_rate > 0):
-            self._reject("learning_rate", "a number > 0")
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            self._reject("momentum", "a number in [0, 1)")
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
-            self._reject("weight_decay", "a number >= 0")
-
-    def _reject(self, name: str, expected: str) -> None:
-        raise ConfigError(f"LocalTraining.{name}: got {getattr(self, name)!r}; expected {expected}")
-
-    def learning_rate_in(self, task: RoundTask) -> float:
-        """eta_0 of a round."""
-        if self.round_schedule == "constant":
-            return self.learning_rate
-        return self.learning_rate * _cosine(task.round_index / task.rounds)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _cosine(progress: float) -> float:
-    """From 1 at the start to 0 at the end."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
 def train_locally(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -114,6 +44,9 @@ def train_locally(
     task: RoundTask,
     client: int = 0,
     loss_fn: LossFunction = F.cross_entropy,
+    hooks: ClientHooks | None = None,
+    received: ModelState | None = None,
+    kept: MutableMapping[str, Tensor] | None = None,
 ) -> Update:
     """Train a transformed model on one client's data, in place, as a round asks for it.
 
@@ -130,6 +63,9 @@ def train_locally(
         task: The round.
         client: The client's number, for its random choices and error messages.
         loss_fn: Mean loss of a batch of outputs and targets.
+        hooks: What takes part in the training; None for nothing.
+        received: What the server sent, for the hooks; None for what the model holds.
+        kept: What the client keeps from round to round, for the hooks; changed in place.
 
     Returns:
         The trained values, the growth candidates if asked for, and measurements; never a dense gradient.
@@ -142,6 +78,8 @@ def train_locally(
         raise ConfigError(
             f"client {client}: got a data set without samples; expected at least one: leave the client out"
         )
+    if hooks is not None:
+        options = _own_options(hooks, options, task, client=client, samples=samples)
     seed = derive_seed(transformation_of(model).config.seed, "client", task.round_index, client)
     device = next(model.parameters()).device
     for module in model.modules():
@@ -149,9 +87,31 @@ def train_locally(
             module.reset(draws=seed % 2**32)
     model.train()
     with _seeded(seed, device):
-        loss, peak_saved_bytes = 0.0, 0
+        loss, peak_saved_bytes, local = 0.0, 0, None
         if not task.is_opening:
-            loss, peak_saved_bytes = _epochs(model, dataset, options, task=task, client=client, loss_fn=loss_fn)
+            optimizer = options.make_optimizer(model, options.learning_rate_in(task))
+            if hooks is not None:
+                local = LocalRound(
+                    model=model,
+                    task=task,
+                    client=client,
+                    samples=samples,
+                    received=received or read_state(model, version=task.round_index),
+                    optimizer=optimizer,
+                    steps=options.epochs * _batch_count(samples, options.batch_size),
+                    state={} if kept is None else kept,
+                )
+            with _hooked(hooks, local) as before_step:
+                loss, peak_saved_bytes = _epochs(
+                    model,
+                    dataset,
+                    options,
+                    optimizer,
+                    task=task,
+                    client=client,
+                    loss_fn=loss_fn,
+                    before_step=before_step,
+                )
         found = _findings(model, dataset, options, task=task, loss_fn=loss_fn)
     state = read_state(model, version=task.round_index)
     return Update(
@@ -166,7 +126,38 @@ def train_locally(
         scores=found.scores,
         masks=found.masks,
         client=client,
+        extras={} if local is None else local.reply,
+        metrics={} if local is None else local.checked_metrics(),
     )
+
+
+@contextlib.contextmanager
+def _hooked(hooks: ClientHooks | None, local: LocalRound | None) -> Iterator[Callable[[], None]]:
+    """A block of local training with hooks before and after it; gives what is to be called before each step."""
+    if hooks is None or local is None:
+        yield lambda: None
+        return
+
+    def before_step() -> None:
+        hooks.before_step(local)
+        local.step += 1
+
+    hooks.before_training(local)
+    yield before_step
+    hooks.after_training(local)
+
+
+def _own_options(
+    hooks: ClientHooks, options: LocalTraining, task: RoundTask, *, client: int, samples: int
+) -> LocalTraining:
+    """How this client trains in this round."""
+    own = hooks.local_training(options, task, client=client, samples=samples)
+    if not isinstance(own, LocalTraining) or own.weight_storage != options.weight_storage:
+        raise ConfigError(
+            f"local_training: client {client}, round {task.round_index}: expected a LocalTraining with "
+            f"weight_storage={options.weight_storage!r}, as all clients have it; got {own!r:.100}"
+        )
+    return own
 
 
 @contextlib.contextmanager
@@ -182,15 +173,16 @@ def _epochs(
     model: nn.Module,
     dataset: Dataset[Any],
     options: LocalTraining,
+    optimizer: Optimizer,
     *,
     task: RoundTask,
     client: int,
     loss_fn: LossFunction,
+    before_step: Callable[[], None],
 ) -> tuple[float, int]:
     """All local epochs: mean loss of the last one, and the bytes that the first step kept for its backward."""
     clipping = transformation_of(model).config.gradient_clipping
-    rate = options.learning_rate_in(task)
-    optimizer = _optimizer(model, options, rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
     device = next(model.parameters()).device
     step_count = options.epochs * _batch_count(sample_count(dataset), options.batch_size)
     step, peak, total = 0, 0, 0.0
@@ -207,10 +199,12 @@ def _epochs(
             total = 0.0
             for batch in batches(dataset, batch_size=options.batch_size, shuffle=True, device=device):
                 if options.schedule == "cosine":
-                    optimizer.param_groups[0]["lr"] = rate * _cosine(step / step_count)
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * cosine(step / step_count)
                 optimizer.zero_grad()
                 value, kept = _gradients(model, batch, loss_fn, client=client, is_measured=step == 0)
                 peak = max(peak, kept)
+                before_step()
                 if clipping is not None:
                     clip_gradients(model, clipping)
                 optimizer.step()
@@ -223,13 +217,6 @@ def _batch_count(samples: int, batch_size: int) -> int:
     full, rest = divmod(samples, batch_size)
     joins = rest == 1 and full > 0 and batch_size > 1  # see batches.batch_indices
     return full + (1 if rest and not joins else 0)
-
-
-def _optimizer(model: nn.Module, options: LocalTraining, rate: float) -> Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if options.optimizer == "adam":
-        return Adam(parameters, lr=rate, weight_decay=options.weight_decay)
-    return SGD(parameters, lr=rate, momentum=options.momentum, weight_decay=options.weight_decay)
 
 
 def _extrusion(

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import FedmefError, WireError
-from fedmef_fx.federated.messages import RoundTask
+from fedmef_fx.federated.messages import MOST_METRICS, RoundTask, is_metric_name
 from fedmef_fx.federated.positions import unpack_positions
 from fedmef_fx.federated.state import TensorSpec
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 __all__ = [
+    "METRICS_BYTES",
+    "all_extras",
     "dense_tensors",
     "growth_candidates",
     "integer",
     "kept",
+    "metrics_of",
     "own_mask",
     "positions_alone",
     "scores_of",
@@ -27,6 +30,9 @@ __all__ = [
 
 # Any count of rounds, samples or bytes; JSON numbers up to here are exact everywhere.
 _LARGEST: Final = 2**53
+
+METRICS_BYTES: Final = MOST_METRICS * 128
+"""Most bytes of a header that a client's own numbers take."""
 
 
 def integer(fields: Mapping[str, object], name: str, *, low: int, high: int = _LARGEST) -> int:
@@ -132,3 +138,22 @@ def own_mask(tensors: dict[str, Tensor], name: str, sent: Tensor) -> Tensor:
             f"{int(sent.count_nonzero())}, as many as were sent"
         )
     return mask
+
+
+def all_extras(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove and check all that a strategy added to a broadcast."""
+    keys = [key for key in tensors if key.startswith("extra/")]
+    return {key.removeprefix("extra/"): take(tensors, key, TensorSpec.of(tensors[key])) for key in keys}
+
+
+def metrics_of(entry: object) -> dict[str, float]:
+    """A client's own numbers, by name."""
+    if not isinstance(entry, dict) or len(entry) > MOST_METRICS:
+        raise WireError(f"update: metrics: got {entry!r:.80}; expected at most {MOST_METRICS} numbers by name")
+    result = {}
+    for name, value in entry.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+        if not is_metric_name(name) or not (is_number or value in ("nan", "inf", "-inf")):
+            raise WireError(f"update: metrics: got {name!r:.80}: {value!r:.40}; expected a number by a short name")
+        result[name] = float(value)
+    return result

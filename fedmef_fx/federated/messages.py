@@ -1,6 +1,7 @@
 """What server and clients say to each other in a round, as plain objects; `wire` turns them into bytes."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -8,7 +9,16 @@ from torch import Tensor
 
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["NOTHING", "REPORTS", "Report", "ReportName", "RoundTask", "Update"]
+__all__ = ["MOST_METRICS", "NOTHING", "REPORTS", "Report", "ReportName", "RoundTask", "Update", "is_metric_name"]
+
+MOST_METRICS: Final = 64
+"""How many numbers of its own a client may send."""
+
+
+def is_metric_name(name: object) -> bool:
+    """Whether a number of a client's own may have this name: at most 64 plain characters."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_ .:/@%+()-]{1,64}", name) is not None
+
 
 ReportName = Literal["gradients", "positions", "masks", "squares", "fisher", "gradient", "saliency"]
 
@@ -57,12 +67,14 @@ class RoundTask:
         counts: Parameter name -> k_l in an adjustment round, None in any other: how many weights a client marks for
             extrusion, and how many growth candidates it sends.
         report: What clients send besides in adjustment rounds; a report without weights is asked for before round 0.
+        extras: Tensors that a strategy sends along, by name.
     """
 
     round_index: int
     rounds: int
     counts: Mapping[str, int] | None = None
     report: ReportName = "gradients"
+    extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def is_opening(self) -> bool:
@@ -91,6 +103,8 @@ class Update:
         scores: Parameter name -> scores `[numel]` or `[active]`, where they are asked for.
         masks: Parameter name -> the client's own mask, where it is asked for.
         client: Whose it is.
+        extras: Tensors that a strategy adds, by name.
+        metrics: Numbers that a strategy adds, by name; they may be infinite or NaN.
     """
 
     round_index: int
@@ -104,3 +118,5 @@ class Update:
     scores: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     masks: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     client: int = 0
+    extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)

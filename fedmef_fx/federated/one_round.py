@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fedmef_fx.errors import RoundError
+from fedmef_fx.errors import ConfigError, RoundError
 from fedmef_fx.federated.client import Client
 from fedmef_fx.federated.evaluation import evaluate
 from fedmef_fx.federated.failures import Failure
@@ -32,6 +32,7 @@ class Answers:
         bytes_down: Bytes that were sent to them.
         bytes_up: Bytes that they sent.
         error: What the last failure raised.
+        by_client: Client -> what was counted of it, for those with an update.
     """
 
     updates: dict[int, Update] = dataclasses.field(default_factory=dict)
@@ -39,6 +40,7 @@ class Answers:
     bytes_down: int = 0
     bytes_up: int = 0
     error: Exception | None = None
+    by_client: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def shortage(self, round_index: int, *, rounds: int, minimum: int) -> RoundError:
         """The error of a run in which too many clients fail."""
@@ -81,7 +83,16 @@ def ask(
                 reason = f"late: took {seconds:.1f} s; expected at most {strategy.timeout_s:g} s"
                 answers.failures.append(Failure(round_index, index, reason))
                 continue
-            answers.updates[index] = server.receive(index, answer)
+            update = server.receive(index, answer)
+            answers.updates[index] = update
+            answers.by_client[index] = {
+                "samples": update.samples,
+                "loss": update.loss,
+                "bytes_down": len(message),
+                "bytes_up": len(answer),
+                "peak_saved_bytes": update.peak_saved_bytes,
+                **update.metrics,
+            }
         except Exception as error:  # whatever a client's data and code raise ends its part alone
             answers.failures.append(Failure.of(error, round_index=round_index, client=index))
             answers.error = error
@@ -96,6 +107,7 @@ def play_round(  # what a round is made of
     strategy: Strategy,
     *,
     test: Dataset[Any] | None,
+    client_tests: Sequence[Dataset[Any] | None] | None = None,
     loss_fn: LossFunction,
 ) -> tuple[RoundRecord, Answers]:
     """Play one round, and evaluate the new model.
@@ -112,7 +124,15 @@ def play_round(  # what a round is made of
         churn = {}
         server.skip_round()
     updates = list(answers.updates.values()) if has_quorum else []
-    test_loss, accuracy = (None, None) if test is None else evaluate(server.model, test, loss_fn=loss_fn)
+    is_last = task.round_index + 1 == task.rounds
+    is_evaluated = is_last or (task.round_index + 1) % strategy.evaluate_every == 0
+    test_loss, accuracy = None, None
+    if is_evaluated and test is not None:
+        test_loss, accuracy = evaluate(server.model, test, loss_fn=loss_fn)
+    by_client = dict(answers.by_client) if has_quorum else {}
+    for index, own in enumerate(client_tests or ()) if is_evaluated else ():
+        if own is not None:
+            by_client[index] = by_client.get(index, {}) | _tested(server, own, loss_fn)
     samples = sum(update.samples for update in updates)
     record = RoundRecord(
         round_index=task.round_index,
@@ -127,5 +147,41 @@ def play_round(  # what a round is made of
         seconds=time.perf_counter() - start,
         peak_saved_bytes=max((update.peak_saved_bytes for update in updates), default=0),
         churn=churn,
+        metrics=_means(updates),
+        by_client=dict(sorted(by_client.items())),
     )
-    return record, answers
+    return dataclasses.replace(record, metrics=record.metrics | _own_metrics(strategy, server)), answers
+
+
+def _tested(server: Server, own: Dataset[Any], loss_fn: LossFunction) -> dict[str, float]:
+    """The new model on one client's test set."""
+    loss, accuracy = evaluate(server.model, own, loss_fn=loss_fn)
+    return {"test_loss": loss} | ({} if accuracy is None else {"test_accuracy": accuracy})
+
+
+def _means(updates: Sequence[Update]) -> dict[str, float]:
+    """Each number that clients sent of their own, over those that sent it, weighted by samples."""
+    names = dict.fromkeys(name for update in updates for name in update.metrics)
+    result = {}
+    for name in sorted(names):
+        found = [(update.metrics[name], update.samples) for update in updates if name in update.metrics]
+        # Sorted, so that the order of clients does not matter.
+        total = sum(sorted(value * samples for value, samples in found))
+        result[name] = total / sum(samples for _, samples in found)
+    return result
+
+
+def _own_metrics(strategy: Strategy, server: Server) -> dict[str, float]:
+    """The strategy's numbers about a round.
+
+    Raises:
+        ConfigError: Something else than numbers by name.
+    """
+    found = strategy.metrics(server)
+    for name, value in found.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(
+                f"{type(strategy).__name__}.metrics: got {name!r:.80}: {value!r:.80}; expected a number by name, e.g. "
+                "float(tensor)"
+            )
+    return {name: float(value) for name, value in found.items()}

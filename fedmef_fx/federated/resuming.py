@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated.checkpoint import load_checkpoint
@@ -21,9 +23,13 @@ CHANGES: Final = "changes"
 """Where a run's settings list what was changed when it went on."""
 
 _FREE: Final = ("rounds", "training.learning_rate", "config.gradient_clipping", "strategy.")
+# Fields of strategies that former checkpoints lack, as they were then.
+_LATER_STRATEGY: Final[dict[str, Any]] = {"evaluate_every": 1}
 
 
-def resume(directory: Path, server: Server, history: History, *, is_exact: bool = False) -> None:
+def resume(
+    directory: Path, server: Server, history: History, *, is_exact: bool = False
+) -> dict[int, dict[str, Tensor]]:
     """Put server and history where the checkpoint says, if there is one.
 
     Args:
@@ -32,14 +38,19 @@ def resume(directory: Path, server: Server, history: History, *, is_exact: bool 
         history: Its settings are what is asked for now; changes are noted there.
         is_exact: Whether no change is taken.
 
+    Returns:
+        What the strategy keeps of each client.
+
     Raises:
         CheckpointError: A checkpoint that is damaged, or whose settings differ in what may not change.
     """
     checkpoint = load_checkpoint(directory, server.schema)
     if checkpoint is None:
-        return
+        return {}
     stored = dict(checkpoint.settings)
     stored["config"] = _with_later_fields(stored.get("config"))
+    if isinstance(stored.get("strategy"), dict):
+        stored["strategy"] = _LATER_STRATEGY | stored["strategy"]
     finished = len(checkpoint.rounds)
     changes = [*stored.get(CHANGES, [])]
     for field, before, now in _differences(stored, history.settings):
@@ -54,6 +65,7 @@ def resume(directory: Path, server: Server, history: History, *, is_exact: bool 
     server.restore(checkpoint.state, changed=checkpoint.changed, known=checkpoint.known, memory=checkpoint.memory)
     history.rounds.extend(checkpoint.rounds)
     history.failures.extend(checkpoint.failures)
+    return {client: dict(kept) for client, kept in checkpoint.clients.items()}
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -5,17 +5,19 @@ Knows nothing about transports: a round is `task`, one `broadcast` and one `rece
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, WireError
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.hooks import ServerHooks
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import AfterRound, Method
 from fedmef_fx.federated.opening import active_budget
+from fedmef_fx.federated.server_round import ServerRound
 from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
 from fedmef_fx.files.container import digest
@@ -41,14 +43,16 @@ class Server:
         rounds: Rounds of the whole run; adjustments stop there unless the configuration says otherwise.
         samples: Client -> how many samples it declared; others' answers, and other numbers, are refused. None for any.
         limits: What no update may exceed; None for `Limits()`.
-        aggregate: What becomes of updates before the method averages them, see `Strategy.aggregate`; None for nothing.
+        aggregate: What becomes of updates before the method averages them, see `Strategy.aggregate`; None for what the
+            strategy does.
+        strategy: What takes part in rounds, the same as the clients'; None for nothing.
         run: The run's name, which every message bears; None for one that follows from model, method and rounds.
 
     Attributes:
         state: The model that is sent; its version is the number of finished rounds.
         changed: Name of each mask's parameter and each dense tensor -> the version in which it last changed.
         known: Client -> the version of the last broadcast that it is known to have.
-        memory: What the method's adjustment remembers from round to round.
+        memory: What the method's adjustment and the strategy remember from round to round.
         is_opening: Whether the first masks are still to be found (`open`); all weights are active until then.
     """
 
@@ -61,6 +65,7 @@ class Server:
         samples: Mapping[int, int] | None = None,
         limits: Limits | None = None,
         aggregate: Aggregate | None = None,
+        strategy: ServerHooks | None = None,
         run: str | None = None,
     ) -> None:
         if rounds < 1:
@@ -76,7 +81,10 @@ class Server:
         self._rounds = rounds
         self._samples = samples
         self._limits = limits or Limits()
-        self._aggregate = aggregate
+        self._strategy = strategy or ServerHooks()
+        self._is_plain = strategy is None
+        self._aggregate = aggregate or self._strategy.aggregate
+        self._trained = tuple(_trained(model, self.schema.dense))
 
     def restore(
         self,
@@ -145,7 +153,20 @@ class Server:
 
     def broadcast(self, client: int) -> bytes:
         """The message to one client: without what it is known to have."""
-        return encode_broadcast(self.task(), self.state, changed=self.changed, known=self.known.get(client))
+        task = self.task()
+        if not task.is_opening:
+            task = dataclasses.replace(task, extras=self._strategy.extras(client, self.now()))
+        return encode_broadcast(task, self.state, changed=self.changed, known=self.known.get(client))
+
+    def now(self) -> ServerRound:
+        """The current round, as strategies see it."""
+        return ServerRound(
+            round_index=self.state.version,
+            clients=None if self._samples is None else len(self._samples),
+            sent=self.state,
+            trained=self._trained,
+            memory=self.memory,
+        )
 
     def forget(self, client: int) -> None:
         """Send a complete broadcast next time: for a client that lost what it had, see `MissingStateError`."""
@@ -160,18 +181,26 @@ class Server:
         try:
             if self._samples is not None and client not in self._samples:
                 raise WireError("got an answer of a client that is not in this run; expected one that is")
+            task = self.task()
             update = decode_update(
                 data,
-                task=self.task(),
+                task=task,
                 sent=self.state,
                 client=client,
                 samples=None if self._samples is None else self._samples[client],
                 limits=self._limits,
+                expected=self._expected(task),
             )
         except WireError as error:
             raise WireError(f"client {client}, round {self.state.version}: {error}") from error
         self.known[client] = self.state.version
         return update
+
+    def _expected(self, task: RoundTask) -> Mapping[str, Tensor] | None:
+        """Tensors that clients add to their updates; None where there is no strategy."""
+        if self._is_plain:
+            return None
+        return {} if task.is_opening else self._strategy.expected(self.now())
 
     def finish_round(self, updates: Mapping[int, Update]) -> dict[str, int]:
         """Average what the clients sent, weighted by their samples, and adjust the masks where it is due.
@@ -190,18 +219,17 @@ class Server:
         if not updates:
             raise ConfigError(f"round {self.state.version}: got no updates; expected at least one client's")
         version = self.state.version + 1
-        received: Sequence[Update] = list(updates.values())
-        if self._aggregate is not None:
-            received = self._aggregate(received, self.state, self.memory)
-        weights = [update.samples for update in received]
+        now, received = self.now(), list(updates.values())
+        taken = self._aggregate(received, self.state, self.memory)
+        weights = [update.samples for update in taken]
         policy, counts, is_due = self._method.policy, self._counts(), self._is_due()
         marked = lowest_units(self.model, effective_parameters(self.model), counts.__getitem__) if is_due else {}
-        masks, values = policy.merged(self.state, received)
-        dense = {name: weighted_average([u.dense[name] for u in received], weights) for name in self.schema.dense}
-        load_state(self.model, ModelState(version, masks, values, dense))
-        churn = policy.finish(
-            AfterRound(self.model, received, counts, is_due, self.state.version, self.memory, self.state.masks, marked)
-        )
+        masks, values = policy.merged(self.state, taken)
+        dense = {name: weighted_average([u.dense[name] for u in taken], weights) for name in self.schema.dense}
+        averaged = ModelState(version, masks, values, dense, self.state.run)
+        load_state(self.model, self._strategy.server_step(averaged, received, now))
+        after = AfterRound(self.model, taken, counts, is_due, self.state.version, self.memory, self.state.masks, marked)
+        churn = self._strategy.adjust(after, policy)
         self._advance(version)
         return churn
 
@@ -215,6 +243,11 @@ class Server:
         for old, new in ((self.state.masks, state.masks), (self.state.dense, state.dense)):
             self.changed |= {name: version for name, tensor in new.items() if not torch.equal(tensor, old[name])}
         self.state = state
+
+
+def _trained(model: nn.Module, dense: Collection[str]) -> list[str]:
+    """Names of the parameters without a mask that are trained."""
+    return [name for name, parameter in model.named_parameters() if name in dense and parameter.requires_grad]
 
 
 def _run_name(model: nn.Module, method: Method, rounds: int) -> str:

@@ -35,6 +35,11 @@ class TensorSpec:
         """The spec of a tensor."""
         return cls(tensor.shape, tensor.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor like this."""
+        return self.shape.numel() * self.dtype.itemsize
+
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
 
@@ -68,6 +73,11 @@ class Schema:
                 expected = ", ".join(map(str, DTYPES.values()))
                 raise ConfigError(f"federated: {name!r}: got {spec.dtype}; expected one of {expected}")
         return schema
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, masked weights included."""
+        return sum(spec.nbytes for specs in (self.masked, self.dense) for spec in specs.values())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

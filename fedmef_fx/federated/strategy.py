@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.aggregation import Aggregator, WeightedMean
+from fedmef_fx.federated.hooks import ClientHooks, ServerHooks
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.messages import Update
 from fedmef_fx.federated.rounds import RoundRecord
@@ -23,14 +24,19 @@ __all__ = ["Strategy"]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Strategy:
+class Strategy(ServerHooks, ClientHooks):
     """What differs between federations of one method; subclass it and override what differs in yours.
+
+    At the server: `select`, `extras`, `expected`, `aggregate`, `server_step`, `adjust`, `metrics`, `after_round`. At
+    clients: `local_training`, `before_training`, `before_step`, `after_training`. What a subclass remembers belongs
+    into the memory of `ServerRound` and `LocalRound`, not into attributes: so it is part of checkpoints.
 
     Attributes:
         clients_per_round: How many answers a round is after; None for all clients'.
         reserves: How many more clients are drawn, each of which is asked where another one failed, >= 0.
         minimum: How many answers a round needs, >= 1: with fewer the model stays as it was.
         timeout_s: After how many seconds an answer is too late; None for never.
+        evaluate_every: After how many rounds the new model is evaluated, >= 1; after the last one always.
         patience: After how many rounds in a row without enough answers a run ends with an error, >= 1.
         limits: What no update may exceed.
         aggregator: What becomes of updates before the method averages them.
@@ -44,11 +50,18 @@ class Strategy:
     minimum: int = 1
     timeout_s: float | None = None
     patience: int = 3
+    evaluate_every: int = 1
     limits: Limits = dataclasses.field(default_factory=Limits)
     aggregator: Aggregator = dataclasses.field(default_factory=WeightedMean)
 
     def __post_init__(self) -> None:
-        for name, low in (("clients_per_round", 1), ("reserves", 0), ("minimum", 1), ("patience", 1)):
+        for name, low in (
+            ("clients_per_round", 1),
+            ("reserves", 0),
+            ("minimum", 1),
+            ("patience", 1),
+            ("evaluate_every", 1),
+        ):
             value = getattr(self, name)
             if not (type(value) is int and value >= low) and not (name == "clients_per_round" and value is None):
                 raise ConfigError(f"Strategy.{name}: got {value!r}; expected an integer >= {low}")
@@ -80,15 +93,18 @@ class Strategy:
     def aggregate(
         self, updates: Sequence[Update], sent: ModelState, memory: MutableMapping[str, Tensor]
     ) -> Sequence[Update]:
-        """What the method averages, weighted by samples, and adjusts masks by.
-
-        Args:
-            updates: Of this round, at least `minimum`.
-            sent: What the clients started from.
-            memory: Tensors to remember from round to round; part of checkpoints.
-        """
+        """See `ServerHooks.aggregate`; here what the aggregator makes of them."""
         del memory
         return self.aggregator.combine(updates, sent)
+
+    def metrics(self, server: "Server") -> Mapping[str, float]:
+        """Numbers of one's own about a finished round, by name; recorded in the history.
+
+        Args:
+            server: `server.model` is the new model.
+        """
+        del server
+        return {}
 
     def after_round(self, record: RoundRecord, server: "Server") -> bool:
         """Called with every finished round; `server.model` is the new model.
@@ -102,5 +118,12 @@ class Strategy:
     def settings(self) -> dict[str, Any]:
         """What a run depends on, as JSON can hold it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        text = json.dumps(fields, default=lambda value: {"name": type(value).__name__, **dataclasses.asdict(value)})
-        return {"name": type(self).__name__, **json.loads(text)}
+        return {"name": type(self).__name__, **json.loads(json.dumps(fields, default=_described))}
+
+
+def _described(value: object) -> Any:
+    """What stands for an object in JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"name": type(value).__name__, **fields}
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -12,6 +12,8 @@ and in adjustment rounds what the method asks for (`messages.REPORTS`); for FedM
     gradient/<name>  their gradients
     score/<name>     a number for every weight, or every active one
     mask/<name>      the client's own mask, under which its values are
+and in both directions what a strategy of one's own adds (`hooks`):
+    extra/<name>     a tensor by any name
 
 Every message names its run, its round and, by a digest, the masks that it is about; an update names its client.
 Decoding checks these, names, shapes, dtypes, counts, ranges, that numbers are finite and within `Limits`, and a
@@ -30,10 +32,13 @@ from fedmef_fx.errors import MissingStateError, WireError
 from fedmef_fx.federated.envelope import FORMAT, seal, unseal
 from fedmef_fx.federated.limits import Limits, check_update
 from fedmef_fx.federated.message_parts import (
+    METRICS_BYTES,
+    all_extras,
     dense_tensors,
     growth_candidates,
     integer,
     kept,
+    metrics_of,
     own_mask,
     positions_alone,
     scores_of,
@@ -42,6 +47,7 @@ from fedmef_fx.federated.message_parts import (
 )
 from fedmef_fx.federated.messages import REPORTS, RoundTask, Update
 from fedmef_fx.federated.positions import pack_positions
+from fedmef_fx.federated.rounds import json_number
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
@@ -50,6 +56,8 @@ __all__ = ["FORMAT", "decode_broadcast", "decode_update", "encode_broadcast", "e
 
 # Most bytes of a position, see `positions`.
 _POSITION_BYTES: Final = 6
+# What a strategy may send along with a broadcast: as much as so many dense models.
+_EXTRA_MODELS: Final = 8
 
 
 def encode_broadcast(
@@ -67,6 +75,7 @@ def encode_broadcast(
     tensors = {f"value/{name}": values for name, values in state.values.items()}
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in state.masks.items() if name in names}
     tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items() if name in names}
+    tensors |= {f"extra/{name}": tensor for name, tensor in task.extras.items()}
     counts = None if task.counts is None else dict(task.counts)
     fields: dict[str, Any] = {
         "run": state.run,
@@ -83,7 +92,7 @@ def encode_broadcast(
 
 
 def decode_broadcast(
-    data: bytes, schema: Schema, *, previous: ModelState | None = None
+    data: bytes, schema: Schema, *, previous: ModelState | None = None, takes_extras: bool = False
 ) -> tuple[RoundTask, ModelState]:
     """Read a broadcast.
 
@@ -91,6 +100,7 @@ def decode_broadcast(
         data: The bytes.
         schema: Of the client's model.
         previous: What the client received last; fills in what has not changed since.
+        takes_extras: Whether a strategy's tensors may come along; they are in `RoundTask.extras`.
 
     Returns:
         The task and the complete state of the server.
@@ -105,6 +115,7 @@ def decode_broadcast(
         fields={"run", "round", "rounds", "version", "known", "masks", "counts"},
         optional={"report"},
         sizes=_broadcast_sizes(schema),
+        room=_EXTRA_MODELS * schema.nbytes if takes_extras else 0,
     )
     tensors, fields = message.tensors, message.fields
     run = fields["run"]
@@ -147,20 +158,17 @@ def decode_broadcast(
     report = next((name for name in REPORTS if name == wanted), None)
     if report is None:
         raise WireError(f"broadcast: report: got {wanted!r:.40}; expected one of {', '.join(REPORTS)}")
-    task = RoundTask(round_index, rounds, _counts(fields["counts"], masks), report)
+    extras = all_extras(tensors) if takes_extras else {}
+    task = RoundTask(round_index, rounds, _counts(fields["counts"], masks), report, extras)
     message.check_all_read()
     return task, state
 
 
 def _broadcast_sizes(schema: Schema) -> dict[str, int]:
     """Name of every tensor that a broadcast may have -> its most bytes."""
-    sizes = {f"value/{name}": _nbytes(spec) for name, spec in schema.masked.items()}
+    sizes = {f"value/{name}": spec.nbytes for name, spec in schema.masked.items()}
     sizes |= {f"mask/{name}": bitmap_nbytes(spec.shape.numel()) for name, spec in schema.masked.items()}
-    return sizes | {f"dense/{name}": _nbytes(spec) for name, spec in schema.dense.items()}
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return spec.shape.numel() * spec.dtype.itemsize
+    return sizes | {f"dense/{name}": spec.nbytes for name, spec in schema.dense.items()}
 
 
 def encode_update(update: Update, *, received: ModelState) -> bytes:
@@ -178,7 +186,8 @@ def encode_update(update: Update, *, received: ModelState) -> bytes:
     tensors |= {f"gradient/{name}": gradient.values for name, gradient in update.gradients.items()}
     tensors |= {f"score/{name}": scores for name, scores in update.scores.items()}
     tensors |= {f"mask/{name}": pack_bits(mask) for name, mask in update.masks.items()}
-    fields = {
+    tensors |= {f"extra/{name}": tensor for name, tensor in update.extras.items()}
+    fields: dict[str, Any] = {
         "run": received.run,
         "masks": received.mask_digest,
         "client": update.client,
@@ -187,6 +196,8 @@ def encode_update(update: Update, *, received: ModelState) -> bytes:
         "loss": update.loss,
         "peak_saved_bytes": update.peak_saved_bytes,
     }
+    if update.metrics:
+        fields["metrics"] = {name: json_number(value) for name, value in update.metrics.items()}
     return seal(tensors, "update", fields)
 
 
@@ -198,6 +209,7 @@ def decode_update(  # all but the bytes by keyword
     client: int | None = None,
     samples: int | None = None,
     limits: Limits | None = None,
+    expected: Mapping[str, Tensor] | None = None,
 ) -> Update:
     """Read an update.
 
@@ -208,15 +220,20 @@ def decode_update(  # all but the bytes by keyword
         client: Whose answer it has to be; None for anybody's.
         samples: How many samples that client has; None for any number.
         limits: What the update may not exceed; None for `Limits()`.
+        expected: Tensors that a strategy wants besides, by name, of the shapes and dtypes of these; None where there is
+            no strategy, which may add numbers, too.
 
     Raises:
         WireError: Bytes that are no answer to this task.
     """
+    wanted = {f"extra/{name}": tensor for name, tensor in (expected or {}).items()}
     message = unseal(
         data,
         "update",
         fields={"run", "masks", "client", "round", "samples", "loss", "peak_saved_bytes"},
-        sizes=_update_sizes(task, sent),
+        optional=() if expected is None else {"metrics"},
+        sizes=_update_sizes(task, sent, wanted),
+        room=0 if expected is None else METRICS_BYTES,
     )
     tensors, fields = message.tensors, message.fields
     integer(fields, "round", low=task.round_index, high=task.round_index)
@@ -249,6 +266,10 @@ def decode_update(  # all but the bytes by keyword
         scores=scores,
         masks=masks,
         client=integer(fields, "client", low=0),
+        extras={
+            key.removeprefix("extra/"): take(tensors, key, TensorSpec.of(tensor)) for key, tensor in wanted.items()
+        },
+        metrics=metrics_of(fields.get("metrics", {})),
     )
     message.check_all_read()
     check_update(update, sent, limits or Limits())
@@ -269,10 +290,11 @@ def _check_origin(fields: Mapping[str, object], sent: ModelState, *, client: int
         raise WireError(f"update: samples: got {fields['samples']}; expected {samples}, which this client declared")
 
 
-def _update_sizes(task: RoundTask, sent: ModelState) -> dict[str, int]:
+def _update_sizes(task: RoundTask, sent: ModelState, wanted: Mapping[str, Tensor]) -> dict[str, int]:
     """Name of every tensor that an update may have -> its most bytes."""
     asked, counts = task.asked, task.counts or {}
-    sizes = {f"dense/{name}": tensor.nbytes for name, tensor in sent.dense.items()}
+    sizes = {key: tensor.nbytes for key, tensor in wanted.items()}
+    sizes |= {f"dense/{name}": tensor.nbytes for name, tensor in sent.dense.items()}
     if asked.weights:
         sizes |= {f"value/{name}": values.nbytes for name, values in sent.values.items()}
     if asked.masks:
