@@ -8,6 +8,7 @@ from fedmef_fx.federated.aggregation import Aggregator, CoordinateMedian, Krum, 
 from fedmef_fx.federated.callbacks import Callback, EarlyStopping, KeepBest
 from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.client_data import ClientData
 from fedmef_fx.federated.comparison import MethodComparison, compare
 from fedmef_fx.federated.engine import run
 from fedmef_fx.federated.failures import Failure
@@ -18,6 +19,7 @@ from fedmef_fx.federated.local import LocalTraining, train_locally
 from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
+from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.server_round import ServerRound
@@ -29,6 +31,7 @@ __all__ = [
     "Aggregator",
     "Callback",
     "Client",
+    "ClientData",
     "ClientHooks",
     "Contender",
     "CoordinateMedian",
@@ -44,6 +47,7 @@ __all__ = [
     "MethodComparison",
     "ModelState",
     "NormClipping",
+    "Objective",
     "RoundRecord",
     "RoundTask",
     "Server",

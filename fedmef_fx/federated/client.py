@@ -7,11 +7,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.client_state import read_client_state, write_client_state
 from fedmef_fx.federated.hooks import ClientHooks
-from fedmef_fx.federated.local import LocalTraining, LossFunction, train_locally
+from fedmef_fx.federated.local import LocalTraining, train_locally
+from fedmef_fx.federated.objective import LossFunction, Objective
 from fedmef_fx.federated.state import ModelState, Schema, load_state
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
 from fedmef_fx.transformation.transform import pack_weights
@@ -25,7 +26,8 @@ class Client:
     Args:
         model: A transformed model, made like the server's; it is trained in place, and stored as `training` says.
         training: How to train.
-        loss_fn: Mean loss of a batch of outputs and targets.
+        loss_fn: Mean loss of a batch of outputs and targets, or an objective.
+        collate_fn: Makes a batch of items of a data set; None for what torch's loaders do.
         received: What was received in an earlier life, if anything.
         strategy: What takes part in the training, the same as the server's; None for nothing.
         states: What clients keep from round to round, from an earlier life: number of a client -> tensors by name.
@@ -41,7 +43,8 @@ class Client:
         model: nn.Module,
         training: LocalTraining,
         *,
-        loss_fn: LossFunction = F.cross_entropy,
+        loss_fn: LossFunction | Objective = F.cross_entropy,
+        collate_fn: Collate | None = None,
         received: ModelState | None = None,
         strategy: ClientHooks | None = None,
         states: MutableMapping[int, dict[str, Tensor]] | None = None,
@@ -53,15 +56,16 @@ class Client:
         self._model = model
         self._training = training
         self._loss_fn = loss_fn
+        self._collate = collate_fn
         self._strategy = strategy
         self._schema = Schema.of(model)
 
-    def answer(self, message: bytes, dataset: Dataset[Any], *, client: int) -> bytes:
+    def answer(self, message: bytes, dataset: Any, *, client: int) -> bytes:
         """Take part in one round.
 
         Args:
             message: The server's broadcast.
-            dataset: The local data: pairs (input, target).
+            dataset: The local data, as `run` takes them.
             client: This client's number.
 
         Returns:
@@ -87,6 +91,7 @@ class Client:
                 task=task,
                 client=client,
                 loss_fn=self._loss_fn,
+                collate=self._collate,
                 hooks=self._strategy,
                 received=state,
                 kept=kept,
@@ -105,7 +110,7 @@ class Client:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        write_client_state(path, self.received)
+        write_client_state(path, self.received, self.states)
 
     def load(self, path: str | Path) -> None:
         """Go on where another process called `save`. A client that does not is sent everything anew.
@@ -116,7 +121,8 @@ class Client:
         Raises:
             CheckpointError: A file that is missing, damaged, something else, or of another model.
         """
-        self.received = read_client_state(path, self._schema)
+        self.received, states = read_client_state(path, self._schema)
+        self.states.update(states)
 
 
 @contextlib.contextmanager

@@ -10,20 +10,23 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_leaves
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.federated.batches import fetch
+from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.callbacks import Callback, OnRound
 from fedmef_fx.federated.checkpoint import Checkpoint, round_file_name, save_checkpoint
 from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.client_data import opened
 from fedmef_fx.federated.history import History
-from fedmef_fx.federated.local import LocalTraining, LossFunction
+from fedmef_fx.federated.local import LocalTraining
 from fedmef_fx.federated.methods import Method, method_of
+from fedmef_fx.federated.objective import LossFunction, Metric, Objective, objective_of
 from fedmef_fx.federated.one_round import Answers, ask, play_round
 from fedmef_fx.federated.preparing import (
     check_clients,
+    example_of,
     network_on,
     own_strategy,
     prepared,
@@ -42,22 +45,24 @@ __all__ = ["run"]
 
 def run(  # noqa: PLR0913  # the options of a whole run, all but the data by keyword
     model: nn.Module,
-    clients: Sequence[Dataset[Any]],
+    clients: Sequence[Any],
     config: Config | None = None,
     *,
     rounds: int,
-    test: Dataset[Any] | None = None,
+    test: Any = None,
     clients_per_round: int | None = None,
     training: LocalTraining | None = None,
     method: str | Method = "fedmef",
     strategy: Strategy | None = None,
-    loss_fn: LossFunction = F.cross_entropy,
+    loss_fn: LossFunction | Objective = F.cross_entropy,
+    collate_fn: Collate | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     checkpoint_dir: str | Path | None = None,
     resume: bool | Literal["exact"] = True,
     keep_rounds: bool = False,
     progress: Callable[[RoundRecord], None] | None = None,
     on_round: OnRound | Sequence[OnRound] = (),
-    client_tests: Sequence[Dataset[Any] | None] | None = None,
+    client_tests: Sequence[Any] | None = None,
     device: torch.device | str | None = None,
 ) -> History:
     """Train a model on many clients' data, federated, sparse and with little memory per client.
@@ -67,8 +72,10 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     Args:
         model: A model, which is transformed as configuration and method say, or one that `fedmef_fx.transform` made.
             The caller's model never changes.
-        clients: One data set per client: map-style, of pairs (input, target), none empty. A single sample is enough,
-            unless the model keeps a BatchNorm that needs more.
+        clients: What each client has: a map-style data set, an IterableDataset, a DataLoader (with its own batches,
+            order and workers), or `ClientData` and functions that open one of these when the client is chosen. Batches
+            may be pairs (input, target), have several inputs, no target, or be dictionaries: see `Objective`. A single
+            sample is enough, unless the model keeps a BatchNorm that needs more.
         config: The configuration; None for `Config()`, or for the one that a transformed model has.
         rounds: Number of rounds.
         test: Test set for the global model after every round.
@@ -77,7 +84,11 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         method: A name in `METHODS`, or policies of your own.
         strategy: Who takes part, how many answers a round needs, what is late; None for `Strategy()`. It says how many
             clients are drawn, unless `clients_per_round` does.
-        loss_fn: Mean loss of a batch of outputs and targets.
+        loss_fn: Mean loss of a batch of outputs and targets, or an `Objective`. The default takes the loss that the
+            model computes itself, where it does, else cross-entropy of its logits.
+        collate_fn: Makes a batch of items of a data set; None for what torch's loaders do.
+        metrics: Name -> function of a batch's outputs and targets that gives a mean over its samples; evaluated with
+            the test set, in `RoundRecord.metrics`.
         checkpoint_dir: Where the run is saved after every round; made if it is missing. One run at a time.
         resume: Continue from the checkpoint there, bit for bit as if the run had never been interrupted. It has to
             belong to the same settings, but for those that `fedmef_fx.federated.resuming` lists, such as a larger
@@ -113,8 +124,17 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     training = training or LocalTraining()
     method = method_of(method)
     strategy = own_strategy(strategy, clients_per_round, clients=len(clients))
-    sizes = check_clients(clients, rounds=rounds, clients_per_round=strategy.clients_per_round, test=test)
-    network = prepared(model, config, method)
+    objective = objective_of(loss_fn)
+    objective = objective if metrics is None else dataclasses.replace(objective, metrics=dict(metrics))
+    sizes = check_clients(
+        clients,
+        rounds=rounds,
+        clients_per_round=strategy.clients_per_round,
+        test=test,
+        client_tests=client_tests,
+    )
+    example = example_of(model, objective, (test, *clients), collate_fn)
+    network = prepared(model, config, method, example=example)
     network = network if device is None else network_on(network, device)
     server = Server(
         network,
@@ -137,10 +157,16 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     # receiver has, so what was received last, by any client, fills it in.
     received = server.state if history.rounds else None
     client = Client(
-        copy.deepcopy(network), training, loss_fn=loss_fn, received=received, strategy=strategy, states=states
+        copy.deepcopy(network),
+        training,
+        loss_fn=objective,
+        collate_fn=collate_fn,
+        received=received,
+        strategy=strategy,
+        states=states,
     )
-    opened = _open(server, client, clients, strategy)
-    history.failures.extend(opened.failures)
+    opening = _open(server, client, clients, strategy, collate_fn)
+    history.failures.extend(opening.failures)
     if directory is not None and keep_rounds and not history.rounds:
         save_checkpoint(directory, _checkpoint(server, history, states), name=round_file_name(0))
     callbacks = tuple(on_round) if isinstance(on_round, Sequence) else (on_round,)
@@ -149,13 +175,21 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     for round_index in range(len(history.rounds), 0 if is_over else rounds):
         chosen = strategy.select(round_index, len(clients), seed=derive_seed(_seed(network), "sample", round_index))
         record, answers = play_round(
-            server, client, clients, chosen, strategy, test=test, client_tests=client_tests, loss_fn=loss_fn
+            server,
+            client,
+            clients,
+            chosen,
+            strategy,
+            test=test,
+            client_tests=client_tests,
+            objective=objective,
+            collate=collate_fn,
         )
         if round_index == 0:
             record = dataclasses.replace(
                 record,
-                bytes_down=record.bytes_down + opened.bytes_down,
-                bytes_up=record.bytes_up + opened.bytes_up,
+                bytes_down=record.bytes_down + opening.bytes_down,
+                bytes_up=record.bytes_up + opening.bytes_up,
             )
         history.rounds.append(record)
         history.failures.extend(answers.failures)
@@ -176,7 +210,9 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     return history
 
 
-def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]], strategy: Strategy) -> Answers:
+def _open(
+    server: Server, client: Client, datasets: Sequence[Any], strategy: Strategy, collate: Collate | None
+) -> Answers:
     """Find the first masks, with a report of every client where the method wants one."""
     if not server.is_opening:
         return Answers()
@@ -184,7 +220,9 @@ def _open(server: Server, client: Client, datasets: Sequence[Dataset[Any]], stra
     if server.asks_for_opening and len(answers.updates) < strategy.minimum:
         raise answers.shortage(0, rounds=1, minimum=strategy.minimum) from answers.error
     readable = next(iter(answers.updates), 0)
-    server.open(answers.updates, sample=fetch(datasets[readable], torch.tensor([0]))[0][0])
+    data = opened(datasets[readable], collate=collate)
+    batch = next(data.batches(batch_size=1, shuffle=False, device=torch.device("cpu")))
+    server.open(answers.updates, sample=next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[0])
     return answers
 
 

@@ -1,47 +1,79 @@
-"""Loss and accuracy of a model on a data set."""
+"""Loss, accuracy and metrics of a model on data."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from fedmef_fx.federated.batches import batches, sample_count
-from fedmef_fx.federated.local import LossFunction
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.batches import Collate
+from fedmef_fx.federated.client_data import opened
+from fedmef_fx.federated.objective import LossFunction, Objective, objective_of
 
-__all__ = ["evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluation_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model does on data.
+
+    Attributes:
+        loss: Mean loss.
+        accuracy: Share of right predictions, of samples or of positions of sequences, 0 to 1; None where targets are no
+            classes, or outputs no logits.
+        metrics: Means of the objective's metrics.
+    """
+
+    loss: float
+    accuracy: float | None
+    metrics: Mapping[str, float]
+
+
+def evaluate(
+    model: nn.Module, dataset: Any, *, loss_fn: LossFunction | Objective = F.cross_entropy, batch_size: int = 512
+) -> tuple[float, float | None]:
+    """Mean loss, and the share of correct predictions; see `evaluation_of`."""
+    found = evaluation_of(model, dataset, loss_fn=loss_fn, batch_size=batch_size)
+    return found.loss, found.accuracy
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, dataset: Dataset[Any], *, loss_fn: LossFunction = F.cross_entropy, batch_size: int = 512
-) -> tuple[float, float | None]:
-    """Mean loss, and the share of correct predictions.
+def evaluation_of(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss_fn: LossFunction | Objective = F.cross_entropy,
+    batch_size: int = 512,
+    collate: Collate | None = None,
+) -> Evaluation:
+    """Evaluate a model.
 
     Args:
         model: The model; it is put into eval mode.
-        dataset: Map-style, of pairs (input, target), not empty.
-        loss_fn: Mean loss of a batch of outputs and targets.
-        batch_size: Samples per batch.
+        data: What `opened` takes, not empty.
+        loss_fn: Mean loss of a batch of outputs and targets, or an objective.
+        batch_size: Samples per batch, where the data do not say.
+        collate: Makes a batch of items; None for what torch's loaders do.
 
-    Returns:
-        The loss, and the accuracy from 0 to 1; None where targets are no classes, or outputs no logits
-        `[batch, classes]`.
+    Raises:
+        ConfigError: No samples.
     """
     model.eval()
-    device = next(model.parameters()).device
-    total, correct = 0.0, 0
+    objective, device = objective_of(loss_fn), next(model.parameters()).device
+    total, samples, right, places = 0.0, 0, 0, 0
+    sums = dict.fromkeys(objective.metrics, 0.0)
     is_classification = True
-    for inputs, targets in batches(dataset, batch_size=batch_size, shuffle=False, device=device):
-        outputs = model(inputs)
-        total += float(loss_fn(outputs, targets)) * len(targets)
-        is_classification = is_classification and _are_classes(outputs, targets)
-        if is_classification:
-            correct += int((outputs.argmax(1) == targets).sum())
-    count = sample_count(dataset)
-    return total / count, correct / count if is_classification else None
-
-
-def _are_classes(outputs: Tensor, targets: Tensor) -> bool:
-    return outputs.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point()
+    for batch in opened(data, collate=collate).batches(batch_size=batch_size, shuffle=False, device=device):
+        found = objective.evaluate(model, batch)
+        total += found.loss * found.samples
+        samples += found.samples
+        is_classification = is_classification and found.right is not None
+        right, places = right + (found.right or 0), places + found.places
+        sums = {name: value + found.metrics[name] * found.samples for name, value in sums.items()}
+    if not samples:
+        raise ConfigError("evaluate: got data without samples; expected at least one")
+    accuracy = right / places if is_classification and places else None
+    return Evaluation(total / samples, accuracy, {name: value / samples for name, value in sums.items()})

@@ -8,18 +8,21 @@ import math
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils import _pytree as pytree
+from torch.utils.data import IterableDataset
 
-from fedmef_fx.errors import ConfigError, DivergedError
-from fedmef_fx.federated.batches import Batch, batches, sample_count
+from fedmef_fx.errors import ConfigError, DataError, DivergedError
+from fedmef_fx.federated.batches import Batch, Collate, samples_in
+from fedmef_fx.federated.client_data import OpenData, opened
+from fedmef_fx.federated.drawing import drawing_from
 from fedmef_fx.federated.hooks import ClientHooks
 from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.federated.local_training import LocalTraining, cosine
 from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.objective import LossFunction, Objective, objective_of
 from fedmef_fx.federated.reports import Findings, findings_of, readjusted_midway
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import ModelState, read_state
@@ -32,18 +35,16 @@ from fedmef_fx.training.micro_batches import micro_batches
 
 __all__ = ["LocalTraining", "LossFunction", "train_locally"]
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""Maps a batch of outputs and targets to their mean loss, a scalar."""
-
 
 def train_locally(
     model: nn.Module,
-    dataset: Dataset[Any],
+    dataset: Any,
     options: LocalTraining,
     *,
     task: RoundTask,
     client: int = 0,
-    loss_fn: LossFunction = F.cross_entropy,
+    loss_fn: LossFunction | Objective = F.cross_entropy,
+    collate: Collate | None = None,
     hooks: ClientHooks | None = None,
     received: ModelState | None = None,
     kept: MutableMapping[str, Tensor] | None = None,
@@ -53,16 +54,18 @@ def train_locally(
     In an adjustment round the weights that the server is about to prune are extruded (`fedmef_fx.Extrusion`, with the
     counts of the task, fixed for the round), and the gradients at inactive coordinates are collected afterwards, with
     the trained weights. The result depends on the model's parameters and buffers, the data and the arguments only: not
-    on what the model did before, nor on torch's random state, which is left as it was.
+    on what the model did before, nor on the random state of torch, numpy, Python and generators that the data hold,
+    which is left as it was.
 
     Args:
         model: A transformed model, which holds what the server sent.
-        dataset: Map-style, of pairs (input, target), at least one. One sample is enough, unless the model keeps a
-            BatchNorm that needs more than one value per channel.
+        dataset: What `opened` takes, with at least one sample, in batches that the objective takes. One sample is
+            enough, unless the model keeps a BatchNorm that needs more than one value per channel.
         options: How to train.
         task: The round.
         client: The client's number, for its random choices and error messages.
-        loss_fn: Mean loss of a batch of outputs and targets.
+        loss_fn: Mean loss of a batch of outputs and targets, or an objective.
+        collate: Makes a batch of items; None for what torch's loaders do.
         hooks: What takes part in the training; None for nothing.
         received: What the server sent, for the hooks; None for what the model holds.
         kept: What the client keeps from round to round, for the hooks; changed in place.
@@ -73,20 +76,22 @@ def train_locally(
     Raises:
         ConfigError: No samples, a single one where BatchNorm needs more, or a loss that is no longer finite.
     """
-    samples = sample_count(dataset)
-    if samples == 0:
+    objective = objective_of(loss_fn)
+    seed = derive_seed(transformation_of(model).config.seed, "client", task.round_index, client)
+    device = next(model.parameters()).device
+    with drawing_from(seed, device, dataset):
+        data = opened(dataset, collate=collate)
+    if data.samples == 0:
         raise ConfigError(
             f"client {client}: got a data set without samples; expected at least one: leave the client out"
         )
     if hooks is not None:
-        options = _own_options(hooks, options, task, client=client, samples=samples)
-    seed = derive_seed(transformation_of(model).config.seed, "client", task.round_index, client)
-    device = next(model.parameters()).device
+        options = _own_options(hooks, options, task, client=client, samples=data.samples)
     for module in model.modules():
         if isinstance(module, PackActivation):
             module.reset(draws=seed % 2**32)
     model.train()
-    with _seeded(seed, device):
+    with drawing_from(seed, device, data.data):
         loss, peak_saved_bytes, local = 0.0, 0, None
         if not task.is_opening:
             optimizer = options.make_optimizer(model, options.learning_rate_in(task))
@@ -95,28 +100,28 @@ def train_locally(
                     model=model,
                     task=task,
                     client=client,
-                    samples=samples,
+                    samples=data.samples,
                     received=received or read_state(model, version=task.round_index),
                     optimizer=optimizer,
-                    steps=options.epochs * _batch_count(samples, options.batch_size),
+                    steps=options.epochs * data.batch_count(options.batch_size),
                     state={} if kept is None else kept,
                 )
             with _hooked(hooks, local) as before_step:
                 loss, peak_saved_bytes = _epochs(
                     model,
-                    dataset,
+                    data,
                     options,
                     optimizer,
                     task=task,
                     client=client,
-                    loss_fn=loss_fn,
+                    objective=objective,
                     before_step=before_step,
                 )
-        found = _findings(model, dataset, options, task=task, loss_fn=loss_fn)
+        found = _findings(model, data, options, task=task, objective=objective)
     state = read_state(model, version=task.round_index)
     return Update(
         round_index=task.round_index,
-        samples=samples,
+        samples=data.samples,
         loss=loss,
         peak_saved_bytes=peak_saved_bytes,
         values={} if task.is_opening else state.values,
@@ -160,63 +165,60 @@ def _own_options(
     return own
 
 
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Any:
-    """A block with random numbers of its own, on the CPU and the model's device."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(seed)
-        yield
-
-
 def _epochs(
     model: nn.Module,
-    dataset: Dataset[Any],
+    data: OpenData,
     options: LocalTraining,
     optimizer: Optimizer,
     *,
     task: RoundTask,
     client: int,
-    loss_fn: LossFunction,
+    objective: Objective,
     before_step: Callable[[], None],
 ) -> tuple[float, int]:
     """All local epochs: mean loss of the last one, and the bytes that the first step kept for its backward."""
     clipping = transformation_of(model).config.gradient_clipping
     rates = [group["lr"] for group in optimizer.param_groups]
     device = next(model.parameters()).device
-    step_count = options.epochs * _batch_count(sample_count(dataset), options.batch_size)
-    step, peak, total = 0, 0, 0.0
+    step_count = options.epochs * data.batch_count(options.batch_size)
+    step, peak, total, seen = 0, 0, 0.0, 0
     midway = readjusted_midway(
         model,
         optimizer,
         task,
         steps=step_count,
-        batch=lambda: next(batches(dataset, batch_size=options.batch_size, shuffle=True, device=device)),
-        batch_loss=_batch_loss(loss_fn),
+        batch=lambda: next(data.batches(batch_size=options.batch_size, shuffle=True, device=device)),
+        batch_loss=objective.loss,
     )
     with _extrusion(model, optimizer, task, step_count), midway:
         for _ in range(options.epochs):
-            total = 0.0
-            for batch in batches(dataset, batch_size=options.batch_size, shuffle=True, device=device):
+            total, seen = 0.0, 0
+            for batch in data.batches(batch_size=options.batch_size, shuffle=True, device=device):
                 if options.schedule == "cosine":
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * cosine(step / step_count)
+                        group["lr"] = rate * cosine(min(step / step_count, 1.0))
                 optimizer.zero_grad()
-                value, kept = _gradients(model, batch, loss_fn, client=client, is_measured=step == 0)
+                value, kept = _gradients(model, batch, objective, client=client, is_measured=step == 0)
                 peak = max(peak, kept)
                 before_step()
                 if clipping is not None:
                     clip_gradients(model, clipping)
                 optimizer.step()
-                total += _finite(value, client, task) * len(batch[1])
-                step += 1
-    return total / sample_count(dataset), peak
+                size = samples_in(batch)
+                total += _finite(value, client, task) * size
+                step, seen = step + 1, seen + size
+            _check_epoch(data, seen, client)
+    return total / seen, peak
 
 
-def _batch_count(samples: int, batch_size: int) -> int:
-    full, rest = divmod(samples, batch_size)
-    joins = rest == 1 and full > 0 and batch_size > 1  # see batches.batch_indices
-    return full + (1 if rest and not joins else 0)
+def _check_epoch(data: OpenData, seen: int, client: int) -> None:
+    """Refuse a stream that ended before the client's declared number of samples, and a loader that gave none."""
+    is_short = isinstance(data.data, IterableDataset) and data.limit is not None and seen != data.limit
+    if is_short or seen == 0:
+        raise DataError(
+            f"client {client}: {type(data.data).__name__}: got {seen} samples in an epoch; expected {data.samples}, as "
+            "the client declared"
+        )
 
 
 def _extrusion(
@@ -229,7 +231,7 @@ def _extrusion(
 
 
 def _gradients(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction, *, client: int, is_measured: bool
+    model: nn.Module, batch: Batch, objective: Objective, *, client: int, is_measured: bool
 ) -> tuple[float, int]:
     """Forward and backward of a batch, in parts if the configuration says so: its loss, and bytes kept if measured."""
     size = transformation_of(model).config.micro_batch
@@ -237,21 +239,24 @@ def _gradients(
     value, peak = 0.0, 0
     for part, scale in parts:
         # Only the first step is measured: the meter looks at every tensor that autograd saves.
-        meter = SavedTensors(model, *batch) if is_measured else None
+        meter = SavedTensors(model, *_tensors(batch)) if is_measured else None
         with meter or contextlib.nullcontext():
-            loss = _loss(model, part, loss_fn, client) * scale
+            loss = _loss(model, part, objective, client) * scale
         peak = max(peak, meter.nbytes) if meter else peak
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         value += loss.item()
     return value, peak
 
 
-def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction, client: int) -> Tensor:
-    inputs, targets = batch
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _loss(model: nn.Module, batch: Batch, objective: Objective, client: int) -> Tensor:
     try:
-        return loss_fn(model(inputs), targets)
+        return objective.loss(model, batch)
     except ValueError as error:
-        if len(inputs) == 1 and "more than 1 value per channel" in str(error):
+        if samples_in(batch) == 1 and "more than 1 value per channel" in str(error):
             raise ConfigError(
                 f"client {client}: got a batch of a single sample, from which BatchNorm cannot compute statistics; "
                 'expected normalization="nsconv", which needs none, or at least two samples'
@@ -269,18 +274,14 @@ def _finite(value: float, client: int, task: RoundTask) -> float:
 
 
 def _findings(
-    model: nn.Module, dataset: Dataset[Any], options: LocalTraining, *, task: RoundTask, loss_fn: LossFunction
+    model: nn.Module, data: OpenData, options: LocalTraining, *, task: RoundTask, objective: Objective
 ) -> Findings:
     """What the task asks for beside weights, from as many batches as the options say; an opening looks at one."""
     device = next(model.parameters()).device
     size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
-    parts = batches(dataset, batch_size=size, shuffle=True, device=device)
+    parts = data.batches(batch_size=size, shuffle=True, device=device)
     limit = 1 if task.is_opening else options.growth_batches
     if limit is not None:
         count = limit * math.ceil(options.batch_size / size)
         parts = (batch for batch, _ in zip(parts, range(count), strict=False))
-    return findings_of(model, _batch_loss(loss_fn), parts, task)
-
-
-def _batch_loss(loss_fn: LossFunction) -> Callable[[nn.Module, Batch], Tensor]:
-    return lambda network, batch: loss_fn(network(batch[0]), batch[1])
+    return findings_of(model, objective.loss, parts, task)

@@ -6,14 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from fedmef_fx.errors import ConfigError, RoundError
+from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.client import Client
-from fedmef_fx.federated.evaluation import evaluate
+from fedmef_fx.federated.evaluation import evaluation_of
 from fedmef_fx.federated.failures import Failure
-from fedmef_fx.federated.local import LossFunction
 from fedmef_fx.federated.messages import Update
+from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.strategy import Strategy
@@ -54,9 +53,7 @@ class Answers:
         )
 
 
-def ask(
-    server: Server, client: Client, datasets: Sequence[Dataset[Any]], chosen: Sequence[int], strategy: Strategy
-) -> Answers:
+def ask(server: Server, client: Client, datasets: Sequence[Any], chosen: Sequence[int], strategy: Strategy) -> Answers:
     """Ask clients for their updates.
 
     Args:
@@ -102,13 +99,14 @@ def ask(
 def play_round(  # what a round is made of
     server: Server,
     client: Client,
-    datasets: Sequence[Dataset[Any]],
+    datasets: Sequence[Any],
     chosen: Sequence[int],
     strategy: Strategy,
     *,
-    test: Dataset[Any] | None,
-    client_tests: Sequence[Dataset[Any] | None] | None = None,
-    loss_fn: LossFunction,
+    test: Any,
+    client_tests: Sequence[Any] | None = None,
+    objective: Objective,
+    collate: Collate | None = None,
 ) -> tuple[RoundRecord, Answers]:
     """Play one round, and evaluate the new model.
 
@@ -126,37 +124,38 @@ def play_round(  # what a round is made of
     updates = list(answers.updates.values()) if has_quorum else []
     is_last = task.round_index + 1 == task.rounds
     is_evaluated = is_last or (task.round_index + 1) % strategy.evaluate_every == 0
-    test_loss, accuracy = None, None
+    found = None
     if is_evaluated and test is not None:
-        test_loss, accuracy = evaluate(server.model, test, loss_fn=loss_fn)
+        found = evaluation_of(server.model, test, loss_fn=objective, collate=collate)
     by_client = dict(answers.by_client) if has_quorum else {}
     for index, own in enumerate(client_tests or ()) if is_evaluated else ():
         if own is not None:
-            by_client[index] = by_client.get(index, {}) | _tested(server, own, loss_fn)
+            by_client[index] = by_client.get(index, {}) | _tested(server, own, objective, collate)
     samples = sum(update.samples for update in updates)
     record = RoundRecord(
         round_index=task.round_index,
         adjusted=task.counts is not None and has_quorum,
         clients=tuple(sorted(answers.updates)) if has_quorum else (),
         train_loss=sum(u.loss * u.samples for u in updates) / samples if updates else math.nan,
-        test_loss=test_loss,
-        test_accuracy=accuracy,
+        test_loss=None if found is None else found.loss,
+        test_accuracy=None if found is None else found.accuracy,
         density=density(server.model),
         bytes_down=answers.bytes_down,
         bytes_up=answers.bytes_up,
         seconds=time.perf_counter() - start,
         peak_saved_bytes=max((update.peak_saved_bytes for update in updates), default=0),
         churn=churn,
-        metrics=_means(updates),
+        metrics=_means(updates) | ({} if found is None else dict(found.metrics)),
         by_client=dict(sorted(by_client.items())),
     )
     return dataclasses.replace(record, metrics=record.metrics | _own_metrics(strategy, server)), answers
 
 
-def _tested(server: Server, own: Dataset[Any], loss_fn: LossFunction) -> dict[str, float]:
+def _tested(server: Server, own: Any, objective: Objective, collate: Collate | None) -> dict[str, float]:
     """The new model on one client's test set."""
-    loss, accuracy = evaluate(server.model, own, loss_fn=loss_fn)
-    return {"test_loss": loss} | ({} if accuracy is None else {"test_accuracy": accuracy})
+    found = evaluation_of(server.model, own, loss_fn=objective, collate=collate)
+    accuracy = {} if found.accuracy is None else {"test_accuracy": found.accuracy}
+    return {"test_loss": found.loss, **accuracy, **found.metrics}
 
 
 def _means(updates: Sequence[Update]) -> dict[str, float]:

@@ -3,26 +3,28 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from fedmef_fx.config import Config
-from fedmef_fx.errors import CheckpointError, ConfigError
-from fedmef_fx.federated.batches import sample_count
+from fedmef_fx.errors import CheckpointError, ConfigError, FedmefError
+from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.checkpoint import clear_leftovers
+from fedmef_fx.federated.client_data import declared_samples, is_lazy, opened
+from fedmef_fx.federated.drawing import drawing_from
 from fedmef_fx.federated.local import LocalTraining
 from fedmef_fx.federated.methods import Method
+from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.opening import activate_all
 from fedmef_fx.federated.strategy import Strategy
 from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
-__all__ = ["check_clients", "network_on", "own_strategy", "prepared", "settings_of", "usable_directory"]
+__all__ = ["check_clients", "example_of", "network_on", "own_strategy", "prepared", "settings_of", "usable_directory"]
 
 
 def own_strategy(strategy: Strategy | None, clients_per_round: int | None, *, clients: int) -> Strategy:
@@ -44,22 +46,27 @@ def own_strategy(strategy: Strategy | None, clients_per_round: int | None, *, cl
 
 
 def check_clients(
-    clients: Sequence[Dataset[Any]], *, rounds: int, clients_per_round: int | None, test: Dataset[Any] | None
-) -> list[int]:
-    """The number of samples of every client."""
+    clients: Sequence[Any], *, rounds: int, clients_per_round: int | None, test: Any, client_tests: Sequence[Any] | None
+) -> list[int | None]:
+    """The number of samples of every client; None where that is not known before its data are opened."""
     if type(rounds) is not int or rounds < 1:
         raise ConfigError(f"federated.run: rounds: got {rounds!r}; expected an integer >= 1")
     if not clients:
         raise ConfigError("federated.run: got no clients; expected a list of data sets, one per client")
-    sizes = [sample_count(dataset) for dataset in clients]
+    sizes = [declared_samples(data) for data in clients]
     empty = [str(index) for index, size in enumerate(sizes) if size == 0]
     if empty:
         raise ConfigError(
             f"federated.run: client {', '.join(empty)} has no samples; expected at least one each: leave empty clients "
             "out, e.g. [data for data in clients if len(data)]"
         )
-    if test is not None and sample_count(test) == 0:
+    if test is not None and declared_samples(test) == 0:
         raise ConfigError("federated.run: test: got a data set without samples; expected some, or test=None")
+    if client_tests is not None and len(client_tests) != len(clients):
+        raise ConfigError(
+            f"federated.run: client_tests: got {len(client_tests)}; expected {len(clients)}, one per client, None for "
+            "those without"
+        )
     allowed = clients_per_round is None or (type(clients_per_round) is int and 1 <= clients_per_round <= len(clients))
     if not allowed:
         raise ConfigError(
@@ -69,10 +76,31 @@ def check_clients(
     return sizes
 
 
-def prepared(model: nn.Module, config: Config | None, method: Method) -> nn.Module:
-    """A transformed copy of the model that fits the method."""
+def example_of(model: nn.Module, objective: Objective, data: Sequence[Any], collate: Collate | None) -> Any:
+    """Arguments by name with which the model is called, for `prepared`; None where batches are no dictionaries.
+
+    A model that computes its loss where it gets labels has to be traced with them. Data that are opened when their
+    client is chosen are not opened for it.
+    """
+    cpu = torch.device("cpu")
+    for source in data:
+        if source is None or is_lazy(source):
+            continue
+        try:
+            with drawing_from(0, cpu, source):
+                batch = next(opened(source, collate=collate).batches(batch_size=1, shuffle=False, device=cpu), None)
+            return dict(objective.arguments(model, batch)) if isinstance(batch, Mapping) else None
+        except FedmefError:  # a client whose data cannot be used is left out when it is its turn
+            continue
+    return None
+
+
+def prepared(
+    model: nn.Module, config: Config | None, method: Method, *, example: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A transformed copy of the model that fits the method, traced with an example where there is one."""
     if not is_transformed(model):
-        network = transform(model, method.configure(config or Config()))
+        network = transform(model, method.configure(config or Config()), example_kwargs=example)
         if method.opening is not None:
             activate_all(network, model, method=method.name)
         return network
@@ -101,7 +129,7 @@ def settings_of(
     strategy: Strategy,
     *,
     rounds: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int | None],
 ) -> dict[str, Any]:
     """What a run depends on, as JSON can hold it."""
     return {

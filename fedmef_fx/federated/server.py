@@ -41,7 +41,8 @@ class Server:
         model: The transformed model; it is changed in place and always holds the newest weights.
         method: The policies.
         rounds: Rounds of the whole run; adjustments stop there unless the configuration says otherwise.
-        samples: Client -> how many samples it declared; others' answers, and other numbers, are refused. None for any.
+        samples: Client -> how many samples it declared, None for any number; others' answers, and other numbers, are
+            refused. None for any clients.
         limits: What no update may exceed; None for `Limits()`.
         aggregate: What becomes of updates before the method averages them, see `Strategy.aggregate`; None for what the
             strategy does.
@@ -62,7 +63,7 @@ class Server:
         *,
         method: Method,
         rounds: int,
-        samples: Mapping[int, int] | None = None,
+        samples: Mapping[int, int | None] | None = None,
         limits: Limits | None = None,
         aggregate: Aggregate | None = None,
         strategy: ServerHooks | None = None,

@@ -380,3 +380,20 @@ def test_records_of_before_are_read(net: nn.Module) -> None:
         RoundRecord.from_dict({**fields, "by_client": {"x": {}}})
     with pytest.raises(CheckpointError, match="round record"):
         RoundRecord.from_dict({**fields, "metrics": {"x": "much"}})
+
+
+def test_a_client_in_a_process_per_round_keeps_its_state(net: nn.Module, tmp_path: Path) -> None:
+    class _Counting(Strategy):
+        def after_training(self, local: LocalRound) -> None:
+            local.state["count"] = local.state.get("count", torch.zeros(())) + 1
+            local.metrics["count"] = float(local.state["count"])
+
+    server = Server(fedmef_fx.transform(net, CONFIG), method=METHODS["fedmef"], rounds=3, strategy=_Counting())
+    for expected in (1.0, 2.0, 3.0):
+        client = Client(fedmef_fx.transform(net, CONFIG), FAST, strategy=_Counting())
+        if expected > 1:
+            client.load(tmp_path / "client")
+        update = server.receive(2, client.answer(server.broadcast(2), CLIENTS[2], client=2))
+        assert update.metrics == {"count": expected}
+        server.finish_round({2: update})
+        client.save(tmp_path / "client")

@@ -243,9 +243,17 @@ def test_any_map_style_data_set_gives_the_same_batches(clients: list[TensorDatas
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_items_that_are_no_pairs() -> None:
-    with pytest.raises(DataError, match=r"expected \(input, target\)"):
-        fetch(TensorDataset(torch.ones(2)), torch.tensor([0]))
+def test_items_that_are_no_tensors() -> None:
+    with pytest.raises(DataError, match=r"e\.g\. \(input, target\)"):
+        fetch(_Texts(), torch.tensor([0]))
+
+
+class _Texts(Dataset[Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> str:
+        return "text"
 
 
 def test_micro_batches_train_as_whole_batches_do(
