@@ -14,8 +14,8 @@ BIN := .venv/bin
 # Newer than what it depends on: the environment is up to date and pip, which takes seconds to find that out, is not called.
 INSTALLED := .venv/.installed
 # The kernels in C; installing the project compiles them.
-KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native.py tests/ops/test_rows.py \
-	tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
+KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native.py \
+	tests/packing/test_native_blocks.py tests/ops/test_rows.py tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 ECOSYSTEM := .venv-ecosystem
 DOCS := .venv-docs

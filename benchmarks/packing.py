@@ -19,7 +19,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedmef_fx.packing import ThresholdEstimator, available_backends, backend
+from fedmef_fx.packing import (
+    BlockCode,
+    BlockwiseTensor,
+    ThresholdEstimator,
+    available_backends,
+    backend,
+    block_operations,
+    using_backend,
+)
+from fedmef_fx.packing.fused import fused_kernels
+
+CODES = {
+    "2 bits": BlockCode(bits=2),
+    "2 bits, stochastic": BlockCode(bits=2, rounding="stochastic"),
+    "4 bits, stochastic": BlockCode(bits=4, rounding="stochastic"),
+    "8 bits": BlockCode(),
+}
 
 
 def resident_bytes() -> int:
@@ -60,6 +76,24 @@ def kernels(name: str, x: Tensor, threshold: float) -> dict[str, Callable[[], ob
         "clamp_bits": lambda: chosen.clamp_bits(x, out=out),
         "mask_by_bits": lambda: chosen.mask_by_bits(bits, x, out=out),
         "mask, slope 0.1": lambda: chosen.mask_by_bits(bits, x, out=out, scale_off=0.1),
+        **{label: call for text, code in CODES.items() for label, call in code_kernels(name, x, code, text).items()},
+    }
+
+
+def code_kernels(name: str, x: Tensor, code: BlockCode, text: str) -> dict[str, Callable[[], object]]:
+    """Coding a tensor, and decoding it into one that is there."""
+    out = torch.empty_like(x)
+    with using_backend(name):  # type: ignore[arg-type]  # a name from available_backends
+        kernels = fused_kernels(x, code) or block_operations
+        kept = BlockwiseTensor.encode(x, code, key=1)
+
+    def pack() -> None:
+        with using_backend(name):  # type: ignore[arg-type]
+            BlockwiseTensor.encode(x, code, key=1)
+
+    return {
+        f"{text}: pack": pack,
+        f"{text}: unpack": lambda: kernels.unpack_blocks(kept.codes, code, kept.ranges, out),
     }
 
 

@@ -25,7 +25,7 @@ FOLDER_VARIABLE: Final = "FEDMEF_FX_KERNELS"
 """Environment variable that names another folder with compiled kernels, such as those with sanitizers."""
 
 _ISAS: Final = ("baseline", "avx2", "avx512")
-_ABI: Final = 1
+_ABI: Final = 2
 _TYPES: Final = {
     "i": ctypes.c_int,
     "n": ctypes.c_int64,
@@ -48,6 +48,8 @@ _SIGNATURES: Final = {
     "row_gradients": "ippppdppni",
     "lay_out": "ippnnnnnnnnnnnnnpi",
     "take_back": "ippnnnnnnnnnnnnnpi",
+    "pack_blocks": "ipniniwnppi:n",
+    "unpack_blocks": "ippinpni",
     "sparse_matrix": "pnnpp",
     "sparse_transpose": "ipppppnnnppp",
     "sparse_product": "ipppppnpnnnnni",

@@ -127,6 +127,7 @@ def encode_levels(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     low, high = x.amin(1, keepdim=True).to(wide), x.amax(1, keepdim=True).to(wide)
+    low.add_(0.0)  # of zeros the positive one, whichever was met first
     if not is_checked and not bool(torch.isfinite(2 * high - 2 * low).all()):
         return None
     if code.levels == "centroids":

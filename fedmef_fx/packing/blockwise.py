@@ -24,19 +24,29 @@ beyond what bfloat16 holds become its largest ones.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
-from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode, decode_levels, encode_levels
+from fedmef_fx.packing import native_blocks
+from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode
+from fedmef_fx.packing.block_operations import (
+    computed_in,
+    kinds_of,
+    pack_blocks,
+    pack_wide,
+    restore_kinds,
+    unpack_blocks,
+    unpack_wide,
+)
 from fedmef_fx.packing.fused import fused_kernels
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
-from fedmef_fx.packing.marked_blocks import decode_marked, encode_marked, marks_exceptions
-from fedmef_fx.packing.noise import noise_at, noise_key
+from fedmef_fx.packing.marked_blocks import marks_exceptions
+from fedmef_fx.packing.noise import noise_key
 from fedmef_fx.packing.registry import BufferKind, announce, announce_temporary
 from fedmef_fx.packing.tracers import is_traced
 from fedmef_fx.packing.words import check_float
@@ -47,7 +57,6 @@ __all__ = ["BlockwiseTensor"]
 _CHUNK_BYTES: Final = 1 << 18
 # Elsewhere a kernel launch costs more than memory does.
 _CHUNK_BYTES_ON_DEVICE: Final = 1 << 24
-_KINDS: Final = (math.nan, math.inf, -math.inf)  # of kind 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -111,54 +120,45 @@ class BlockwiseTensor:
         codes = x.new_empty(code.codes_nbytes(layout.numel), dtype=torch.uint8, requires_grad=False)
         shape = (code.blocks(layout.numel), code.parameters)
         parameters = x.new_empty(shape, dtype=code.parameter_dtype(x.dtype), requires_grad=False)
+        fused = _fused(x, code)
         if not is_traced() and has_no_values(x):
-            # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
-            gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, x.dtype)
-            elements = _chunk_nbytes(x, torch.uint8)
-            noise = 0 if code.rounding == "nearest" else elements * _wide(x.dtype).itemsize
-            announce_temporary(gathered + noise + elements * (_wide(x.dtype).itemsize + 1))  # steps, and their codes
+            announce_temporary(_encoding_nbytes(x, layout, code, is_fused=fused is not None))
             return cls(codes, parameters, layout, x.dtype, code)
         if code.rounding == "nearest":
             key = None
         elif key is None:
             key = noise_key(int(torch.randint(2**62, (), generator=generator)))
+        kinds, x = None, x.detach()
         with torch.no_grad():
-            kinds, fused = None, fused_kernels(x, code)
-            if fused is not None:
-                fused.pack_blocks(layout.flatten(x), code, codes, parameters, key=key)
-            elif not _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key):
-                _encode(_chunks(x.detach(), layout), code, codes, parameters, key=key, wide=True)
-                kinds = _kinds(layout.flatten(x))
+            if not _pack(x, layout, code, (codes, parameters), key=key, fused=fused):
+                for piece, into, start in _pieces(x, layout, code, (codes, parameters)):
+                    pack_wide(piece, code, *into, key=key, start=start)
+                kinds = kinds_of(layout.flatten(x))
         return cls(codes, parameters, layout, x.dtype, code, kinds)
 
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         # The view comes last: compilers refuse to write through views with strides of their own.
         flat = self.codes.new_empty(self.layout.numel, dtype=self.dtype)
+        fused = None if self.has_exceptions else _fused(flat, self.code)
         if not is_traced() and has_no_values(flat):
-            # Codes one per byte, and a chunk that is rounded afterwards.
-            unpacked = 0 if self.code.bits == 8 else _chunk_nbytes(flat, torch.uint8)
-            is_wide = flat.dtype == _wide(flat.dtype)
-            announce_temporary(unpacked + (0 if is_wide else _chunk_nbytes(flat, _wide(flat.dtype))))
-            return flat.as_strided(self.layout.shape, self.layout.stride)
-        fused = None if self.has_exceptions else fused_kernels(flat, self.code)
-        if fused is not None:
+            announce_temporary(0 if fused is not None else _decoding_nbytes(flat, self.code))
+        elif fused is not None:
             fused.unpack_blocks(self.codes, self.code, self.ranges, flat)
-            return flat.as_strided(self.layout.shape, self.layout.stride)
-        for values, codes, parameters in self._in_blocks(flat):
-            _decode(codes, self.code, parameters, values, has_exceptions=self.has_exceptions)
-        if self.kinds is not None:
-            kinds = unpack_planes(self.kinds.view(1, -1), flat.numel(), 2)[0]
-            for kind, value in enumerate(_KINDS, start=1):
-                flat.masked_fill_(kinds == kind, value)
+        else:
+            self._unpack_by_operations(flat)
         return flat.as_strided(self.layout.shape, self.layout.stride)
 
-    def _in_blocks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        step, first = _chunk_elements(flat), 0
+    def _unpack_by_operations(self, flat: Tensor) -> None:
+        step, is_marked = _chunk_elements(flat, self.code), marks_exceptions(flat)
         for start in range(0, flat.numel(), step):
-            chunk = flat[start : start + step]
-            yield from _in_blocks(chunk, self.code, self.codes[first:], self.ranges[start // self.code.block :])
-            first += self.code.codes_nbytes(chunk.numel())
+            codes, ranges = self.codes[self.code.codes_nbytes(start) :], self.ranges[start // self.code.block :]
+            if self.has_exceptions:
+                unpack_wide(codes, self.code, ranges, flat[start : start + step])
+            else:
+                unpack_blocks(codes, self.code, ranges, flat[start : start + step], is_marked=is_marked)
+        if self.kinds is not None:
+            restore_kinds(self.kinds, flat)
 
     @property
     def has_exceptions(self) -> bool:
@@ -185,32 +185,80 @@ class BlockwiseTensor:
         return f"BlockwiseTensor({dtype}{list(self.shape)}, {self.code.bits} bits, {self.nbytes} bytes)"
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What tensors of a type are computed in."""
-    return torch.promote_types(dtype, torch.float32)
+def _fused(x: Tensor, code: BlockCode) -> ModuleType | None:
+    """The kernels that code a tensor whole; those in C mark no exceptions."""
+    fused = fused_kernels(x, code)
+    return None if fused is native_blocks and marks_exceptions(x) else fused
 
 
-def _chunk_elements(x: Tensor) -> int:
+def _chunk_elements(x: Tensor, code: BlockCode) -> int:
     """Elements per chunk, a multiple of the block."""
-    wide = torch.promote_types(x.dtype, torch.float32).itemsize
-    return (_CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE) // wide
+    most = _CHUNK_BYTES if x.device.type == "cpu" else _CHUNK_BYTES_ON_DEVICE
+    return max(most // computed_in(x.dtype).itemsize // code.block, 1) * code.block
 
 
-def _chunk_nbytes(x: Tensor, dtype: torch.dtype) -> int:
+def _chunk_nbytes(x: Tensor, code: BlockCode, dtype: torch.dtype) -> int:
     """Bytes of a temporary for one chunk, or for all of a smaller tensor."""
-    return min(_chunk_elements(x), x.numel()) * dtype.itemsize
+    return min(_chunk_elements(x, code), x.numel()) * dtype.itemsize
 
 
-def _chunks(x: Tensor, layout: MemoryLayout) -> Iterator[Tensor]:
+def _encoding_nbytes(x: Tensor, layout: MemoryLayout, code: BlockCode, *, is_fused: bool) -> int:
+    """Bytes of the temporaries of encoding."""
+    # Of a tensor with gaps, a copy of some rows and the chunk that they are gathered in.
+    gathered = 0 if layout.describes(x) else 2 * _chunk_nbytes(x, code, x.dtype)
+    if is_fused:
+        return gathered
+    elements, wide = _chunk_nbytes(x, code, torch.uint8), computed_in(x.dtype).itemsize
+    noise = 0 if code.rounding == "nearest" else elements * wide
+    return gathered + noise + elements * (wide + 1)  # steps, and their codes
+
+
+def _decoding_nbytes(flat: Tensor, code: BlockCode) -> int:
+    """Bytes of the temporaries of decoding by operations: codes one per byte, a chunk that is rounded afterwards."""
+    unpacked, wide = 0 if code.bits == 8 else _chunk_nbytes(flat, code, torch.uint8), computed_in(flat.dtype)
+    return unpacked + (0 if flat.dtype == wide else _chunk_nbytes(flat, code, wide))
+
+
+def _pack(
+    x: Tensor,
+    layout: MemoryLayout,
+    code: BlockCode,
+    into: tuple[Tensor, Tensor],
+    *,
+    key: int | None,
+    fused: ModuleType | None,
+) -> bool:
+    """Encode piece after piece; returns False where one has exceptions."""
+    pack = partial(pack_blocks, is_marked=marks_exceptions(x)) if fused is None else fused.pack_blocks
+    for piece, own, start in _pieces(x, layout, code, into, whole=fused is not None):
+        if not pack(piece, code, *own, key=key, start=start):
+            return False
+    return True
+
+
+def _pieces(
+    x: Tensor, layout: MemoryLayout, code: BlockCode, into: tuple[Tensor, Tensor], *, whole: bool = False
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor], int]]:
+    """The pieces of a tensor, see `_chunks`, each with its codes and ranges, and the number of its first element."""
+    codes, ranges = into
+    start = 0
+    for piece in _chunks(x, layout, code, whole=whole):
+        yield piece, (codes[code.codes_nbytes(start) :], ranges[start // code.block :]), start
+        start += piece.numel()
+
+
+def _chunks(x: Tensor, layout: MemoryLayout, code: BlockCode, *, whole: bool) -> Iterator[Tensor]:
     """The elements of a tensor in a layout's order, in flat pieces of whole blocks (the last one may be shorter).
 
-    A tensor with gaps is gathered piece by piece, never as a whole. A piece is valid until the next one is asked for.
+    A tensor with gaps is gathered piece by piece, never as a whole; another one is one piece where that is asked for. A
+    piece is valid until the next one is asked for.
     """
-    step = _chunk_elements(x)
+    step = _chunk_elements(x, code)
     if x.numel() == 0:
         return
     if layout.describes(x):
         flat = layout.flatten(x)
+        step = flat.numel() if whole else step
         yield from (flat[start : start + step] for start in range(0, flat.numel(), step))
         return
     staging, filled = x.new_empty(min(step, x.numel())), 0
@@ -235,76 +283,3 @@ def _rows(x: Tensor, limit: int) -> Iterator[Tensor]:
     count = limit // (x.numel() // x.shape[0])
     for start in range(0, x.shape[0], max(count, 1)):
         yield from _rows(x[start : start + count] if count else x[start], limit)
-
-
-def _in_blocks(
-    flat: Tensor, code: BlockCode, codes: Tensor, parameters: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A chunk as `[blocks, block]`, and what remains of it as `[1, rest]`, each with its codes and parameters."""
-    whole, rest = divmod(flat.numel(), code.block)
-    end, width = whole * code.block, planes_nbytes(code.block, code.bits)
-    if whole:
-        yield flat[:end].view(whole, -1), codes[: whole * width].view(whole, -1), parameters[:whole]
-    if rest:
-        last = codes[whole * width : whole * width + planes_nbytes(rest, code.bits)]
-        yield flat[end:].view(1, -1), last.view(1, -1), parameters[whole : whole + 1]
-
-
-def _encode(
-    chunks: Iterator[Tensor], code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None, wide: bool = False
-) -> bool:
-    """Encode chunk after chunk; returns False where one has exceptions, unless these are treated (`wide`)."""
-    start = first = 0
-    for chunk in chunks:
-        noise, at = None, 0
-        encode = _encode_wide if wide else encode_marked if marks_exceptions(chunk) else encode_levels
-        if key is not None:
-            dtype = torch.float64 if wide else _wide(chunk.dtype)
-            noise = noise_at(key, start, chunk.numel(), dtype=dtype, device=chunk.device)
-        for part, out, into in _in_blocks(chunk, code, codes[first:], parameters[start // code.block :]):
-            share = None if noise is None else noise[at : at + part.numel()].view_as(part)
-            encoded = encode(part, code, into, share)
-            if encoded is None:
-                return False
-            pack_planes(encoded, code.bits, out)
-            del encoded  # before the next chunk's are made
-            at += part.numel()
-        start, first = start + chunk.numel(), first + code.codes_nbytes(chunk.numel())
-    return True
-
-
-def _encode_wide(x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None) -> Tensor | None:
-    """The codes of blocks with NaN, infinities or a range that overflows: of quarters in float64."""
-    quarter = x.to(torch.float64) / 4
-    finite = quarter.isfinite()
-    low = torch.where(finite, quarter, math.inf).amin(1, keepdim=True)
-    values = torch.where(finite, quarter, torch.where(low.isfinite(), low, 0.0))
-    quarters = torch.empty_like(parameters)
-    codes = encode_levels(values, code, quarters, noise)
-    limit = torch.finfo(parameters.dtype).max
-    parameters.copy_(quarters.to(torch.float64).mul_(4).clamp_(-limit, limit))
-    return codes
-
-
-def _kinds(flat: Tensor) -> Tensor:
-    """The kind of every element, 2 bits each."""
-    kinds = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
-    for kind, found in enumerate((flat.isnan(), flat == math.inf, flat == -math.inf), start=1):
-        kinds.masked_fill_(found, kind)
-    packed = kinds.new_empty(1, planes_nbytes(kinds.numel(), 2))
-    pack_planes(kinds.view(1, -1), 2, packed)
-    return packed[0]
-
-
-def _decode(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor, *, has_exceptions: bool) -> None:
-    """Decode `[blocks, size]` into `out`."""
-    levels = unpack_planes(codes, out.shape[1], code.bits)
-    if not has_exceptions:
-        decode = decode_marked if marks_exceptions(out) else decode_levels
-        decode(levels, code, parameters.to(_wide(out.dtype)), out)
-        return
-    # In quarters: the product with a range that overflows its format must not.
-    values = torch.empty(out.shape, dtype=torch.float64, device=out.device)
-    decode_levels(levels, code, parameters.to(torch.float64).div_(4), values)
-    limit = torch.finfo(out.dtype).max
-    out.copy_(values.mul_(4).clamp_(-limit, limit))

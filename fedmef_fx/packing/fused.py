@@ -1,7 +1,7 @@
-"""Whether one fused kernel codes a tensor: in Triton, on CUDA devices.
+"""Whether one fused kernel codes a tensor: in C on the CPU, where that is the backend; in Triton on CUDA devices.
 
-`FEDMEF_FX_TRITON=0` in the environment leaves it to operations of torch, such as where there is no C compiler, which
-Triton needs. Both give the same bits. Triton comes with torch's builds for CUDA.
+`FEDMEF_FX_TRITON=0` in the environment leaves it to operations of torch on GPUs, such as where there is no C compiler,
+which Triton needs. All give the same bits. Triton comes with torch's builds for CUDA.
 """
 
 import functools
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing import native_blocks
+from fedmef_fx.packing.backends import backend
 from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.tracers import is_traced
 
@@ -26,14 +28,24 @@ _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def fused_kernels(x: Tensor, code: BlockCode) -> ModuleType | None:
-    """`fedmef_fx.packing.triton_kernels` where it can code a tensor with values, or decode into it; None elsewhere.
+    """The kernels that code a tensor, or decode into it, whole: None where operations of torch do.
+
+    Of a fake tensor: those of the one that it stands for.
+
+    Returns:
+        `fedmef_fx.packing.native_blocks` for one on the CPU, `fedmef_fx.packing.triton_kernels` for one on a GPU.
 
     Raises:
         ConfigError: Another value in the environment than 0 and 1.
     """
-    if x.device.type != "cuda" or x.dtype not in _DTYPES or code.levels != "range" or is_traced():
+    if code.levels != "range" or is_traced():
         return None
-    return _kernels() if _is_wanted(os.environ.get(TRITON_VARIABLE, "1")) else None
+    if x.device.type == "cpu":
+        is_served = code.block <= native_blocks.LARGEST_BLOCK and backend().name == "native"
+        return native_blocks if is_served else None
+    if x.device.type != "cuda" or x.dtype not in _DTYPES:
+        return None
+    return _triton() if _is_wanted(os.environ.get(TRITON_VARIABLE, "1")) else None
 
 
 def _is_wanted(value: str) -> bool:
@@ -43,7 +55,7 @@ def _is_wanted(value: str) -> bool:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _triton() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("fedmef_fx.packing.triton_kernels")

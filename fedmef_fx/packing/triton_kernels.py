@@ -19,26 +19,33 @@ __all__ = ["pack_blocks", "unpack_blocks"]
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-def pack_blocks(x: Tensor, code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None) -> None:
+def pack_blocks(
+    x: Tensor, code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None, start: int = 0
+) -> bool:
     """Code a tensor.
 
     Args:
         x: `[n]`, contiguous; float16, bfloat16 or float32.
         code: How; with levels in a range.
-        codes: uint8 `[code.codes_nbytes(n)]`; written to.
-        parameters: `[code.blocks(n), 2]`, of `code.parameter_dtype`; written to.
+        codes: uint8 `[code.codes_nbytes(n)]`, or longer; written to.
+        parameters: `[code.blocks(n), 2]`, or longer, of `code.parameter_dtype`; written to.
         key: Of the noise of stochastic rounding; None for nearest.
+        start: The number of the first element, a multiple of the block.
+
+    Returns:
+        True: every block takes any values.
     """
     if not x.numel():
-        return
+        return True
     low, high = (0, 0) if key is None else (_signed(key), _signed(key >> 32))
     with torch.cuda.device_of(x):
         _pack[(code.blocks(x.numel()),)](
-            _words(x), codes, _words(parameters), x.numel(), low, high,
+            _words(x), codes, _words(parameters), x.numel(), start, low, high,
             BITS=code.bits, BLOCK=code.block, WIDTH=triton.next_power_of_2(code.block), IS_NEAREST=key is None,
             LIMIT=largest_coded(x.dtype), IS_BFLOAT16=x.dtype == torch.bfloat16,
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
+    return True
 
 
 def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor) -> None:
@@ -148,9 +155,9 @@ def _pack_plane(
     tl.store(out + byte, tl.sum(share, axis=0).to(tl.uint8), mask=byte < width)
 
 
-@triton.jit(do_not_specialize=["numel", "key_low", "key_high"])
+@triton.jit(do_not_specialize=["numel", "first", "key_low", "key_high"])
 def _pack(
-    x, codes, parameters, numel, key_low, key_high,
+    x, codes, parameters, numel, first, key_low, key_high,
     BITS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, IS_NEAREST: tl.constexpr, LIMIT: tl.constexpr,
     IS_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
@@ -186,16 +193,16 @@ def _pack(
     out = codes + block * (BLOCK * BITS // 8)
     if BITS == 3:
         _pack_plane(
-            x + start, out, start, size, low, inverse, is_marked, key_low, key_high,
+            x + start, out, first + start, size, low, inverse, is_marked, key_low, key_high,
             BITS, WIDTH, IS_NEAREST, LIMIT, IS_BFLOAT16, 2, 0,
         )  # fmt: skip
         _pack_plane(
-            x + start, out + (size * 2 + 7) // 8, start, size, low, inverse, is_marked, key_low, key_high,
+            x + start, out + (size * 2 + 7) // 8, first + start, size, low, inverse, is_marked, key_low, key_high,
             BITS, WIDTH, IS_NEAREST, LIMIT, IS_BFLOAT16, 1, 2,
         )  # fmt: skip
     else:
         _pack_plane(
-            x + start, out, start, size, low, inverse, is_marked, key_low, key_high,
+            x + start, out, first + start, size, low, inverse, is_marked, key_low, key_high,
             BITS, WIDTH, IS_NEAREST, LIMIT, IS_BFLOAT16, BITS, 0,
         )  # fmt: skip
 

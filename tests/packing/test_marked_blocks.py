@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmef_fx.packing import BlockCode, BlockwiseTensor, GradientBits, blockwise
+from fedmef_fx.packing import BlockCode, BlockwiseTensor, GradientBits, blockwise, using_backend
 from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
 from fedmef_fx.packing.bitmap import _pack_on_device, _unpack_on_device
 from fedmef_fx.packing.marked_blocks import decode_marked, encode_marked, largest_coded
@@ -131,7 +131,7 @@ def test_nothing_depends_on_values(code):
 
 
 def test_what_waits_is_noticed():
-    with Waiting() as waiting:
+    with Waiting() as waiting, using_backend("torch"):
         BlockwiseTensor.encode(torch.randn(300)).unpack()
     assert waiting.calls == {"_local_scalar_dense"}
     with WaitingForCopies() as waiting:

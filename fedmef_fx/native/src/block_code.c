@@ -1,0 +1,105 @@
+/* Codes of 1, 2, 3, 4 or 8 bits in blocks: the arithmetic of fedmef_fx/packing/block_code.py, bit for bit.
+ *
+ * A block is worked on in the first-level cache, from its elements to its planes of bits, so that nothing of the size of
+ * the tensor is made besides its codes.
+ */
+#include "block_code.h"
+
+#include <float.h>
+#include <stdbool.h>
+
+#include "halves.h"
+
+/* The pattern of the largest bfloat16 not above x, which is finite. */
+static inline uint16_t bfloat16_below(float x) {
+    const uint32_t word = as_word(x), below = (word >> 16) + (word >> 31 & ((word & 0xFFFF) != 0));
+    return (uint16_t)(below == 0xFF80 ? 0xFF7F : below); /* not -inf */
+}
+
+static const float LARGEST_BFLOAT16 = 0x1.FEp127f;
+
+static inline float float_below_float(float x) { return x; }
+
+static inline float float_below_double(double x) {
+    if (x >= LARGEST_BFLOAT16) return LARGEST_BFLOAT16;
+    if (x <= -LARGEST_BFLOAT16) return -LARGEST_BFLOAT16;
+    const float near = (float)x;
+    if (!((double)near > x)) return near;
+    /* One step down: of the magnitude, upwards for negative numbers. */
+    if (near == 0) return -0x1p-149f;
+    return as_float(near > 0 ? as_word(near) - 1 : as_word(near) + 1);
+}
+
+/* A range of floats begins at or below its values and ends near them: integers hold what comes out. */
+static inline uint8_t code_of_float(float step, int top) {
+    const int code = (int)step;
+    return (uint8_t)(code < top ? code : top);
+}
+
+/* A range of doubles is cut to what bfloat16 holds. */
+static inline uint8_t code_of_double(double step, int top) {
+    step = step > 0 ? step : 0;
+    return (uint8_t)(step < top ? (int)step : top);
+}
+
+enum { ENDS = 4 };
+
+#define LEVEL(name) name##_float
+#define FLOAT float
+#define SIGNED int32_t
+#define SMALLEST FLT_MIN
+#include "block_levels.h"
+#undef LEVEL
+#undef FLOAT
+#undef SIGNED
+#undef SMALLEST
+#define LEVEL(name) name##_double
+#define FLOAT double
+#define SIGNED int64_t
+#define SMALLEST DBL_MIN
+#include "block_levels.h"
+#undef LEVEL
+#undef FLOAT
+#undef SIGNED
+#undef SMALLEST
+
+#define LIMIT_float16 65504.0f
+#define LIMIT_bfloat16 LARGEST_BFLOAT16
+
+#define KERNELS "block_format.h"
+#include "formats.h"
+
+static part_function *const PACK[FORMATS] = OF_EACH_FORMAT(pack);
+static part_function *const UNPACK[FORMATS] = OF_EACH_FORMAT(unpack);
+
+/* Code a tensor.
+ *
+ * `parameters` are pairs of offset and scale: of bfloat16, for 8 bits of the type to compute in. `number` is that of the
+ * first element, for the noise under `key`. Returns whether there are exceptions; codes and parameters are then worth
+ * nothing.
+ */
+EXPORT int64_t fedmef_pack_blocks(int format, const void *source, int64_t count, int bits, int64_t block,
+                                  int is_stochastic, uint64_t key, int64_t number, uint8_t *codes, void *parameters,
+                                  int threads) {
+    atomic_int has_exceptions = 0;
+    struct coded work = {.source = source,
+                         .codes = codes,
+                         .parameters = parameters,
+                         .key = key,
+                         .number = number,
+                         .count = count,
+                         .block = block,
+                         .bits = bits,
+                         .is_stochastic = is_stochastic,
+                         .has_exceptions = &has_exceptions};
+    run_parts(PACK[format], &work, count, block, threads);
+    return atomic_load(&has_exceptions);
+}
+
+/* Decode what `fedmef_pack_blocks` coded. */
+EXPORT void fedmef_unpack_blocks(int format, uint8_t *codes, void *parameters, int bits, int64_t block, void *out,
+                                 int64_t count, int threads) {
+    struct coded work = {
+        .out = out, .codes = codes, .parameters = parameters, .count = count, .block = block, .bits = bits};
+    run_parts(UNPACK[format], &work, count, block, threads);
+}

@@ -1,0 +1,72 @@
+"""Kernels in C that code and decode blocks: the bits of `fedmef_fx.packing.block_code`, without temporaries.
+
+They stand in for its operations on the CPU, as `fedmef_fx.packing.fused` decides.
+"""
+
+from typing import Final
+
+from torch import Tensor
+
+from fedmef_fx.native import call, threads_for
+from fedmef_fx.packing.backend_native import FORMATS
+from fedmef_fx.packing.block_code import BlockCode
+
+__all__ = ["LARGEST_BLOCK", "pack_blocks", "unpack_blocks"]
+
+LARGEST_BLOCK: Final = 4096
+"""Elements of a block that kernels have room for."""
+
+
+def pack_blocks(
+    x: Tensor, code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None, start: int = 0
+) -> bool:
+    """Code a tensor.
+
+    Args:
+        x: `[n]`, contiguous.
+        code: How; in blocks of at most `LARGEST_BLOCK`, with levels in a range.
+        codes: uint8 `[code.codes_nbytes(n)]`, or longer; written to.
+        parameters: `[code.blocks(n), 2]`, or longer, of `code.parameter_dtype`; written to.
+        key: Of the noise of stochastic rounding; None for nearest.
+        start: The number of the first element, a multiple of the block.
+
+    Returns:
+        False where an element is not finite, or a range overflows: what was written is then worth nothing.
+    """
+    numel, threads = x.numel(), threads_for(x.numel())
+    _check(code, codes, parameters, x)
+    is_stochastic = key is not None
+    arguments = (int(is_stochastic), key or 0, start, codes, parameters, threads)
+    return not call("pack_blocks", FORMATS[x.dtype], x, numel, code.bits, code.block, *arguments)
+
+
+def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor) -> None:
+    """Decode what `pack_blocks` coded.
+
+    Args:
+        codes: uint8 `[code.codes_nbytes(n)]`.
+        code: How they were made.
+        parameters: `[code.blocks(n), 2]`.
+        out: `[n]`, contiguous.
+    """
+    numel, threads = out.numel(), threads_for(out.numel())
+    _check(code, codes, parameters, out)
+    call("unpack_blocks", FORMATS[out.dtype], codes, parameters, code.bits, code.block, out, numel, threads)
+
+
+def _check(code: BlockCode, codes: Tensor, parameters: Tensor, elements: Tensor) -> None:
+    """Refuse buffers that are too small, before a kernel reads or writes beyond them.
+
+    Raises:
+        ValueError: They do not belong to so many elements.
+    """
+    numel = elements.numel()
+    nbytes, shape = code.codes_nbytes(numel), (code.blocks(numel), code.parameters)
+    dtype = code.parameter_dtype(elements.dtype)
+    if code.block > LARGEST_BLOCK or code.levels != "range":
+        raise ValueError(f"native blocks: got {code}; expected blocks of at most {LARGEST_BLOCK}, in a range")
+    if codes.numel() < nbytes or len(parameters) < shape[0] or parameters.dtype != dtype:
+        raise ValueError(
+            f"native blocks: got {codes.numel()} bytes of codes and {parameters.dtype}{list(parameters.shape)}; "
+            f"expected {nbytes} and {dtype}{list(shape)} for {numel} elements"
+        )
