@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fedmef_fx import __version__
+from fedmef_fx.commands.invocation import remember
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -38,6 +39,10 @@ class _Commands(TyperGroup):
     """Commands whose modules are imported when they are used."""
 
     _lists_only = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        remember(ctx.info_name, args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         del ctx

@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from fedmef_fx.commands.command import AsJson, Result, command
+from fedmef_fx.commands.invocation import command_line
 from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.tables import show_table
 from fedmef_fx.inspection.comparison import Comparison
@@ -33,7 +34,7 @@ def compare(
     """Compare two checkpoints: overlap of the masks, weights grown and pruned, distance of the weights."""
     comparison = compare_states(before, after)
     if html is not None or opens:
-        return page_result(html, comparison.to_html, opens=opens)
+        return page_result(html, lambda path: comparison.to_html(path, command=command_line()), opens=opens)
     return Result(comparison.to_json(), lambda console: _show(console, comparison))
 
 

@@ -11,6 +11,7 @@ import fedmef_fx
 from fedmef_fx.commands.arguments import CheckpointOption, InputShape, Passes, build_model, example_input, transformed
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.config_options import takes_config
+from fedmef_fx.commands.invocation import command_line
 from fedmef_fx.commands.page import Opens, Page, page_result
 from fedmef_fx.commands.reports import show_coverage, show_passes
 from fedmef_fx.commands.tables import show_table
@@ -112,7 +113,12 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
         return page_result(
             html,
             lambda path: inspection.to_html(
-                path, title=model, original=compared, memory=step, memory_before=step_before
+                path,
+                title=model,
+                original=compared,
+                memory=step,
+                memory_before=step_before,
+                command=command_line(),
             ),
             opens=opens,
         )

@@ -13,6 +13,7 @@ from torch import fx
 from fedmef_fx.display.printable import visible
 from fedmef_fx.graph.origin import module_of, provenance
 from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.records.calls import CallRecord
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord, SavedRecord, TensorRecord, dtype_name
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -163,6 +164,7 @@ class Observation:
         kept: Per node what it keeps for backward; nodes that keep nothing are left out.
         kept_outside: What Python between the graphs keeps.
         measured: The graphs for which `kept` was measured.
+        calls: What flowed between modules that Python calls; None for one graph, and where that is not known.
         notices: What could not be measured, and why.
     """
 
@@ -170,4 +172,5 @@ class Observation:
     kept: dict[fx.Node, tuple[KeptStorage, ...]] = dataclasses.field(default_factory=dict)
     kept_outside: tuple[KeptStorage, ...] = ()
     measured: set[fx.Graph] = dataclasses.field(default_factory=set)
+    calls: CallRecord | None = None
     notices: list[str] = dataclasses.field(default_factory=list)

@@ -158,17 +158,18 @@ class Comparison:
         """The comparison as JSON text in ASCII; `<` is written as an escape, so that it can stand inside HTML."""
         return json.dumps(self.as_dict(), indent=2, allow_nan=False).replace("<", "\\u003c")
 
-    def to_html(self, path: str | PathLike[str], *, title: str = "Comparison") -> None:
+    def to_html(self, path: str | PathLike[str], *, title: str = "Comparison", command: str | None = None) -> None:
         """Write the comparison as a page, one file that opens from disk in any browser.
 
         Args:
             path: Of the file, e.g. `rounds.html`.
             title: Heading of the page.
+            command: The command line that writes the page, which shows it.
 
         Raises:
             ConfigError: The file cannot be written.
         """
-        write_page(path, PageContent(title=title, comparison=self.as_dict()))
+        write_page(path, PageContent(title=title, comparison=self.as_dict(), command=command))
 
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headings and rows as text: parameters with masks, the others that moved, and the total."""

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from fedmef_fx.display.printable import shortened, visible
+from fedmef_fx.inspection.pass_colours import tint_of
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 __all__ = ["to_dot"]
 
-# Okabe and Ito's palette in light tints: told apart by readers who do not see all colours, with black text on it.
-_TINTS: Final = ("#cfe8f7", "#fbe3b5", "#c9ebdd", "#f8f2b0", "#bfd9ee", "#f3cfb8", "#efd3e3", "#e0e0e0")
 _LONGEST: Final = 80
 
 
@@ -26,24 +25,21 @@ def to_dot(graphs: Iterable[GraphRecord]) -> str:
     Returns:
         DOT text, one cluster per graph; nodes that a pass made are filled with its colour.
     """
-    graphs = tuple(graphs)
-    passes = dict.fromkeys(node.made_by for graph in graphs for node in graph.nodes if node.made_by is not None)
-    tints = {name: _TINTS[index % len(_TINTS)] for index, name in enumerate(passes)}
     lines = [
         "digraph model {",
         '  node [shape=box, style="rounded,filled", fillcolor="#ffffff", fontname="sans-serif"];',
     ]
     for number, graph in enumerate(graphs):
         lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(graph.label or 'model')};"]
-        lines += [f"    {line}" for line in _statements(graph, f"g{number}n", tints)]
+        lines += [f"    {line}" for line in _statements(graph, f"g{number}n")]
         lines.append("  }")
     return "\n".join([*lines, "}"])
 
 
-def _statements(graph: GraphRecord, prefix: str, tints: dict[str, str]) -> Iterator[str]:
+def _statements(graph: GraphRecord, prefix: str) -> Iterator[str]:
     identifiers = {node.name: f"{prefix}{index}" for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        fill = f", fillcolor={_quoted(tints[node.made_by])}, tooltip={_quoted(node.made_by)}" if node.made_by else ""
+        fill = f", fillcolor={_quoted(tint_of(node.made_by))}, tooltip={_quoted(node.made_by)}" if node.made_by else ""
         yield f"{identifiers[node.name]} [label={_label(node)}{fill}];"
         yield from (f"{identifiers[source]} -> {identifiers[node.name]};" for source in node.inputs)
 

@@ -28,6 +28,7 @@ from fedmef_fx.inspection.shapes import observe
 from fedmef_fx.inspection.table import Table, layer_table
 from fedmef_fx.inspection.weights import WeightRecord, record_weights
 from fedmef_fx.module_tree import uncompiled_model
+from fedmef_fx.records.calls import CallRecord
 from fedmef_fx.records.graphs import GraphRecord
 from fedmef_fx.records.passes import PassReport, PassResult, Refusal
 from fedmef_fx.sparse_model.transformation import Transformation, is_transformed
@@ -57,6 +58,9 @@ class Inspection:
         name: Class of the model.
         original: Graphs of the original, as they were captured; empty for a model that is not transformed.
         weights: Snapshots of the parameters in `layers`.
+        calls: What flows between the modules that Python calls; None for a model of one graph and without example
+            inputs.
+        config: What the model was transformed with; None for a model that is not transformed.
     """
 
     graphs: tuple[GraphRecord, ...]
@@ -67,6 +71,8 @@ class Inspection:
     name: str = "model"
     original: tuple[GraphRecord, ...] = dataclasses.field(default=(), repr=False)
     weights: tuple[WeightRecord, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    calls: CallRecord | None = dataclasses.field(default=None, repr=False)
+    config: Config | None = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
         return graph_text(self.graphs)
@@ -177,6 +183,7 @@ class Inspection:
         memory: "MemoryReport | None" = None,
         memory_before: "MemoryReport | None" = None,
         history: "History | None" = None,
+        command: str | None = None,
     ) -> None:
         """Write a page: the graph, the mask, weights and costs of every layer, and what passes did and refused.
 
@@ -190,6 +197,7 @@ class Inspection:
             memory: Report of a training step of this model, with its timeline.
             memory_before: The same of the original.
             history: Of a federated training: accuracy, losses, traffic and mask churn over the rounds.
+            command: The command line that writes the page, which shows it.
 
         Raises:
             CaptureError: The original cannot be traced.
@@ -204,12 +212,16 @@ class Inspection:
                 title=title or self.name,
                 after=self.graphs,
                 before=self.original if original is None else original.graphs,
+                calls=self.calls,
+                calls_before=self.calls if original is None else original.calls,
                 layers=self.table(original),
                 weights=self.weights,
                 passes=self.passes,
                 notices=self.notices,
                 memory=MemoryPair.of(memory, memory_before),
                 history=history,
+                config=self.config,
+                command=command,
             ),
         )
 
@@ -263,6 +275,8 @@ def inspect(
         name=type(model).__name__.removeprefix("Transformed") if is_transformed(model) else type(model).__name__,
         original=program.transformation.original,
         weights=record_weights(program.model, (row.parameter for row in layers.rows)),
+        calls=observation.calls,
+        config=None if is_original else program.transformation.config,
     )
 
 

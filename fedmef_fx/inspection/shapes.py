@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,7 @@ from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.recording import Observation
 from fedmef_fx.graph.signature import Call
+from fedmef_fx.inspection.calls import record_calls
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.module_tree import duplicate_of
 from fedmef_fx.records.graphs import TensorRecord
@@ -55,6 +56,10 @@ def observe(
             with torch.no_grad():
                 copies = pytree.tree_map_only(Tensor, _copy, (tuple(args), dict(kwargs)))
                 _Calls(program, duplicate.eval(), observation.tensors).make(*copies)
+        regions = {region.path for region in program.regions if region.role != "fallback"}
+        if not program.is_one_graph and "" not in regions:
+            copies = pytree.tree_map_only(Tensor, _copy, (tuple(args), dict(kwargs)))
+            observation.calls = record_calls(duplicate, _called_by_python(duplicate, regions), *copies)
         if failure is not None:
             observation.notices.append(f"what is saved for backward is not known, as train mode fails: {failure}")
     return observation
@@ -92,6 +97,21 @@ def _duplicate(model: nn.Module) -> nn.Module:
     transformation = model.get_submodule(CHILD_NAME) if is_transformed(model) else model
     vars(tree).update(copy.deepcopy(kept, {id(transformation): nn.Module()}))
     return tree
+
+
+def _called_by_python(model: nn.Module, regions: Collection[str]) -> list[str]:
+    """Paths of the regions and of the modules outside of them that hold parameters of their own."""
+    inside = (*regions, CHILD_NAME)
+    return [
+        path
+        for path, module in model.named_modules()
+        if path in regions
+        or (
+            path
+            and next(module.parameters(recurse=False), None) is not None
+            and not any(f"{path}.".startswith(f"{above}.") for above in inside)
+        )
+    ]
 
 
 class _Calls:

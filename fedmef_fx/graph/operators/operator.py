@@ -23,6 +23,7 @@ PlainCall: TypeAlias = tuple[Callable[..., Any] | str, tuple[Any, ...], dict[str
 """A function, or the target of a module, with its arguments."""
 
 Keeps = Literal["nothing", "inputs", "output", "both"]
+Plumbing = Literal["", "fact", "part"]
 Compression = Literal["", "input", "result", "norm", "batch_norm", "product", "attention"]
 
 # In the order in which the first one is an operator's plain form.
@@ -61,6 +62,8 @@ class Operator:
             none does.
         plain: For an op of this package: the call that stands for its node in plain graphs.
         sizes: Attributes of the modules that say a size: name, tensor, dimension.
+        plumbing: What pictures leave out of it: a "fact" says something about a tensor and is none, a "part" is its
+            tensor for whoever reads the graph; "" where it is drawn.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Operator:
     small: Callable[[Mapping[str, Any]], partial[Any] | None] | None = None
     plain: Callable[[fx.Node], PlainCall] | None = None
     sizes: tuple[tuple[str, str, int], ...] = ()
+    plumbing: Plumbing = ""
 
     @classmethod
     def of_torch(

@@ -20,7 +20,7 @@ def _copy(name: str, *aliases: str, **facts: Any) -> Operator:
 
 ROWS: Final = (
     _view("contiguous", kind="elementwise"),
-    _view("expand", kind="expand"),
+    _view("expand", kind="expand", plumbing="part"),
     _view(
         "flatten",
         modules=(nn.Flatten,),
@@ -37,7 +37,9 @@ ROWS: Final = (
     ),
     _view("unsqueeze"),
     _view("view"),
-    Operator(name="getitem", functions=(operator.getitem,), kind="getitem", keeps="nothing", is_view=True),
+    Operator(
+        name="getitem", functions=(operator.getitem,), kind="getitem", keeps="nothing", is_view=True, plumbing="part"
+    ),
     Operator(name="setitem", functions=(operator.setitem,)),
     _copy("cat", "concat", "concatenate", kind="cat", signature=("tensors", "dim")),
     _copy("channel_shuffle", modules=(nn.ChannelShuffle,)),

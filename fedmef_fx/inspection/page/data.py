@@ -5,15 +5,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from fedmef_fx.config import Config
 from fedmef_fx.graph.text import node_text
+from fedmef_fx.inspection.page.about import about
 from fedmef_fx.inspection.page.changes import Changes
 from fedmef_fx.inspection.page.hierarchy import Box, Group
 from fedmef_fx.inspection.page.layout import Flow, plan
 from fedmef_fx.inspection.page.mask_image import data_url
+from fedmef_fx.inspection.page.memory_hint import memory_hint
 from fedmef_fx.inspection.page.timeline import MemoryPair
-from fedmef_fx.inspection.page.views import OPAQUE, View, views_of
+from fedmef_fx.inspection.page.views import OPAQUE, View, units_in, views_of
+from fedmef_fx.inspection.pass_colours import colour_of
 from fedmef_fx.inspection.table import LayerRow, Table
 from fedmef_fx.inspection.weights import WeightRecord
+from fedmef_fx.records.calls import CallRecord
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 from fedmef_fx.records.passes import PassReport
 
@@ -37,6 +42,8 @@ class PageContent:
         title: Its heading.
         after: The graphs of the model.
         before: Those of the original; empty where they are not known.
+        calls: What flows between the modules that Python calls, if that is known.
+        calls_before: The same of the original.
         layers: The table of layers.
         weights: Snapshots of the parameters in that table.
         passes: What the passes did and refused.
@@ -44,11 +51,15 @@ class PageContent:
         memory: Bytes over a training step.
         history: Rounds of a training.
         comparison: What changed from one state of a model to another, as `Comparison.as_dict` gives it.
+        config: What the model was transformed with.
+        command: The command line that writes the page.
     """
 
     title: str
     after: Sequence[GraphRecord] = ()
     before: Sequence[GraphRecord] = ()
+    calls: CallRecord | None = None
+    calls_before: CallRecord | None = None
     layers: Table = dataclasses.field(default_factory=lambda: Table(()))
     weights: Sequence[WeightRecord] = ()
     passes: PassReport = dataclasses.field(default_factory=lambda: PassReport(()))
@@ -56,6 +67,8 @@ class PageContent:
     memory: MemoryPair | None = None
     history: "History | None" = None
     comparison: Mapping[str, Any] | None = None
+    config: Config | None = None
+    command: str | None = None
 
 
 def page_document(content: PageContent) -> dict[str, Any]:
@@ -64,9 +77,12 @@ def page_document(content: PageContent) -> dict[str, Any]:
     changes = Changes.between(content.before, content.after, content.passes, parameters)
     views = [
         _view(view, when, parameters, changes)
-        for when, graphs in (("before", content.before), ("after", content.after))
+        for when, graphs, calls in (
+            ("before", content.before, content.calls_before),
+            ("after", content.after, content.calls),
+        )
         if graphs
-        for view in views_of(graphs, content.layers.rows if when == "after" else ())
+        for view in views_of(graphs, content.layers.rows if when == "after" else (), calls)
     ]
     masked = sum(record.mask_bits is not None for record in content.weights)
     pixels = max(_FEWEST_PIXELS, min(_MOST_PIXELS, _PIXELS // max(masked, 1)))
@@ -76,6 +92,7 @@ def page_document(content: PageContent) -> dict[str, Any]:
         "passes": [
             {
                 "name": result.name.partition("{")[0],
+                "colour": colour_of(result.name.partition("{")[0]),
                 "options": result.name.partition("{")[2].removesuffix("}"),
                 "rewrites": len(result.rewrites),
                 "refusals": [[refusal.where, refusal.reason] for refusal in result.refusals],
@@ -90,7 +107,9 @@ def page_document(content: PageContent) -> dict[str, Any]:
         and {
             "after": content.memory.after.as_dict(),
             "before": content.memory.before and content.memory.before.as_dict(),
+            "hint": memory_hint(content.memory.after, content.layers, content.config),
         },
+        "about": about(content.config, content.command),
         "history": _history(content.history),
         "comparison": content.comparison,
     }
@@ -128,21 +147,30 @@ def _history(history: "History | None") -> dict[str, Any] | None:
 def _view(view: View, when: str, parameters: Mapping[str, int], changes: Changes) -> dict[str, Any]:
     nodes: list[dict[str, Any]] = []
     ids: list[dict[str, int]] = []
-    for graph, folded in zip(view.graphs, view.folded, strict=True):
+    drawn = {
+        node.target
+        for index, graph in enumerate(view.graphs)
+        for node in graph.nodes
+        if index not in view.stand_ins and node.op in ("get_attr", "call_module")
+    }
+    for index, (graph, folded) in enumerate(zip(view.graphs, view.folded, strict=True)):
         start = len(nodes)
+        shown = parameters
+        if index in view.stand_ins:
+            shown = {n: at for n, at in parameters.items() if drawn.isdisjoint((n, n.rpartition(".")[0]))}
         places = {node.name: start + index for index, node in enumerate(graph.nodes)}
         ids.append(places)
         for node in graph.nodes:
             touched = changes.passes(when, graph, node)
             hosts = [places[name] for name in folded.hosts.get(node.name, ())]
-            nodes.append(_node(node, graph, places, hosts, touched, parameters))
+            nodes.append(_node(node, graph, places, hosts, touched, shown))
     opaque = {name: len(nodes) + index for index, name in enumerate(_opaque_boxes(view.root))}
     for name in opaque:
         path = name.removeprefix(OPAQUE)
         own = [index for parameter, index in parameters.items() if parameter.rpartition(".")[0] == path]
         nodes.append({"n": path, "o": "opaque", "x": path, "m": path, "w": own})
     flows = [Flow.of(folded.inputs) for folded in view.folded]
-    root = _group(view.root, None, flows, ids, opaque)
+    root = _group(view.root, None, [*flows, view.flow], ids, opaque)
     return {"when": when, "mode": view.mode, "nodes": nodes, "root": root}
 
 
@@ -156,10 +184,15 @@ def _opaque_boxes(part: Box | Group) -> Iterable[str]:
 
 
 def _group(
-    group: Group, graph: int | None, flows: Sequence[Flow], ids: Sequence[Mapping[str, int]], opaque: Mapping[str, int]
+    group: Group,
+    graph: int | None,
+    flows: Sequence[Flow | None],
+    ids: Sequence[Mapping[str, int]],
+    opaque: Mapping[str, int],
 ) -> dict[str, Any]:
     graph = graph if group.graph is None else group.graph
-    places = plan(group.members, None if graph is None else flows[graph])
+    # The last flow is that between the modules that Python calls.
+    places = plan(group.members, flows[-1], units_in) if graph is None else plan(group.members, flows[graph])
     return {
         "k": group.key,
         "p": group.path,

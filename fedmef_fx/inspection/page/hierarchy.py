@@ -1,7 +1,8 @@
 """From a flat graph to nested modules, and which nodes stand as boxes of their own.
 
 1. A node that reads a parameter or a buffer, and one that computes with those alone (masking, normalising a kernel), is
-   folded into the nodes that use it. A packing site is folded into the node whose value it packs.
+   folded into the nodes that use it. A packing site is folded into the node whose value it packs, and so are nodes that
+   only carry a value on (see `plumbing`).
 2. What is left keeps its order of execution. Neighbours in this order that belong to one module form a group, and so on
    inwards. A module that is called twice makes two groups, so that no group ever depends on itself.
 3. A group of one node is that node, with the module's name; groups that hold one group only are joined to one.
@@ -10,9 +11,10 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fedmef_fx.graph.sites import is_in_site
+from fedmef_fx.inspection.page.plumbing import facts_in, is_part
 from fedmef_fx.records.graphs import GraphRecord, NodeRecord
 
 __all__ = ["Box", "Folded", "Group", "fold", "nest"]
@@ -27,12 +29,14 @@ class Box:
         label: What is written on it.
         op: Kind of node.
         graph: Index of the graph that the node belongs to; None where the group around it says so, or in no graph.
+        unit: Path of the module that Python calls, if the box is one.
     """
 
     name: str
     label: str
     op: str
     graph: int | None = None
+    unit: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Group:
             holds the layers that stand in for parts of graphs.
         note: Shown next to the label.
         graph: Index of the graph whose nodes the boxes in it are; None where its parent's says so, or nothing does.
+        unit: Path of the module that Python calls, if the group is one.
     """
 
     key: str
@@ -57,6 +62,7 @@ class Group:
     runs: str = "graph"
     note: str = ""
     graph: int | None = None
+    unit: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,21 +89,25 @@ def fold(graph: GraphRecord) -> Folded:
     for node in graph.nodes:
         for source in node.inputs:
             users[source].append(node.name)
-    constant = _constants(graph.nodes, users)
+    facts = facts_in(graph.nodes)
+    constant = _constants(graph.nodes, users, facts)
     hosts: dict[str, tuple[str, ...]] = {}
     for node in reversed(graph.nodes):
         if node.name in constant:
             targets = (hosts.get(user, (user,)) for user in users[node.name])
             hosts[node.name] = tuple(dict.fromkeys(itertools.chain.from_iterable(targets)))
     for node in graph.nodes:
-        if _is_site(node) and users[node.name]:
-            hosts[node.name] = hosts.get(node.inputs[0], (node.inputs[0],))
+        if node.name in constant or not users[node.name]:
+            continue
+        carried = _carried(node, facts, constant)
+        if carried is not None:
+            hosts[node.name] = hosts.get(carried, (carried,))
     boxes = tuple(node for node in graph.nodes if node.name not in hosts)
     inputs = {
         node.name: tuple(
             dict.fromkeys(
                 source
-                for name in node.inputs
+                for name in _values_of(node, facts)
                 if name not in constant
                 for source in hosts.get(name, (name,))
                 if source != node.name
@@ -108,11 +118,25 @@ def fold(graph: GraphRecord) -> Folded:
     return Folded(boxes, _paths(graph, boxes, inputs), inputs, hosts)
 
 
-def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]]) -> set[str]:
-    """Nodes that depend on no input of the graph and that something uses which does."""
+def _carried(node: NodeRecord, facts: Collection[str], constant: Collection[str]) -> str | None:
+    """The node whose value this one only packs or carries on; None where it does something of its own."""
+    if _is_site(node) or (node.name in facts and node.inputs):
+        return node.inputs[0]
+    values = [name for name in node.inputs if name not in facts and name not in constant]
+    return values[0] if is_part(node) and len(values) == 1 else None
+
+
+def _values_of(node: NodeRecord, facts: Collection[str]) -> Sequence[str]:
+    """What a node reads, without sizes and the like where it reads anything else."""
+    return [name for name in node.inputs if name not in facts] or node.inputs
+
+
+def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]], facts: Collection[str]) -> set[str]:
+    """Nodes that depend on no input of the graph, sizes aside, and that something uses which does."""
     constant: set[str] = set()
     for node in nodes:
-        made_of_constants = node.op.startswith("call") and node.inputs and constant.issuperset(node.inputs)
+        values = [name for name in node.inputs if name not in facts or name in constant]
+        made_of_constants = node.op.startswith("call") and values and constant.issuperset(values)
         if (node.op == "get_attr" or made_of_constants) and users[node.name]:
             constant.add(node.name)
     outputs = {node.name for node in nodes if node.op == "output"}

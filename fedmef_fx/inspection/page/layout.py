@@ -12,12 +12,12 @@ for few crossings: modules have few parts, and the longest chain is what readers
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from fedmef_fx.inspection.page.hierarchy import Box, Group
 
-__all__ = ["ENTRY", "EXIT", "Edge", "Flow", "Placement", "plan"]
+__all__ = ["ENTRY", "EXIT", "Edge", "Flow", "Placement", "names_in", "plan"]
 
 ENTRY: Final = -1
 """In place of a member's index: the upper edge of the group, where values come in."""
@@ -82,41 +82,49 @@ class Flow:
         return cls(inputs, users)
 
 
-def plan(members: Sequence[Box | Group], flow: Flow | None) -> Placement:
+def names_in(member: Box | Group) -> Iterator[str]:
+    """The boxes of a member, at any depth."""
+    if isinstance(member, Box):
+        yield member.name
+        return
+    for inner in member.members:
+        yield from names_in(inner)
+
+
+def plan(
+    members: Sequence[Box | Group], flow: Flow | None, names: Callable[[Box | Group], Iterable[str]] = names_in
+) -> Placement:
     """Give the members of a group their places.
 
     Args:
         members: In order of execution.
         flow: What reads what; None where nothing is known about that: one stands below the other then, without edges.
+        names: What a member is called in the flow, or what it holds.
     """
     if flow is None:
         return Placement(tuple((row, 0) for row in range(len(members))), (), 1, 0)
-    pairs = _pairs(members, flow)
+    pairs = _pairs(members, flow, names)
     rows = _rows(len(members), pairs)
     columns = _columns(rows, pairs)
     edges, lanes = _routes(rows, columns, pairs)
     return Placement(tuple(zip(rows, columns, strict=True)), edges, max(columns, default=0) + 1, lanes)
 
 
-def _names_in(member: Box | Group) -> Iterator[str]:
-    """The boxes of a member, at any depth."""
-    if isinstance(member, Box):
-        yield member.name
-        return
-    for inner in member.members:
-        yield from _names_in(inner)
+def _pairs(
+    members: Sequence[Box | Group], flow: Flow, names: Callable[[Box | Group], Iterable[str]]
+) -> list[tuple[int, int]]:
+    """Edges between members, each once; those that leave or enter the group end at its edges.
 
-
-def _pairs(members: Sequence[Box | Group], flow: Flow) -> list[tuple[int, int]]:
-    """Edges between members, each once; those that leave or enter the group end at its edges."""
-    place = {name: index for index, member in enumerate(members) for name in _names_in(member)}
+    A value that goes back up, to a module that is called again, has no edge: members stand where they first run.
+    """
+    place = {name: index for index, member in enumerate(members) for name in names(member)}
     pairs: dict[tuple[int, int], None] = {}
     for name, index in place.items():
-        for source in flow.inputs[name]:
+        for source in flow.inputs.get(name, ()):
             pairs[place.get(source, ENTRY), index] = None
-        if any(user not in place for user in flow.users[name]):
+        if any(user not in place for user in flow.users.get(name, ())):
             pairs[index, EXIT] = None
-    return [pair for pair in pairs if pair[0] != pair[1]]
+    return [pair for pair in pairs if pair[0] < pair[1] or pair[1] == EXIT]
 
 
 def _rows(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:

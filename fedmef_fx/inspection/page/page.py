@@ -10,6 +10,7 @@ import functools
 import hashlib
 import html
 import json
+import re
 from importlib import resources
 from os import PathLike
 from typing import Any, Final
@@ -25,15 +26,21 @@ _SCRIPTS: Final = (
     "format.js",
     "marks.js",
     "graph.js",
+    "minimap.js",
+    "movable.js",
     "canvas.js",
     "pan.js",
     "weights.js",
+    "figures.js",
     "panel.js",
+    "overview.js",
     "charts.js",
     "tables.js",
     "sections.js",
     "search.js",
     "theme.js",
+    "keys.js",
+    "links.js",
     "main.js",
 )
 _ESCAPES: Final = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -88,14 +95,21 @@ def _hash(text: str) -> str:
 
 @functools.cache
 def _style() -> str:
-    return _source("page.css")
+    return _without_comments(_source("page.css"))
 
 
 @functools.cache
 def _script() -> str:
     """The script's parts as one function, so that it leaves nothing in the page's global scope."""
-    body = "\n".join(_source(f"js/{name}") for name in _SCRIPTS)
+    body = "\n".join(_without_comments(_source(f"js/{name}")) for name in _SCRIPTS)
     return f'(() => {{\n"use strict";\n{body}}})();\n'
+
+
+def _without_comments(source: str) -> str:
+    """A source without indentation and without lines that are comments: a tenth of a page would be nothing else."""
+    source = re.sub(r"^ */\*.*?\*/\n", "", source, flags=re.MULTILINE | re.DOTALL)
+    lines = (line.strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
 @functools.cache

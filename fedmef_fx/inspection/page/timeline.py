@@ -10,6 +10,7 @@ from fedmef_fx.measure.timeline import CATEGORIES, Event
 __all__ = ["MemoryPair", "Timeline"]
 
 _MOST_MOMENTS: Final = 600
+_MOST_LAYERS: Final = 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +21,13 @@ class Timeline:
         moments: What had just run at each moment, e.g. `layer1.0.conv1, convolution`.
         phases: Name of each phase and the index of its first moment: `(("forward", 0), ("backward", 61))`.
         categories: Category -> its bytes at each moment; drawn on top of one another in this order.
+        layers: Module -> what it added to the saved bytes in forward; those that added nothing are left out.
     """
 
     moments: tuple[str, ...]
     phases: tuple[tuple[str, int], ...]
     categories: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Self | None:
@@ -48,7 +51,20 @@ class Timeline:
             moments=tuple(f"{event.site.path or 'model'}, {event.site.op}" for event in kept),
             phases=tuple(starts),
             categories={name: counts for name, counts in columns if any(counts)},
+            layers=_kept_by(events),
         )
+
+    @property
+    def totals(self) -> list[int]:
+        """All bytes at each moment."""
+        return [sum(counts) for counts in zip(*self.categories.values(), strict=True)]
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Category -> its bytes at the moment at which most is alive."""
+        totals = self.totals
+        at = totals.index(max(totals)) if totals else 0
+        return {name: counts[at] for name, counts in self.categories.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -56,7 +72,23 @@ class Timeline:
             "moments": list(self.moments),
             "phases": [list(phase) for phase in self.phases],
             "categories": [[name, list(counts)] for name, counts in self.categories.items()],
+            "layers": [
+                list(entry) for entry in sorted(self.layers.items(), key=lambda entry: -entry[1])[:_MOST_LAYERS]
+            ],
         }
+
+
+def _kept_by(events: Sequence[Event]) -> dict[str, int]:
+    """What each module added to the saved bytes in forward."""
+    place = CATEGORIES.index("saved")
+    kept: dict[str, int] = {}
+    before = 0
+    for event in events:
+        if event.site.phase != "forward":
+            break
+        kept[event.site.path] = kept.get(event.site.path, 0) + event.live[place] - before
+        before = event.live[place]
+    return {path: count for path, count in kept.items() if count > 0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,12 @@
 // The picture of the graph: boxes as buttons of a tree, ways as SVG, moved and scaled as one.
 
-class Canvas {
+class Canvas extends Movable {
   /**
    * @param {object} content parameters and passes of the document
    * @param {function} onSelect called with the part that was chosen, or null
    */
   constructor(content, onSelect) {
+    super();
     this.content = content;
     this.onSelect = onSelect;
     this.open = new Map(); // view -> keys of open groups
@@ -14,9 +15,6 @@ class Canvas {
     this.focused = null;
     this.hits = new Set();
     this.onlyPass = null;
-    this.scale = 1;
-    this.x = 0;
-    this.y = 0;
     this.grounds = el("div", { class: "layer-grounds", "aria-hidden": "true" });
     this.ways = svg("svg", { class: "layer-ways", "aria-hidden": "true" });
     this.boxes = el("div", {
@@ -27,6 +25,8 @@ class Canvas {
     });
     this.stage = el("div", { class: "stage" }, this.grounds, this.ways, this.boxes);
     this.node = el("div", { class: "canvas" }, this.stage);
+    this.map = new Minimap(this);
+    this.node.append(this.map.node);
     pannable(this);
   }
 
@@ -35,7 +35,7 @@ class Canvas {
     const old = this.view;
     this.view = view;
     if (!this.open.has(view)) {
-      const open = firstOpen(view);
+      const open = openThatFits(view, (size) => this.wholeScale(size) >= READABLE);
       if (old) {
         for (const key of old.groups.keys()) {
           if (!view.groups.has(key)) continue;
@@ -70,6 +70,11 @@ class Canvas {
       svg("g", { class: "skips" }, drawn.skips),
     );
     this.mark();
+    this.map.draw();
+  }
+
+  moved() {
+    this.map.frame();
   }
 
   collect(place, x, y, level, drawn) {
@@ -126,19 +131,16 @@ class Canvas {
     const classes = `${kind}${part.changes.length ? " changed" : ""}`;
     const shape = node.s ? node.s[0][1].join("×") : "";
     const density = densityOf(node.weights, this.content.parameters);
-    const label = shorten(titleOf(part), 40);
-    if (kind === "op" || kind === "port") {
-      return this.item(part, classes, level, [el("span", { class: "name" }, label)], { title: shape });
-    }
+    const name = elided(titleOf(part), "name");
+    if (kind === "op" || kind === "port") return this.item(part, classes, level, [name], { title: shape });
     return this.item(part, classes, level, [
-      el("span", { class: "name" }, label),
+      el("span", { class: "line" }, name, shape && el("b", {}, shape)),
       el(
         "span",
-        { class: "sub" },
-        el("span", {}, kind === "opaque" ? "runs as Python" : shorten(node.x, 40)),
-        shape && el("b", {}, shape),
+        { class: "line sub" },
+        kind === "opaque" ? el("span", { class: "what" }, "runs as Python") : elided(node.x),
+        density !== null && this.view.when === "after" && densityBar(density),
       ),
-      density !== null && this.view.when === "after" && densityBar(density),
     ]);
   }
 
@@ -159,9 +161,14 @@ class Canvas {
       level,
       [
         toggle,
-        el("span", { class: "name" }, shorten(titleOf(part), 40)),
-        el("span", { class: "sub" }, what),
-        !open && density !== null && this.view.when === "after" && densityBar(density),
+        el("span", { class: "line" }, elided(titleOf(part), "name"), open && el("span", { class: "sub" }, what)),
+        !open &&
+          el(
+            "span",
+            { class: "line sub" },
+            el("span", { class: "what" }, what),
+            density !== null && this.view.when === "after" && densityBar(density),
+          ),
       ],
       {
         "aria-expanded": String(open),
@@ -198,7 +205,14 @@ class Canvas {
     this.opened.add(this.view.root.k);
     if (open) for (const key of this.view.groups.keys()) this.opened.add(key);
     this.draw();
-    this.fit();
+    this.place();
+  }
+
+  /** Everything at once, so large that it can be read: modules close for that, and open where there is room. */
+  fit() {
+    this.open.set(this.view, openThatFits(this.view, (size) => this.wholeScale(size) >= READABLE));
+    this.draw();
+    this.place();
   }
 
   /** Make a part visible: open what it lies in. */
@@ -258,53 +272,5 @@ class Canvas {
     if (!moves[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     moves[event.key]();
-  }
-
-  move(x, y, scale = this.scale) {
-    const [width, height] = this.size;
-    const { clientWidth, clientHeight } = this.node;
-    const margin = 80; // so much of the picture always stays in sight
-    this.scale = Math.min(2.5, Math.max(0.08, scale));
-    this.x = Math.min(clientWidth - margin, Math.max(margin - width * this.scale, x));
-    this.y = Math.min(clientHeight - margin, Math.max(margin - height * this.scale, y));
-    this.stage.style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.scale})`;
-  }
-
-  /** Scale around a point of the screen. */
-  zoom(factor, x = this.node.clientWidth / 2, y = this.node.clientHeight / 2) {
-    const scale = Math.min(2.5, Math.max(0.08, this.scale * factor));
-    this.move(x - ((x - this.x) / this.scale) * scale, y - ((y - this.y) / this.scale) * scale, scale);
-  }
-
-  /** The whole width from the top, but no larger than natural size and no smaller than can be read. */
-  fit() {
-    const [width] = this.size;
-    const room = this.node.clientWidth;
-    const scale = Math.min(1, Math.max((room - 32) / width, 0.66));
-    const x =
-      width * scale <= room ? (room - width * scale) / 2 : Math.min(16, room / 2 - this.view.root.place.port * scale);
-    this.move(x, 16, scale);
-  }
-
-  /** Everything at once. */
-  fitAll() {
-    const [width, height] = this.size;
-    const scale = Math.min(1, (this.node.clientWidth - 32) / width, (this.node.clientHeight - 32) / height);
-    this.move((this.node.clientWidth - width * scale) / 2, 16, scale);
-  }
-
-  centre(part) {
-    const scale = Math.max(this.scale, 0.7);
-    const { clientWidth, clientHeight } = this.node;
-    this.move(clientWidth / 2 - (part.x + part.place.port) * scale, clientHeight / 2 - (part.y + 29) * scale, scale);
-  }
-
-  keepVisible(part) {
-    const left = part.x * this.scale + this.x;
-    const top = part.y * this.scale + this.y;
-    const right = left + part.place.w * this.scale;
-    const bottom = top + Math.min(part.place.h, 60) * this.scale;
-    const inside = left >= 0 && top >= 0 && right <= this.node.clientWidth && bottom <= this.node.clientHeight;
-    if (!inside) this.centre(part);
   }
 }

@@ -125,6 +125,21 @@ function lineChart(title, series, { format, rounds, fromZero = true, marks = [] 
 
 const peakShare = (at, totals) => at[totals.indexOf(Math.max(...totals))];
 
+/** A dot at the moment at which most is alive, with its bytes. */
+function peakMark({ x, y, width }, at, totals) {
+  const most = Math.max(...totals);
+  const [left, top] = [x(peakShare(at, totals)), y(most)];
+  const isRight = left > width * 0.75;
+  return [
+    svg("circle", { class: "peak", cx: left, cy: top, r: 4 }),
+    svg(
+      "text",
+      { class: "peak-label", x: left + (isRight ? -9 : 9), y: Math.max(top + 4, 12), "text-anchor": isRight ? "end" : "start" },
+      `peak ${bytes(most)}`,
+    ),
+  ];
+}
+
 /** Bytes over a training step: the categories of one model on top of one another, the total of the other as a line. */
 function memoryChart(memory) {
   const { after, before } = memory;
@@ -188,6 +203,7 @@ function memoryChart(memory) {
       ...shown.categories.map(([name], index) => key(SERIES[index % SERIES.length], name)),
       other && key("currentColor", otherName, "dash"),
     ];
+    chart.node.append(...peakMark(chart, at, total(shown)));
     const figure = el(
       "figure",
       { class: "card wide" },

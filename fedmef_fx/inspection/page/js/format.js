@@ -36,7 +36,7 @@ function shorten(text, most = 60) {
   return `${text.slice(0, half)}…${text.slice(-half)}`;
 }
 
-// Okabe and Ito's palette, told apart by readers who do not see all colours. Colour never stands alone: passes are named.
-const PASS_COLOURS = ["#8a94a3", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442"];
+// A pass has the same colour in every page; which one that is stands in the document.
+let passColours = [];
 
-const passColour = (index) => PASS_COLOURS[index % PASS_COLOURS.length];
+const passColour = (index) => passColours[index];

@@ -1,7 +1,7 @@
 // The graph: which boxes are open, where each one stands, and the way of each value. Rows, columns and lanes come from the
 // document; here they only get sizes, which depend on what is open.
 
-const SIZE = { layer: [212, 58], group: [212, 58], op: [150, 34], head: 34, pad: 16, row: 30, column: 26, lane: 16 };
+const SIZE = { layer: [204, 40], group: [204, 40], op: [140, 26], head: 28, pad: 12, row: 15, column: 22, lane: 13 };
 
 /** What a node is drawn as. */
 function kindOf(node) {
@@ -55,23 +55,25 @@ function prepare(view) {
   return view;
 }
 
-/** Groups that are open at first: level by level while the picture stays small, and the way into the first block. */
-function firstOpen(view) {
+/**
+ * The groups to open so that everything can be seen and read at once: level by level, as many of a level as fit. A model
+ * whose parts Python calls stays closed, because its parts are what one wants to see first.
+ * @param {function} fits whether a picture of a width and height does
+ */
+function openThatFits(view, fits) {
   const open = new Set([view.root.k]);
+  if (view.root.run === "python") return open;
+  const isFine = () => {
+    const { w, h } = measure(view.root, open);
+    return fits([w, h]);
+  };
   let level = [view.root];
-  let shown = view.root.c.length;
   while (level.length) {
     const next = level.flatMap((group) => group.c.filter((child) => child.c && child.run !== "fallback"));
-    const more = next.reduce((sum, group) => sum + group.c.length - 1, 0);
-    if (!next.length || shown + more > 36) break;
-    next.forEach((group) => open.add(group.k));
-    shown += more;
-    level = next;
-  }
-  let first = view.root;
-  while (first) {
-    open.add(first.k);
-    first = first.c.find((child) => child.c && child.c.length <= 16 && child.run !== "fallback");
+    level = next.filter((group) => {
+      open.add(group.k);
+      return isFine() || (open.delete(group.k), false);
+    });
   }
   return open;
 }
@@ -108,7 +110,7 @@ function measure(part, open) {
   }
   x -= SIZE.column;
   const lanes = Array.from({ length: part.lanes }, (_, lane) => x + SIZE.lane * (lane + 1));
-  const w = Math.max(x + SIZE.lane * part.lanes + SIZE.pad, 180);
+  const w = Math.max(x + SIZE.lane * part.lanes + SIZE.pad, 170);
   const tops = [];
   let y = (part.parent ? SIZE.head : 0) + SIZE.row * 0.8;
   heights.forEach((height, row) => {

@@ -3,6 +3,7 @@
 class App {
   constructor(content) {
     this.content = content;
+    passColours = content.passes.map((pass) => pass.colour);
     content.views.forEach(prepare);
     this.when = "after";
     this.heads();
@@ -14,12 +15,14 @@ class App {
     this.tabs();
     document.addEventListener("keydown", (event) => this.shortcut(event));
     byId("search").parentElement.hidden = !this.hasGraph;
+    setUpKeyMap(this);
     if (!this.hasGraph) return;
     setUpSearch(this);
     window.addEventListener("resize", () => this.canvas.move(this.canvas.x, this.canvas.y));
     this.showView();
-    this.canvas.fit();
+    this.canvas.place();
     this.describe(null);
+    setUpLinks(this);
   }
 
   get view() {
@@ -30,21 +33,14 @@ class App {
 
   heads() {
     const { content } = this;
-    byId("title").textContent = shorten(content.title, 80);
     const passes = content.passes.length;
-    byId("subtitle").textContent = passes
+    const note = passes
       ? `rewritten by ${passes - 1} passes`
       : content.views.length
         ? "not transformed"
         : "two states of one model";
-    const figures = content.views.length ? figuresOf(content) : comparedFigures(content.comparison);
-    byId("stats").replaceChildren(
-      ...figures
-        .filter(Boolean)
-        .map(([term, value, rest]) =>
-          el("div", {}, el("dt", {}, term), el("dd", {}, el("b", {}, value), el("span", {}, ` ${rest}`))),
-        ),
-    );
+    byId("title").replaceChildren(elided(content.title));
+    byId("subtitle").textContent = note;
   }
 
   tabs() {
@@ -144,7 +140,7 @@ class App {
       { class: "tools", role: "group", "aria-label": "Zoom" },
       tool("+", "Zoom in", () => canvas.zoom(1.25)),
       tool("−", "Zoom out", () => canvas.zoom(0.8)),
-      tool("⤢", "Show everything", () => canvas.fitAll()),
+      tool("⤢", "Show everything that can be read at once", () => canvas.fit()),
       tool("⊞", "Open every module", () => canvas.setAll(true)),
       tool("⊟", "Close every module", () => canvas.setAll(false)),
     );
@@ -156,27 +152,24 @@ class App {
   }
 
   legendChip(pass, index) {
-    if (pass.name === "capture") return null;
-    const chip = el(
-      "button",
-      {
-        type: "button",
-        class: "chip",
-        "aria-pressed": "false",
-        style: { "--pass": passColour(index) },
-        on: { click: () => this.onlyPass(index, chip) },
-      },
-      el("i", { "aria-hidden": "true" }),
-      pass.name,
-    );
-    return chip;
+    return pass.name === "capture" ? null : passChip(this, index);
   }
 
-  onlyPass(index, chip) {
-    this.canvas.onlyPass = this.canvas.onlyPass === index ? null : index;
-    for (const other of chip.parentElement.children)
-      other.setAttribute("aria-pressed", String(other === chip && this.canvas.onlyPass !== null));
+  /** Show what one pass did: everything else is dimmed, and listed beside the graph. The same pass again ends that. */
+  choosePass(index) {
+    const chosen = this.canvas.onlyPass === index ? null : index;
+    this.canvas.onlyPass = chosen;
+    this.openTab("graph");
+    this.markPass();
     this.canvas.mark();
+    this.canvas.selected = null;
+    this.describe(null);
+    announce(chosen === null ? "All passes" : `Only what ${this.content.passes[index].name} changed`);
+  }
+
+  markPass() {
+    for (const chip of document.querySelectorAll(".chip[data-pass]"))
+      chip.setAttribute("aria-pressed", String(Number(chip.dataset.pass) === this.canvas.onlyPass));
   }
 
   setView({ when = this.when, mode = this.mode }) {
@@ -205,14 +198,19 @@ class App {
   }
 
   describe(part) {
-    const content = !part ? overviewPanel(this) : part.c ? groupPanel(this, part) : nodePanel(this, part);
+    const pass = this.canvas.onlyPass;
+    const whole = () => (pass === null ? overviewPanel(this) : passPanel(this, pass));
+    const content = !part ? whole() : part.c ? groupPanel(this, part) : nodePanel(this, part);
     this.panel.replaceChildren(...content.filter(Boolean));
+    this.markPass();
+    rememberPart(this, part);
     this.panel.classList.toggle("chosen", Boolean(part));
     this.panel.scrollTop = 0;
   }
 
   clear() {
     this.canvas.hits.clear();
+    if (!this.canvas.selected) this.canvas.onlyPass = null;
     this.canvas.select(null);
     this.canvas.focusFirst(this.canvas.focused);
   }
@@ -250,51 +248,12 @@ class App {
 
   shortcut(event) {
     const typing = event.target instanceof HTMLInputElement && event.target.type !== "radio";
-    if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-    const inGraph = this.hasGraph && document.body.dataset.tab === "graph";
-    const both = this.content.views.some((view) => view.when === "before");
-    const acts = {
-      "/": this.hasGraph && (() => byId("search").focus()),
-      Escape: inGraph && (() => this.clear()),
-      "+": inGraph && (() => this.canvas.zoom(1.25)),
-      "-": inGraph && (() => this.canvas.zoom(0.8)),
-      0: inGraph && (() => this.canvas.fit()),
-      b: inGraph && both && (() => this.setView({ when: this.when === "after" ? "before" : "after" })),
-    };
+    if (typing || byId("keys").open || event.ctrlKey || event.metaKey || event.altKey) return;
+    const acts = { ...keysOf(this), "?": showKeyMap };
     if (!acts[event.key]) return;
     event.preventDefault();
     acts[event.key]();
   }
-}
-
-/** What stands above everything: name, value, and what it is compared with. */
-function figuresOf({ parameters, passes, memory, saved }) {
-  const sum = (key) => parameters.reduce((total, row) => total + (row[key] ?? 0), 0);
-  const weights = Math.max(sum("weights"), 1);
-  const refusals = passes.reduce((total, pass) => total + pass.refusals.length, 0);
-  const inGraph = parameters.filter((row) => row.tier === "graph").reduce((total, row) => total + row.weights, 0);
-  const peaks = memory ? memoryChart(memory).peaks : [];
-  return [
-    ["Weights active", percent(sum("active") / weights), `${count(sum("active"))} of ${count(sum("weights"))}`],
-    sum("flops_dense") && ["Operations", count(sum("flops_sparse")), `of ${count(sum("flops_dense"))} dense`],
-    saved?.[1] && ["Saved for backward", bytes(saved[0]), `of ${bytes(saved[1])} before`],
-    peaks[0] && ["Peak memory", bytes(peaks[1]), `of ${bytes(peaks[0])} before`],
-    passes.length && ["In graphs", percent(inGraph / weights), "of the weights"],
-    passes.length && [
-      "Left as it was",
-      String(refusals),
-      refusals === 1 ? "refusal, with its reason" : "refusals, with reasons",
-    ],
-  ];
-}
-
-function comparedFigures({ total }) {
-  return [
-    ["Overlap of masks", percent(total.overlap), "of the active weights"],
-    ["Grown", count(total.grown), `of ${count(total.active_after)} active`],
-    ["Pruned", count(total.pruned), `of ${count(total.active_before)} active before`],
-    isKnown(total.relative_distance) && ["Distance", percent(total.relative_distance), "of the norm before"],
-  ];
 }
 
 new App(JSON.parse(byId("document").textContent));

@@ -1,5 +1,19 @@
 // Small marks on boxes and in tables.
 
+const TAIL = 6; // characters at the end of a name that are always shown
+
+/** A name that gives up its middle where there is no room: both of its ends tell something. */
+function elided(text, kind = "") {
+  const short = shorten(text, 120);
+  if (short.length < 3 * TAIL) return el("span", { class: kind }, short);
+  return el(
+    "span",
+    { class: `mid ${kind}`, title: shorten(text, 400) },
+    el("span", {}, short.slice(0, -TAIL)),
+    el("span", {}, short.slice(-TAIL)),
+  );
+}
+
 function arrow(id) {
   const shape = svg("path", { d: "M0 0L6 3L0 6z", class: id });
   return svg(

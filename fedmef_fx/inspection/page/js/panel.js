@@ -41,23 +41,33 @@ const facts = (rows) =>
 
 const section = (title, ...children) => el("section", {}, el("h3", {}, title), ...children);
 
+/** A pass in its colour; a click shows only what it did. */
 function passChip(app, index) {
   const pass = app.content.passes[index];
+  const inside = [el("i", { "aria-hidden": "true" }), pass.name];
+  const style = { "--pass": passColour(index) };
+  if (!app.hasGraph || pass.name === "capture") return el("span", { class: "chip", style }, inside);
   return el(
-    "span",
-    { class: "chip", style: { "--pass": passColour(index) } },
-    el("i", { "aria-hidden": "true" }),
-    pass.name,
+    "button",
+    {
+      type: "button",
+      class: "chip",
+      "data-pass": index,
+      "aria-pressed": String(app.canvas.onlyPass === index),
+      style,
+      on: { click: () => app.choosePass(index) },
+    },
+    inside,
   );
 }
 
 /** Names of nodes as buttons that lead to them. */
-function links(app, ids) {
-  const shown = ids.slice(0, 24).map((id) => {
+function links(app, ids, most = 24) {
+  const shown = ids.slice(0, most).map((id) => {
     const node = app.view.nodes[id];
     return el("button", { type: "button", class: "link", on: { click: () => app.goTo(node) } }, shorten(node.n, 48));
   });
-  const more = ids.length > 24 ? [el("span", { class: "muted" }, `and ${ids.length - 24} more`)] : [];
+  const more = ids.length > most ? [el("span", { class: "muted" }, `and ${ids.length - most} more`)] : [];
   return shown.length ? el("span", { class: "links" }, shown, more) : null;
 }
 
@@ -156,6 +166,8 @@ function heading(app, title, sub, part) {
     {},
     el("div", {}, el("h2", {}, title), el("p", { class: "muted" }, sub)),
     part &&
+      el("a", { class: "quiet", href: addressOf(app, part), "aria-label": "Link to this box", title: "Link to this box" }, "#"),
+    part &&
       el(
         "button",
         { type: "button", class: "quiet close", "aria-label": "Close the details", on: { click: () => app.clear() } },
@@ -171,81 +183,9 @@ function barRow(app, row) {
     el(
       "button",
       { type: "button", class: "link", on: { click: () => app.goToParameter(row) } },
-      shorten(row.parameter, 60),
+      elided(row.parameter),
     ),
     row.tier === null ? el("span", { class: "muted" }, "dense") : densityBar(row.active / Math.max(row.weights, 1)),
   );
 }
 
-function overviewPanel(app) {
-  const { passes, notices } = app.content;
-  const refused = gathered(
-    passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason])),
-  );
-  const total = passes.reduce((sum, pass) => sum + pass.refusals.length, 0);
-  const most = Math.max(...passes.map((pass) => pass.rewrites), 1);
-  return [
-    heading(app, "What was rewritten", "Choose a box for its code, shapes, mask and weights."),
-    passes.length
-      ? el(
-          "ul",
-          { class: "passes" },
-          passes.map((pass, index) =>
-            el(
-              "li",
-              {},
-              passChip(app, index),
-              el(
-                "span",
-                { class: "meter" },
-                el("i", { style: { width: `${(pass.rewrites / most) * 100}%`, background: passColour(index) } }),
-              ),
-              el("b", {}, String(pass.rewrites)),
-            ),
-          ),
-        )
-      : el("p", { class: "muted" }, "The model is not transformed: these are its own nodes."),
-    refused.length
-      ? section(
-          `Left as it was (${total})`,
-          el(
-            "ul",
-            { class: "refusals" },
-            refused.slice(0, 12).map((entry) => refusalItem(entry, true)),
-          ),
-        )
-      : null,
-    refused.length > 12
-      ? el(
-          "button",
-          { type: "button", class: "link", on: { click: () => app.openTab("passes") } },
-          `All ${total} with reasons`,
-        )
-      : null,
-    notices.length
-      ? section(
-          "Not known",
-          el(
-            "ul",
-            { class: "refusals" },
-            notices.map((notice) => el("li", {}, shorten(notice, 400))),
-          ),
-        )
-      : null,
-    section(
-      "Keys",
-      el(
-        "p",
-        { class: "keys" },
-        ...[
-          ["/", "search"],
-          ["↑ ↓", "go through"],
-          ["→ ←", "open, close"],
-          ["Enter", "details"],
-          ["+ − 0", "zoom"],
-          ["b", "before, after"],
-        ].map(([key, what]) => el("span", {}, el("kbd", {}, key), ` ${what}`)),
-      ),
-    ),
-  ];
-}

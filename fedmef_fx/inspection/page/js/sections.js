@@ -38,6 +38,7 @@ function layersSection(app) {
       "Layers",
       "What sparsity does to each weight. Choose a name to see its mask in the graph; choose a heading to sort.",
     ),
+    figures(app.content),
     sortable("Table of layers", columns, parameters),
   ];
 }
@@ -211,9 +212,34 @@ function memorySection(app) {
     : `Peak ${bytes(after)}.`;
   return [
     intro("Memory over one training step", `${text} Each moment is one operation; what is alive then, by category.`),
+    app.content.memory.hint && el("p", { class: "hint" }, app.content.memory.hint),
     options.length > 1 ? control : null,
     place,
+    largestLayers(app.content.memory),
   ];
+}
+
+/** The layers that keep most for backward, each beside what the layer of that name kept before. */
+function largestLayers({ after, before }) {
+  if (!after.layers.length) return null;
+  const earlier = new Map(before?.layers ?? []);
+  const most = after.layers[0][1];
+  const rows = after.layers.map(([path, kept]) =>
+    el(
+      "li",
+      {},
+      elided(path || "the model itself"),
+      el("span", { class: "meter" }, el("i", { class: "kept", style: { width: `${(kept / most) * 100}%` } })),
+      el("b", {}, bytes(kept)),
+      before && el("span", { class: "muted" }, earlier.has(path) ? `${bytes(earlier.get(path))} before` : ""),
+    ),
+  );
+  return el(
+    "div",
+    { class: "card largest" },
+    el("h3", {}, "Layers that keep most between forward and backward"),
+    el("ul", {}, rows),
+  );
 }
 
 function trainingSection(app) {

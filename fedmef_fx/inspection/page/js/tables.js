@@ -5,7 +5,7 @@ const parameterLink = (app, row) =>
   el(
     "button",
     { type: "button", class: "link", on: { click: () => app.goToParameter(row) } },
-    shorten(row.parameter, 60),
+    elided(row.parameter),
   );
 
 /**
@@ -14,12 +14,12 @@ const parameterLink = (app, row) =>
  */
 function sortable(label, allColumns, rows) {
   const columns = allColumns.filter(([, , , , isShown = true]) => isShown);
-  const body = el("tbody");
+  const body = el("tbody", { role: "rowgroup" });
   let [sortedBy, direction] = [null, 1];
   const headers = columns.map(([name, title, value]) =>
     el(
       "th",
-      { scope: "col", class: `c-${name}`, "aria-sort": "none" },
+      { scope: "col", role: "columnheader", class: `c-${name}`, "aria-sort": "none" },
       el("button", { type: "button", on: { click: () => sort(name, value) } }, title),
     ),
   );
@@ -28,8 +28,10 @@ function sortable(label, allColumns, rows) {
       ...shown.map((row) =>
         el(
           "tr",
-          {},
-          columns.map(([name, , , cell]) => el("td", { class: `c-${name}` }, cell(row))),
+          { role: "row" },
+          columns.map(([name, title, , cell]) =>
+            el("td", { class: `c-${name}`, role: "cell", "data-title": title }, cell(row)),
+          ),
         ),
       ),
     );
@@ -45,6 +47,8 @@ function sortable(label, allColumns, rows) {
     );
   };
   fill(rows);
-  const table = el("table", { class: "data" }, el("thead", {}, el("tr", {}, headers)), body);
+  // Narrow windows show rows as cards: the roles keep it a table for readers who do not see it.
+  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, headers));
+  const table = el("table", { class: "data", role: "table", "aria-label": label }, head, body);
   return el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": label }, table);
 }

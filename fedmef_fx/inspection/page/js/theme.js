@@ -10,6 +10,7 @@ function setUpTheme() {
     const theme = chosen || (system.matches ? "dark" : "light");
     root.dataset.theme = theme;
     button.textContent = theme === "dark" ? "☀" : "☾";
+    document.dispatchEvent(new Event("themechange"));
     button.setAttribute("aria-pressed", String(theme === "dark"));
   };
   button.addEventListener("click", () => {
