@@ -26,7 +26,7 @@ from fedmef_fx.export.compact.report import CompactLayer, CompactReport
 from fedmef_fx.export.compact.tie_rules import tie_channels
 from fedmef_fx.export.compact.ties import Ties
 from fedmef_fx.export.examples import ExampleCall, Examples, read_examples, run
-from fedmef_fx.export.freeze.freeze import freeze
+from fedmef_fx.export.freeze.freeze import frozen_graph
 from fedmef_fx.export.freeze.weights import erase_unread
 from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Program, Region
@@ -80,7 +80,7 @@ def compact(
     """
     model = uncompiled_model(model)
     read_examples(model, example_inputs, example_kwargs, where="compact")
-    plain = freeze(model) if is_transformed(model) else copy.deepcopy(model).eval()
+    plain = frozen_graph(model) if is_transformed(model) else copy.deepcopy(model).eval()
     examples = read_examples(plain, example_inputs, example_kwargs, where="compact")
     reference = copy.deepcopy(plain)
     traced = _trace(plain, examples)

@@ -20,7 +20,7 @@ from fedmef_fx.graph.operators import bound
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.nsconv import from_rows, to_rows
 
-__all__ = ["fold_batch_norms"]
+__all__ = ["TakenIn", "fold_batch_norms"]
 
 
 class _Norm(NamedTuple):
@@ -33,15 +33,42 @@ class _Norm(NamedTuple):
     eps: float
 
 
-def fold_batch_norms(region: Region, graph: fx.Graph) -> None:
-    """Fold what can be folded, in place."""
+class TakenIn(NamedTuple):
+    """Where a BatchNorm went.
+
+    Attributes:
+        layer: Path of the layer that computes it.
+        had_bias: Whether that layer had a bias before.
+    """
+
+    layer: str
+    had_bias: bool
+
+
+def fold_batch_norms(region: Region, graph: fx.Graph) -> dict[str, TakenIn]:
+    """Fold what can be folded, in place.
+
+    Returns:
+        Where each BatchNorm went that a module holds, by its path.
+    """
+    taken = {}
     for node in list(graph.nodes):
         norm = _batch_norm(region, node)
         layer = _input(node) if norm is not None else None
         if norm is not None and layer is not None and _match(region, layer, norm):
+            path, had_bias = _path(node), _bias(layer) is not None
             _rewrite(region, layer, norm)
+            taken[path] = TakenIn(str(layer.args[1].target).rpartition(".")[0], had_bias)  # type: ignore[union-attr]  # _match has seen a get_attr
             node.replace_all_uses_with(layer)
             graph.erase_node(node)
+    return taken
+
+
+def _path(node: fx.Node) -> str:
+    """The module that holds a BatchNorm's tensors."""
+    if node.op == "call_module":
+        return str(node.target)
+    return str(bound(node)["running_mean"].target).rpartition(".")[0]
 
 
 def _input(node: fx.Node) -> fx.Node | None:

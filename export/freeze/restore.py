@@ -26,9 +26,9 @@ from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.passes._nsconv_layers import StoredKernel, stored_kernels
 from fedmef_fx.sparse_model.masks import mask_name
 from fedmef_fx.sparse_model.state_dicts import forget_load_hooks
-from fedmef_fx.sparse_model.transformation import CHILD_NAME
+from fedmef_fx.sparse_model.transformation import CHILD_NAME, transformation_of
 
-__all__ = ["restore_called_layers", "restore_model"]
+__all__ = ["forget_constants", "restore_called_layers", "restore_model", "strip"]
 
 _CONSTANT = "fedmef_constant_"
 
@@ -51,7 +51,15 @@ def restore_model(program: Program) -> nn.Module:
                 )
     for region in layers:
         _store_kernels(region)
-    for name, prunable in program.transformation.prunable.items():
+    strip(model)
+    forget_constants(model)
+    compute_weights(model.eval())
+    return model
+
+
+def strip(model: nn.Module) -> None:
+    """Take away all that a transformation added to a model but constants of its graphs, in place."""
+    for name, prunable in transformation_of(model).prunable.items():
         if prunable.masked:
             path, _, leaf = name.rpartition(".")
             delattr(model.get_submodule(path), mask_name(leaf))
@@ -65,8 +73,6 @@ def restore_model(program: Program) -> nn.Module:
     forget_load_hooks(model)
     for module in list(model.modules()):
         _strip(module)
-    compute_weights(model.eval())
-    return model
 
 
 def _kernels(region: Region) -> Iterator[tuple[nn.Parameter, StoredKernel]]:
@@ -108,5 +114,10 @@ def _strip(module: nn.Module) -> None:
     for child in (CHILD_NAME, SITES):
         if child in module._modules:
             delattr(module, child)
-    for name in [name for name in module._buffers if name.startswith(_CONSTANT)]:
-        delattr(module, name)
+
+
+def forget_constants(model: nn.Module) -> None:
+    """Take away the constants that captures found in Python, which its code makes itself, in place."""
+    for module in model.modules():
+        for name in [name for name in module._buffers if name.startswith(_CONSTANT)]:
+            delattr(module, name)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.compact.compact import compact as remove_dead_channels
 from fedmef_fx.export.examples import ExampleCall, read_examples
-from fedmef_fx.export.freeze.freeze import freeze
+from fedmef_fx.export.freeze.freeze import frozen_graph
 from fedmef_fx.export.onnx.calibration import calibration_calls, check_batch_sizes
 from fedmef_fx.export.onnx.checks import check_finite, check_masked, check_runs
 from fedmef_fx.export.onnx.clock import Clock
@@ -112,7 +112,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     with clock.stage("freeze"):
         # Before freezing, so that what it folds is not rounded to 16 bits.
         reference, arguments, notices = _in_float32(model, example_inputs, example_kwargs)
-        plain = freeze(reference) if is_transformed(reference) else reference
+        plain = frozen_graph(reference) if is_transformed(reference) else reference
         check_finite(plain)
         check_masked(reference, plain)
         if compact:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.errors import FedmefError
+from fedmef_fx.export.freeze import frozen_graph
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.graph.operators import Activation, operator, operator_of, register, rows
 from fedmef_fx.ops.named import NAMED
@@ -164,7 +165,7 @@ def test_one_row_is_all_that_a_new_activation_needs(tmp_path: Path) -> None:
 
     # Frozen and exported.
     model.eval()
-    frozen = fedmef_fx.freeze(model)
+    frozen = frozen_graph(model)
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
     assert squash in {node.target for node in frozen.graph.nodes} or any(
         isinstance(m, Squash) for m in frozen.modules()

@@ -47,7 +47,7 @@ ROWS: Final = (
     _row("hardsigmoid", modules=(nn.Hardsigmoid,), in_8_bits="input", derivative=_aten.hardsigmoid_backward),
     _row("hardswish", modules=(nn.Hardswish,), in_8_bits="input", derivative=_aten.hardswish_backward),
     _row("hardtanh", modules=(nn.Hardtanh,)),
-    _row("leaky_relu", modules=(nn.LeakyReLU,), options=("negative_slope",), small=_leaky),
+    _row("leaky_relu", modules=(nn.LeakyReLU,), options=("negative_slope",), small=_leaky, is_homogeneous=True),
     _row("mish", modules=(nn.Mish,), in_8_bits="input", derivative=_aten.mish_backward),
     Operator.of_torch(
         "prelu",
@@ -58,7 +58,13 @@ ROWS: Final = (
         has_other_parameters=True,
         sizes=(("num_parameters", "weight", 0),),
     ),
-    _row("relu", modules=(nn.ReLU,), keeps="output", small=lambda _: partial(sign_relu, high=math.inf)),
+    _row(
+        "relu",
+        modules=(nn.ReLU,),
+        keeps="output",
+        is_homogeneous=True,
+        small=lambda _: partial(sign_relu, high=math.inf),
+    ),
     _row("relu6", modules=(nn.ReLU6,), small=lambda _: partial(sign_relu, high=6.0)),
     _row("selu", modules=(nn.SELU,), keeps="both"),
     _row(

@@ -54,6 +54,7 @@ class Operator:
         has_rows: Whether the weights of its modules have a row for each output, `[out, in, ...]`.
         has_other_parameters: Whether its modules hold parameters that are no weights, whatever their shape.
         is_composite: Whether its modules compute with tensor functions only, so that tracers may look inside.
+        is_homogeneous: Whether a positive factor may stand before it as well as behind it: f(c x) = c f(x).
         is_nonlinearity: Whether the gain of its function scales the kernel before it.
         in_8_bits: What `compress-saved` keeps of it in 8 bits, the name of a rule; "" for nothing.
         derivative: From the gradient of the result and the kept input or result, and the options, to the gradient of
@@ -81,6 +82,7 @@ class Operator:
     has_rows: bool = False
     has_other_parameters: bool = False
     is_composite: bool = False
+    is_homogeneous: bool = False
     is_nonlinearity: bool = False
     in_8_bits: Compression = ""
     derivative: Callable[..., Tensor] | None = None

@@ -16,6 +16,7 @@ from torch import nn
 import fedmef_fx
 from fedmef_fx import Config, inspect_onnx
 from fedmef_fx.errors import ExportError
+from fedmef_fx.export.freeze import frozen_graph
 from tests.inspection.models import HOSTILE_NAMES, two_convolutions
 
 KEY = "fedmef_fx.tensors"
@@ -52,7 +53,7 @@ def test_nodes_know_module_and_traced_node(exported: tuple[nn.Module, Path]) -> 
     assert [node.module for node in convolutions] == ["conv1", "conv2"]
     assert [node.weights[0] for node in convolutions] == ["conv1.weight", "conv2.weight"]
     (relu,) = (node for node in inspection.nodes if node.op == "Relu")
-    frozen = fedmef_fx.freeze(exported[0])
+    frozen = frozen_graph(exported[0])
     assert {convolutions[0].fx_node, relu.fx_node} <= {node.name for node in frozen.graph.nodes}
     assert f"{relu.outputs[0]} = Relu({convolutions[0].outputs[0]})  # %{relu.fx_node}" in str(inspection)
 
