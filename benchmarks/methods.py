@@ -1,16 +1,21 @@
 """FedMef against its rivals on CIFAR-10: the same clients, seeds and budget for every method.
 
-    python benchmarks/methods.py --log DIR [--minutes 180] [--cells resnet-0.1 resnet-0.05 mobilenet-0.1] [--seeds 3]
-        [--images 10000] [--clients 10] [--rounds 40] [--methods ...] [--shares] [--intervals 3 5 10 20]
+    python benchmarks/methods.py --log FILE [--minutes 180] [--cells resnet-0.1 resnet-0.05 mobilenet-0.1] [--seeds 3]
+        [--methods ...] [--shares] [--intervals 3 5 10 20] [--docs docs/methods.md]
 
-10,000 images of the folder that FEDMEF_FX_DATA names, 10 clients, Dirichlet 0.5, a small ResNet or a small MobileNetV2.
-Rows: every method of `federated.METHODS` (FedMef with this project's defaults), and FedMef as published
-(`Config.paper()`). --shares adds FedMef with one part at a time as published: parameter space, no extrusion, top-k
+10,000 images of the folder that FEDMEF_FX_DATA names, 10 clients, Dirichlet 0.5, 40 rounds of one local epoch in
+batches of 32, a small ResNet or a small MobileNetV2 whose first convolution has stride 2, so that a cell takes minutes
+of one core. Rows: every method of `federated.METHODS` (FedMef with this project's defaults), and FedMef as published
+(`Config.paper()`). --shares runs FedMef with one part at a time as published instead: parameter space, extrusion,
 activations, BatchNorm. --intervals runs FedMef, FedDST and FedRTS at several Delta_R instead.
 
-Cells are kept in --log: an interrupted benchmark goes on where it was. No new cell is started after --minutes, and
-those that were not run are listed. FedRTS' published table shares methods and density with this one, not the setting:
-there ResNet18, 100 clients of which 10 take part, 500 rounds of 5 epochs.
+Finished cells are lines of the file --log: what is there is not run again, an interrupted cell goes on where it was.
+No new cell is started after --minutes (0 only prints), and those that were not run are listed. A process uses one
+thread; start the same command once more to use another core, the two share the cells.
+
+Weights are stored dense while training, which is faster for networks this small and the same up to rounding. FedRTS'
+published table shares methods and density with this one, not the setting: there ResNet18, 100 clients of which 10 take
+part, 500 rounds of 5 epochs.
 """
 
 import argparse
@@ -52,12 +57,11 @@ class _Residual(nn.Module):
 
 
 def small_resnet() -> nn.Sequential:
-    """ResNet-8: three stages of 16, 32 and 64 channels, one block each; 78,042 parameters."""
-    layers: list[nn.Module] = [*_unit(3, 16, 3), nn.ReLU()]
-    for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
-        block = [*_unit(inputs, outputs, 3, stride=stride), nn.ReLU(), *_unit(outputs, outputs, 3)]
-        shortcut = [] if inputs == outputs else _unit(inputs, outputs, 1, stride=stride)
-        layers += [_Residual(block, shortcut), nn.ReLU()]
+    """ResNet-6: 16 channels at 16x16, then a block of 32 at 8x8 and one of 64 at 4x4; 73,370 parameters."""
+    layers: list[nn.Module] = [*_unit(3, 16, 3, stride=2), nn.ReLU()]
+    for inputs, outputs in ((16, 32), (32, 64)):
+        block = [*_unit(inputs, outputs, 3, stride=2), nn.ReLU(), *_unit(outputs, outputs, 3)]
+        layers += [_Residual(block, _unit(inputs, outputs, 1, stride=2)), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -76,26 +80,30 @@ def small_mobilenet() -> nn.Sequential:
 MODELS: Final[dict[str, Callable[[], nn.Module]]] = {"resnet": small_resnet, "mobilenet": small_mobilenet}
 
 
-def contenders(methods: Sequence[str], *, density: float, interval: int, with_shares: bool) -> list[Contender]:
+def rivals(methods: Sequence[str], *, density: float, interval: int) -> list[Contender]:
     """Rows of the headline table."""
-    own = Config(density=density, adjustment_interval=interval)
-    published = Config.paper(density=density, adjustment_interval=interval)
+    own = Config(density=density, adjustment_interval=interval, weight_storage="dense")
     found = [Contender(label=name, method=name, config=own) for name in methods]
     if "fedmef" in methods:
-        found.append(Contender(label="fedmef as published", config=published))
-    if with_shares:
-        parts: dict[str, dict[str, Any]] = {
-            "parameter space": {"adjustment_space": "parameter"},
-            "effective space": {"adjustment_space": "effective"},
-            "no extrusion": {"extrusion_strength": 0.0},
-            "extrusion 0.01": {"extrusion_strength": 0.01},
-            "top-k activations": {"activation_sparsity": 0.9, "activation_bits": None},
-            "2 bits": {"activation_sparsity": 0.0, "activation_bits": 2},
-            "exact activations": {"activation_sparsity": 0.0, "activation_bits": None},
-            "BatchNorm": {"normalization": "keep"},
-        }
-        found += [Contender(label=f"fedmef, {part}", config=own.replace(**change)) for part, change in parts.items()]
+        found.append(Contender(label="fedmef as published", config=Config.paper(density=density)))
     return found
+
+
+def shares(*, density: float, interval: int) -> list[Contender]:
+    """FedMef with one part changed at a time, or several at once as published."""
+    own = Config(density=density, adjustment_interval=interval, weight_storage="dense")
+    parts: dict[str, dict[str, Any]] = {
+        "default": {},
+        "parameter space": {"adjustment_space": "parameter"},
+        "no extrusion": {"extrusion_strength": 0.0},
+        "no adjustment": {"adjustment_stop": 0},
+        "top-k activations": {"activation_sparsity": 0.9, "activation_bits": None},
+        "exact activations": {"activation_sparsity": 0.0, "activation_bits": None},
+        "BatchNorm": {"normalization": "keep"},
+        "dense output layer": {"output_layer": "dense"},
+    }
+    found = [Contender(label=f"fedmef, {part}", config=own.replace(**change)) for part, change in parts.items()]
+    return [*found, Contender(label="fedmef as published", config=Config.paper(density=density))]
 
 
 def by_interval(intervals: Sequence[int], *, density: float) -> list[Contender]:
@@ -104,18 +112,29 @@ def by_interval(intervals: Sequence[int], *, density: float) -> list[Contender]:
         Contender(
             label=f"{name}, every {interval}",
             method=name,
-            config=Config(density=density, adjustment_interval=interval),
+            config=Config(density=density, adjustment_interval=interval, weight_storage="dense"),
         )
         for interval in intervals
         for name in ("fedmef", "feddst", "fedrts")
     ]
 
 
-def main() -> None:
-    """Run and print."""
+def rows_of(options: argparse.Namespace, density: float) -> tuple[str, list[Contender]]:
+    """What a table is about, and its rows."""
+    if options.intervals:
+        return "intervals", by_interval(options.intervals, density=density)
+    if options.shares:
+        return "parts", shares(density=density, interval=options.interval)
+    return "methods", rivals(options.methods, density=density, interval=options.interval)
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, required=True, help="folder for cells, tables and curves")
-    parser.add_argument("--minutes", type=float, default=180.0)
+    parser.add_argument("--log", type=Path, required=True, help="file of finished cells")
+    parser.add_argument("--docs", type=Path, help="page whose tables are filled in")
+    parser.add_argument("--curves", type=Path, help="folder for images of accuracy by rounds and bytes")
+    parser.add_argument("--minutes", type=float, default=180.0, help="after which no new cell is started")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -123,37 +142,61 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=2_000)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.05)
-    parser.add_argument("--interval", type=int, default=5, help="Delta_R")
-    parser.add_argument("--shares", action="store_true", help="FedMef with one part changed at a time, too")
+    parser.add_argument("--interval", type=int, default=Config().adjustment_interval, help="Delta_R")
+    parser.add_argument("--shares", action="store_true", help="instead: FedMef with one part changed at a time")
     parser.add_argument("--intervals", type=int, nargs="+", help="instead: three methods at these Delta_R")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run and print."""
+    options = arguments()
+    torch.set_num_threads(1)
     console = Console()
     console.print(machine())
-    console.print(str(vars(options)), soft_wrap=True)
     until = time.monotonic() + 60 * options.minutes
     train, full_test = load_cifar10()
     test = Subset(full_test, list(range(min(options.test_images, len(full_test)))))
     count = min(options.images, len(train))
 
     def clients(seed: int) -> Sequence[Dataset[Any]]:
-        shares = dirichlet_partition(train.labels[:count], clients=options.clients, alpha=0.5, seed=seed, min_samples=8)
-        return [Subset(train, share.tolist()) for share in shares]
+        parts = dirichlet_partition(train.labels[:count], clients=options.clients, alpha=0.5, seed=seed, min_samples=8)
+        return [Subset(train, part.tolist()) for part in parts]
 
-    training = LocalTraining(epochs=options.epochs, batch_size=32, learning_rate=options.rate, round_schedule="cosine")
+    training = LocalTraining(
+        epochs=options.epochs,
+        batch_size=32,
+        learning_rate=options.rate,
+        round_schedule="cosine",
+        weight_storage="dense",
+    )
+    data = f"CIFAR-10, {count} images, {options.clients} clients, Dirichlet 0.5, {len(test)} test images"
     for cell in options.cells:
         name, density = cell.split("-")
-        rows = contenders(
-            options.methods, density=float(density), interval=options.interval, with_shares=options.shares
+        subject, rows = rows_of(options, float(density))
+        problem = Problem(
+            title=f"{subject} {cell}",
+            model=MODELS[name],
+            clients=clients,
+            test=test,
+            config=Config(),
+            training=training,
+            rounds=options.rounds,
+            data=data,
         )
-        if options.intervals:
-            rows = by_interval(options.intervals, density=float(density))
-        title = f"{cell}, {count} images, {options.clients} clients, {options.rounds} rounds"
-        problem = Problem(title, MODELS[name], clients, test, Config(), training, options.rounds)
-        run_cells(problem, rows, range(options.seeds), log=options.log, until=until, console=console)
+        curves = None if options.curves is None else options.curves / f"{subject}-{cell.replace('.', '-')}.png"
+        run_cells(
+            problem,
+            rows,
+            range(options.seeds),
+            log=options.log,
+            until=until,
+            console=console,
+            docs=options.docs,
+            curves=curves,
+        )
 
 
 if __name__ == "__main__":
