@@ -4,6 +4,7 @@ Knows nothing about transports: `train_locally` takes a model and a data set and
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
@@ -117,6 +118,7 @@ def train_locally(
                     objective=objective,
                     before_step=before_step,
                 )
+            model.zero_grad()  # what the last step left takes room that the candidates need
         found = _findings(model, data, options, task=task, objective=objective)
     state = read_state(model, version=task.round_index)
     return Update(
@@ -280,8 +282,7 @@ def _findings(
     device = next(model.parameters()).device
     size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
     parts = data.batches(batch_size=size, shuffle=True, device=device)
-    limit = 1 if task.is_opening else options.growth_batches
+    limit = 1 if task.is_opening else options.growth_limit(data.batch_count(options.batch_size))
     if limit is not None:
-        count = limit * math.ceil(options.batch_size / size)
-        parts = (batch for batch, _ in zip(parts, range(count), strict=False))
+        parts = itertools.islice(parts, limit * math.ceil(options.batch_size / size))
     return findings_of(model, objective.loss, parts, task)

@@ -39,7 +39,7 @@ _Hook = Callable[["_Places", Tensor], Tensor]
 
 
 class _Places:
-    """Where the marked weights of a parameter are in its stored form.
+    """Where the marked weights of a parameter are in its stored form, and the term that extrudes them.
 
     Attributes:
         parameter: The masked parameter, in the space of adjustments.
@@ -50,6 +50,8 @@ class _Places:
         self._positions = positions
         self._found = positions
         self._version: int | None = None
+        # Gradient of the term by gain, its strength, and the versions of weight and gain that it belongs to.
+        self._by_gain: tuple[Tensor, float, tuple[int, int]] | None = None
 
     def now(self) -> Tensor:
         """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
@@ -61,6 +63,43 @@ class _Places:
             places = masked.places(self._positions)
             self._found, self._version = places[places >= 0], version
         return self._found
+
+    def by_weight(self, strength: float) -> Tensor:
+        """Gradient of strength * ||theta_low||^2 by the weight; that by gain, which comes with it, is kept."""
+        term, by_gain = self.parameter.penalty_gradients(self.now(), strength)
+        if by_gain is not None:
+            self._by_gain = by_gain, strength, self._state()
+        return term
+
+    def by_gain(self, strength: float) -> Tensor:
+        """Gradient of strength * ||theta_low||^2 by gain, for a parameter that has one."""
+        kept = self._kept()
+        if kept is None or kept[1] != strength:
+            self.by_weight(strength)
+            kept = self._kept()
+        assert kept is not None  # noqa: S101  # the line before has set it
+        return kept[0]
+
+    def square(self) -> Tensor:
+        """||theta_low||^2 at present."""
+        kept, gain = self._kept(), self.parameter.gain
+        if kept is None or gain is None:
+            return self.parameter.at(self.now()).float().square().sum()
+        # dP/dgain = 2 lambda / gain * sum of w_hat_low^2 in each row
+        return torch.dot(kept[0].flatten().float(), gain.detach().flatten().float()) / (2 * kept[1])
+
+    def forget(self) -> None:
+        """Drop what was kept: the weights are about to change."""
+        self._by_gain = None
+
+    def _kept(self) -> tuple[Tensor, float] | None:
+        if self._by_gain is None or self._by_gain[2] != self._state():
+            return None
+        return self._by_gain[:2]
+
+    def _state(self) -> tuple[int, int]:
+        gain = self.parameter.gain
+        return self.parameter.masked.parameter._version, 0 if gain is None else gain._version
 
 
 class Extrusion:
@@ -190,7 +229,7 @@ class Extrusion:
 
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, at present; 0 before the first entry."""
-        squares = [places.parameter.at(places.now()).float().square().sum() for places in self._places.values()]
+        squares = [places.square() for places in self._places.values()]
         if not squares:
             return 0.0
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
@@ -206,14 +245,12 @@ class Extrusion:
     @uncompiled
     def _extrude(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook of a weight: its gradient with that of the term added."""
-        term, _ = places.parameter.penalty_gradients(places.now(), self.strength / self.accumulation_steps)
-        return self._added(gradient, term)
+        return self._added(gradient, places.by_weight(self.strength / self.accumulation_steps))
 
     @uncompiled
     def _extrude_gain(self, places: "_Places", gradient: Tensor) -> Tensor:
         """Gradient hook of a gain: the same."""
-        _, term = places.parameter.penalty_gradients(places.now(), self.strength / self.accumulation_steps)
-        return gradient if term is None else self._added(gradient, term)
+        return self._added(gradient, places.by_gain(self.strength / self.accumulation_steps))
 
     def _added(self, gradient: Tensor, term: Tensor) -> Tensor:
         if self._scaler is not None:
@@ -235,6 +272,8 @@ class Extrusion:
                 if rate > scheduled:
                     group["lr"] = torch.full_like(scheduled, rate) if isinstance(scheduled, Tensor) else rate
                     self._replaced.append((group, scheduled, group["lr"]))
+        for places in self._places.values():
+            places.forget()
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
 
     @uncompiled

@@ -136,6 +136,20 @@ def test_candidates_are_few_inactive_and_only_sent_when_asked_for(
             assert not bool(torch.take(masks[name], gradient.positions).any())
 
 
+@pytest.mark.parametrize(
+    ("growth_batches", "epochs", "looked_at"),
+    [("auto", 1, 1), ("auto", 5, 2), ("auto", 9, 4), (3, 1, 3), (99, 1, 5), (None, 1, 5)],
+)
+def test_adjustments_look_at_a_tenth_of_the_steps_unless_told_otherwise(
+    sparse: Callable[..., nn.Module], growth_batches: Any, epochs: int, looked_at: int
+) -> None:
+    data = _Counting()
+    options = LocalTraining(epochs=epochs, batch_size=4, growth_batches=growth_batches)
+    model = sparse()
+    train_locally(model, data, options, task=_adjusting(model))
+    assert data.count - 20 * epochs == 4 * looked_at
+
+
 def test_saved_bytes_are_measured(sparse: Callable[..., nn.Module], clients: list[TensorDataset]) -> None:
     lean, dense = (
         train_locally(sparse(activation_sparsity=gamma), clients[0], LocalTraining(), task=PLAIN).peak_saved_bytes
@@ -221,6 +235,19 @@ def test_schedules_decay_the_rate(sparse: Callable[..., nn.Module], clients: lis
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("|", r"\|")):
         LocalTraining(**options)
+
+
+class _Counting(Dataset[Any]):
+    """Twenty samples, and how often one was read."""
+
+    count = 0
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.count += 1
+        return torch.full((1, 4, 4), float(index)), torch.tensor(index % 3)
 
 
 class _Pairs(Dataset[Any]):

@@ -89,6 +89,21 @@ def test_the_gradient_is_that_of_the_surrogate_loss(storage: str, statistics: st
 
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("changed", ["weight", "gain"])
+def test_the_norm_follows_weights_that_change_after_a_backward(storage: str, changed: str) -> None:
+    model = make(weight_storage=storage)
+    with Extrusion(model, SGD(model.parameters(), lr=0.1), budget_steps=3) as extrusion:
+        loss_of(model).backward()
+        with torch.no_grad():
+            model.get_parameter("a.weight" if changed == "weight" else "norm_a.weight").mul_(torch.rand(()) + 0.5)
+        parameters = effective_parameters(model)
+        squares = [
+            torch.take(parameters[name].dense(), places).square().sum() for name, places in extrusion.marked.items()
+        ]
+        assert extrusion.norm() == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
 def test_the_weights_of_least_effect_are_marked(storage: str) -> None:
     model = make(weight_storage=storage)
     with Extrusion(model, SGD(model.parameters(), lr=0.1), budget_steps=3, counts={"a.weight": 7}) as extrusion:
