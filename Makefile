@@ -19,6 +19,8 @@ KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 ECOSYSTEM := .venv-ecosystem
 DOCS := .venv-docs
+# What ExecuTorch needs to write and run a training step; it asks for much more, for other platforms.
+EXECUTORCH := executorch flatbuffers pandas python-dateutil pytz ruamel.yaml sympy tabulate torchao tzdata
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-slow test-native test-ecosystem lint format bench docs docs-images clean
@@ -68,6 +70,8 @@ $(ECOSYSTEM)/.installed: $(INSTALLED) constraints-ecosystem.txt
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -c constraints-ecosystem.txt \
 		$(shell sed -n '/^ecosystem = \[/,/^\]/s/^ *"\(.*\)",/'"'\1'"'/p' pyproject.toml)
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps timm torchvision
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps $(EXECUTORCH) \
+		|| echo "no ExecuTorch for this platform: its tests will be skipped"
 	touch $@
 
 lint: $(INSTALLED)  ## Check style and types

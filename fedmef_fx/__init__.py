@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fedmef_fx.export.onnx.onnx_file import export_onnx
     from fedmef_fx.export.onnx.report import ExportReport
     from fedmef_fx.export.onnx.unpack import unpack_onnx
+    from fedmef_fx.export.training.executorch_file import export_executorch
+    from fedmef_fx.export.training.report import TrainingExportReport
     from fedmef_fx.inspection import inspect
     from fedmef_fx.measure.memory import memory
     from fedmef_fx.sparse_model.averages import averaged
@@ -42,12 +44,14 @@ __all__ = [
     "ExportReport",
     "Extrusion",
     "FedmefError",
+    "TrainingExportReport",
     "averaged",
     "compact",
     "compact_report",
     "coverage",
     "dense_state_dict",
     "density",
+    "export_executorch",
     "export_onnx",
     "federated",
     "freeze",
@@ -76,12 +80,14 @@ _HOMES: Final = {
     "ExportReport": "export.onnx.report",
     "Extrusion": "training.extrusion",
     "FedmefError": "errors",
+    "TrainingExportReport": "export.training.report",
     "averaged": "sparse_model.averages",
     "compact": "export.compact.compact",
     "compact_report": "export.compact.compact",
     "coverage": "sparse_model.transformation",
     "dense_state_dict": "sparse_model.state_dicts",
     "density": "sparse_model.masks",
+    "export_executorch": "export.training.executorch_file",
     "export_onnx": "export.onnx.onnx_file",
     "freeze": "export.freeze.freeze",
     "growth_candidates": "training.growth",

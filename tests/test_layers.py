@@ -42,7 +42,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-EXPORTS_ROOMS = ["results", "examples", "freeze", "compact", "onnx"]
+EXPORTS_ROOMS = ["results", "examples", "freeze", "compact", "onnx", "training"]
 
 
 def _sources() -> dict[str, str]:
