@@ -21,7 +21,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {
-    "fedmef_fx": ["fedmef_fx"],
+    "fedmef_fx": ["fedmef_fx", "fedmef_fx.checkpoint.hub"],
     "federated": ["fedmef_fx.federated"],
     "passes": ["fedmef_fx.passes"],
     "training": [

@@ -5,6 +5,7 @@ leaves as ONNX. Huang et al., "FedMef: Towards Memory-efficient Federated Dynami
 """
 
 import importlib
+import logging
 import sys
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any, Final
@@ -107,6 +108,9 @@ _HOMES: Final = {
     "verify_onnx": "export.onnx.digest",
 }
 """Public name -> the module that defines it; importing torch takes seconds, and only its users should wait for it."""
+
+# An application that wants to know sets a level and a handler; without, warnings would be printed by default.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 sys.meta_path.append(MovedModules())
 

@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -169,13 +170,15 @@ def _read_records(path: Path) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32), labels
 
 
-def dirichlet_partition(labels: Tensor, *, clients: int, alpha: float, seed: int, min_samples: int = 1) -> list[Tensor]:
+def dirichlet_partition(
+    labels: Tensor | npt.ArrayLike, *, clients: int, alpha: float, seed: int, min_samples: int = 1
+) -> list[Tensor]:
     """Split samples between clients with label skew: each class is shared in Dirichlet(alpha) proportions.
 
     Clients that end up below `min_samples` then get samples of the client that has the most.
 
     Args:
-        labels: Integer class of each sample, `[n]`.
+        labels: Integer class of each sample, `[n]`: a tensor, a numpy array, or a list such as `dataset.targets`.
         clients: Number of clients, >= 1.
         alpha: Concentration, > 0: small gives each client few classes, large gives all the same mixture.
         seed: Integer >= 0.
@@ -187,10 +190,10 @@ def dirichlet_partition(labels: Tensor, *, clients: int, alpha: float, seed: int
     Raises:
         ConfigError: An argument out of range, or fewer samples than `clients * min_samples`.
     """
-    _check_partition(labels, clients=clients, alpha=alpha, seed=seed, min_samples=min_samples)
+    values = _class_numbers(labels)
+    _check_partition(values, clients=clients, alpha=alpha, seed=seed, min_samples=min_samples)
     generator = np.random.default_rng(seed)
     shares: list[list[int]] = [[] for _ in range(clients)]
-    values = labels.cpu().numpy()
     for label in np.unique(values):
         members = generator.permutation(np.flatnonzero(values == label))
         proportions = generator.dirichlet(np.full(clients, alpha))
@@ -204,12 +207,35 @@ def dirichlet_partition(labels: Tensor, *, clients: int, alpha: float, seed: int
     return [torch.tensor(sorted(share), dtype=torch.int64) for share in shares]
 
 
-def _check_partition(labels: Tensor, *, clients: int, alpha: float, seed: int, min_samples: int) -> None:
-    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        raise ConfigError(
-            f"dirichlet_partition: labels: got {labels.dtype} of shape {tuple(labels.shape)}; expected integers of "
-            "shape [n]"
-        )
+def _class_numbers(labels: Tensor | npt.ArrayLike) -> npt.NDArray[np.integer[Any]]:
+    """Labels as an array of integers `[n]`.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    try:
+        values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, a type that numpy lacks
+        raise _no_labels(f"{type(labels).__name__}: {error}") from error
+    if values.ndim == 1 and values.size and values.dtype == object and all(isinstance(v, Tensor) for v in values):
+        values = np.asarray([value.item() for value in values])
+    if values.size == 0 and values.ndim == 1:
+        values = values.astype(np.int64)  # an empty list is one of floats for numpy
+    if values.ndim != 1 or values.dtype.kind not in "biu":
+        raise _no_labels(f"{type(labels).__name__} of {values.dtype}, shape {values.shape}")
+    return values
+
+
+def _no_labels(got: str) -> ConfigError:
+    return ConfigError(
+        f"dirichlet_partition: labels: got {got}; expected integers of shape [n], the class of each sample: a tensor, "
+        "a numpy array or a list"
+    )
+
+
+def _check_partition(
+    labels: npt.NDArray[np.integer[Any]], *, clients: int, alpha: float, seed: int, min_samples: int
+) -> None:
     for name, value, low in (("clients", clients, 1), ("seed", seed, 0), ("min_samples", min_samples, 0)):
         if value < low:
             raise ConfigError(f"dirichlet_partition: {name}: got {value!r}; expected an integer >= {low}")

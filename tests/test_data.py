@@ -224,6 +224,30 @@ def test_labels_have_to_be_a_vector_of_integers(labels):
         dirichlet_partition(labels, clients=2, alpha=1.0, seed=0)
 
 
+@pytest.mark.parametrize("labels", [[[0], [1, 2]], ["cat", "dog"], [0.5, 1.0], 3, torch.zeros(3, dtype=torch.bfloat16)])
+def test_labels_of_other_kinds_are_refused(labels):
+    with pytest.raises(ConfigError, match=r"expected integers of shape \[n\].* a list"):
+        dirichlet_partition(labels, clients=1, alpha=1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        tuple,
+        np.asarray,
+        lambda values: np.asarray(values, dtype=np.uint8),
+        lambda v: [torch.tensor(x) for x in v],
+    ],
+)
+def test_labels_may_be_lists_and_arrays(kind):
+    values = [0, 1, 2] * 10
+    wanted = dirichlet_partition(torch.tensor(values), clients=3, alpha=0.5, seed=0)
+    parts = dirichlet_partition(kind(values), clients=3, alpha=0.5, seed=0)
+    assert all(map(torch.equal, parts, wanted))
+    assert [len(part) for part in dirichlet_partition([], clients=2, alpha=1.0, seed=0, min_samples=0)] == [0, 0]
+
+
 def test_cifar10_is_built_from_tensors():
     data = Cifar10(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([1, 2]), classes=CLASSES)
     assert data[0][0][0, 0, 0].item() == pytest.approx(-0.4914 / 0.2470, abs=1e-6)

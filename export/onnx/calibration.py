@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export.examples import ExampleCall, Examples
 
 __all__ = ["calibration_calls", "check_batch_sizes"]
 
-_REMEDY: Final = "e.g. calibration_data=[x for x, label in loader][:50]"
+_REMEDY: Final = "e.g. a DataLoader, or calibration_data=[x for x, label in loader][:50]"
 
 
 def calibration_calls(
@@ -21,7 +22,9 @@ def calibration_calls(
     Args:
         model: For messages.
         quantize: None or "int8".
-        data: Anything that yields a tensor, or a tuple or list of the positional arguments, per call.
+        data: Anything that yields a tensor, or a tuple or list of the positional arguments, per call; or a
+            `DataLoader`, whose batches may have more than the model takes, such as labels behind the inputs, and may
+            be dictionaries with the names of its arguments.
         examples: Every call has to be like these, up to the batch size.
 
     Returns:
@@ -47,7 +50,19 @@ def calibration_calls(
         raise ConfigError(f"export_onnx: calibration_data is empty; expected at least one call, {_REMEDY}")
     if isinstance(data, tuple) and len(rows) == len(examples.call.args) > 1 and _fits(rows, examples):
         rows = [data]  # the arguments of one call, as example_inputs has them
+    if isinstance(data, DataLoader):
+        rows = [_inputs_of(row, examples) for row in rows]
     return [_call(index, row, examples) for index, row in enumerate(rows)]
+
+
+def _inputs_of(batch: Any, examples: Examples) -> Any:
+    """What the model takes of a batch of a `DataLoader`; the batch itself where that is not clear."""
+    count = len(examples.call.args)
+    if isinstance(batch, Mapping):
+        names = list(examples.signature.parameters)[:count]
+        keywords = {name: batch.get(name, value) for name, value in examples.call.kwargs.items()}
+        return ExampleCall(tuple(batch[name] for name in names), keywords) if batch.keys() >= set(names) else batch
+    return tuple(batch[:count]) if isinstance(batch, tuple | list) and len(batch) > count else batch
 
 
 def check_batch_sizes(calls: Sequence[ExampleCall], examples: Examples, *, is_dynamic: bool) -> None:
@@ -78,12 +93,15 @@ def _fits(arguments: Sequence[Any], examples: Examples) -> bool:
 
 def _call(index: int, row: Any, examples: Examples) -> ExampleCall:
     where = f"export_onnx: calibration_data[{index}]"
-    arguments = (row,) if isinstance(row, Tensor) else tuple(row) if isinstance(row, tuple | list) else None
-    if arguments is None:
+    if isinstance(row, ExampleCall):
+        arguments, kwargs = row.args, row.kwargs
+    elif isinstance(row, Tensor | tuple | list):
+        arguments, kwargs = (row,) if isinstance(row, Tensor) else tuple(row), examples.call.kwargs
+    else:
         raise ConfigError(
             f"{where} is a {type(row).__name__}; expected a tensor, or a tuple of the arguments of a call"
         )
-    call = ExampleCall(arguments, examples.call.kwargs)
+    call = ExampleCall(arguments, kwargs)
     got, expected = call.tensors(), examples.call.tensors()
     if len(arguments) != len(examples.call.args) or len(got) != len(expected):
         raise ConfigError(

@@ -5,6 +5,7 @@ rename. Whatever fails, a file that was there before stays as it was. onnx and o
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
@@ -31,6 +32,7 @@ __all__ = ["export_onnx"]
 Weights = Literal["dense", "packed", "packed-int16", "packed-fp16"]
 Quantize = Literal["int8"] | None
 Optimize = Literal["none", "onnxscript", "onnxslim"]
+_LOGGER: Final = logging.getLogger(__name__)
 _QUANTIZATIONS: Final = (None, "int8")
 
 
@@ -65,7 +67,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
             when it loads the file, and then runs as fast as with the dense one.
         quantize: None, as trained; "int8", static quantization of weights and activations.
         calibration_data: For "int8": inputs like those the model will see, from which the ranges of its activations
-            are taken. Each is a tensor, or a tuple of the arguments of a call.
+            are taken. Each is a tensor, or a tuple of the arguments of a call; or a `DataLoader`, whose labels are
+            left out.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
             name are equal.
@@ -154,9 +157,11 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
             notices += more
         elif runtime_target.module:
             notices.append(f"not tried in {target}, as verify=False: only the format was checked")
+    size = total_bytes(destination)
+    _LOGGER.info("export: %s: %d bytes, %d nodes", destination, size, nodes)
     return ExportReport(
         path=destination,
-        bytes=total_bytes(destination),
+        bytes=size,
         dense_bytes=_dense_bytes(model),
         opset=built.opset,
         nodes=nodes,

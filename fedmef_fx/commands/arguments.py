@@ -13,6 +13,7 @@ import typer
 from torch import Tensor, nn
 
 import fedmef_fx
+from fedmef_fx.commands.command import showing_stages
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.models import REFERENCE_MODELS
@@ -151,14 +152,17 @@ def transformed(
         printer: Likewise.
     """
     if checkpoint is None:
-        return fedmef_fx.transform(
-            model, config, passes=passes or (), print_after=print_after, stop_after=stop_after, printer=printer
-        )
+        # What is printed on the way would get in the way of the line.
+        with contextlib.nullcontext() if print_after else showing_stages():
+            return fedmef_fx.transform(
+                model, config, passes=passes or (), print_after=print_after, stop_after=stop_after, printer=printer
+            )
     if passes:
         raise ConfigError("--checkpoint: is transformed as it was when it was saved; leave out --passes")
     if print_after or stop_after:
         raise ConfigError("--checkpoint: cannot be looked at between the passes; leave out --print-after, --stop-after")
-    return fedmef_fx.load(checkpoint, model)
+    with showing_stages():
+        return fedmef_fx.load(checkpoint, model)
 
 
 def example_input(name: str, shape: str | None, *, batch: int = 1) -> Tensor | None:

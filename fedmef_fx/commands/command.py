@@ -15,12 +15,16 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import torch
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.spinner import Spinner
+from rich.text import Text
 
+from fedmef_fx.display.stages import watching_stages
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.graph.recording import visible
 
-__all__ = ["AsJson", "ProgressBar", "Result", "command", "progress_bar"]
+__all__ = ["AsJson", "ProgressBar", "Result", "command", "progress_bar", "showing_stages"]
 
 P = ParamSpec("P")
 
@@ -103,6 +107,23 @@ class ProgressBar:
     def reach(self, step: int, note: str = "") -> None:
         """So many steps are done; the note says how the last one went."""
         self._bar.update(self._task, completed=step, note=note)
+
+
+@contextlib.contextmanager
+def showing_stages() -> Iterator[None]:
+    """What happens, as a line on stderr that is gone afterwards, where that is a terminal; nothing elsewhere."""
+    console = Console(stderr=True, emoji=False, highlight=False, markup=False)
+    if not console.is_terminal:
+        yield
+        return
+    spinner = Spinner("dots")
+
+    def show(what: str) -> None:
+        spinner.update(text=Text(visible(what)))
+        line.refresh()
+
+    with Live(spinner, console=console, transient=True) as line, watching_stages(show):
+        yield
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from fedmef_fx.commands.arguments import (
     required_input,
     transformed,
 )
-from fedmef_fx.commands.command import AsJson, Result, command
+from fedmef_fx.commands.command import AsJson, Result, command, showing_stages
 from fedmef_fx.commands.config_options import takes_config
 from fedmef_fx.config import Config
 from fedmef_fx.errors import DataError
@@ -101,20 +101,21 @@ def export(  # noqa: PLR0913 -- one parameter per option
     options: dict[str, Any] = {} if quantize is None else {"quantize": quantize.value}
     argument = next(iter(python_inspect.signature(sparse.forward).parameters))
     sizes = dict(map(_named_dimension, dynamic_size or []))
-    report = fedmef_fx.export_onnx(
-        sparse,
-        output,
-        example_inputs=(x,),
-        weights=weights.value,
-        calibration_data=samples,
-        dynamic_batch=dynamic_batch,
-        dynamic_sizes={argument: sizes} if sizes else None,
-        verify=verify,
-        compact=compact,
-        target=target,
-        optimize=optimize.value,
-        **options,
-    )
+    with showing_stages():
+        report = fedmef_fx.export_onnx(
+            sparse,
+            output,
+            example_inputs=(x,),
+            weights=weights.value,
+            calibration_data=samples,
+            dynamic_batch=dynamic_batch,
+            dynamic_sizes={argument: sizes} if sizes else None,
+            verify=verify,
+            compact=compact,
+            target=target,
+            optimize=optimize.value,
+            **options,
+        )
     if verify:
         fedmef_fx.verify_onnx(report.path)  # what is on the disk now
     return Result(report.as_dict(), lambda console: console.print(str(report)))

@@ -5,10 +5,12 @@ that tells truthfully what it rewrote and what it refused to rewrite, with the r
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+from fedmef_fx.display.stages import stage
 from fedmef_fx.errors import FedmefError, PassError
 from fedmef_fx.records.passes import PassReport, PassResult
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from fedmef_fx.graph.program import Program
 
 __all__ = ["Pass", "Pipeline", "describe"]
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class Pass(Protocol):
@@ -71,7 +75,8 @@ class Pipeline:
         for step in self.passes:
             start = time.perf_counter()
             try:
-                result = step.run(program)
+                with stage(_LOGGER, f"transform: {step.name}"):
+                    result = step.run(program)
             except FedmefError:
                 raise
             except Exception as error:
@@ -80,6 +85,9 @@ class Pipeline:
                 raise PassError(f"pass {step.name}: run returned {type(result).__name__}; expected a PassResult")
             result = dataclasses.replace(result, name=describe(step), seconds=time.perf_counter() - start)
             results.append(result)
+            _LOGGER.info("%s: %d rewritten, %d refused", step.name, len(result.rewrites), len(result.refusals))
+            for refusal in result.refusals:
+                _LOGGER.debug("%s refused %s: %s", step.name, refusal.where, refusal.reason)
             if self.after_pass is not None:
                 self.after_pass(step, program, result)
         return PassReport(tuple(results))

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from fedmef_fx.budget.layer_sparsity import apply_layer_levels
 from fedmef_fx.budget.planner import plan_memory
 from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions, neutral_surroundings, ordinary_tensors
 from fedmef_fx.config import Config
+from fedmef_fx.display.stages import stage
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import emit, program_of, recompile
 from fedmef_fx.graph.pipeline import Pass, Pipeline
@@ -38,6 +40,8 @@ __all__ = [
     "pack_weights",
     "transform",
 ]
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 def transform(
@@ -114,6 +118,13 @@ def transform(
         capture, *reports = transformation.reports
         capture = dataclasses.replace(capture, refusals=(*notices, *capture.refusals))
         transformation.reports, transformation.plan = PassReport((*planned, capture, *reports)), plan
+    prunable = transformation.prunable.values()
+    _LOGGER.info(
+        "transform: %s: %d of %d prunable parameters have masks",
+        type(model).__name__,
+        sum(entry.masked for entry in prunable),
+        len(prunable),
+    )
     return result
 
 
@@ -134,7 +145,8 @@ def _transformed(
     if masks:
         keep_weight_norms_finite(duplicate)
     start = time.perf_counter()
-    captured = capture_model(duplicate, call)
+    with stage(_LOGGER, "transform: capture"):
+        captured = capture_model(duplicate, call)
     program = Program(
         duplicate,
         captured.regions,

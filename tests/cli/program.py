@@ -1,7 +1,9 @@
 """Ways to run the command line: in this process, for its JSON, and as a program."""
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from typing import Any
@@ -21,6 +23,22 @@ def json_of(*arguments: str) -> Any:
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
+
+
+def on_terminal(*arguments: str) -> tuple[bytes, bytes, int]:
+    """The program with a terminal for stderr: what it prints, what the terminal shows, its exit code."""
+    ours, theirs = pty.openpty()
+    program = subprocess.Popen(  # noqa: S603  # a fixed program
+        [*PROGRAM, *arguments], env={**os.environ, "TERM": "xterm-256color"}, stdout=subprocess.PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    stdout, _ = program.communicate()
+    return stdout, shown, program.returncode
 
 
 def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":

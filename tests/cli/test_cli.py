@@ -1,14 +1,11 @@
 """The command line: exit codes, JSON for machines, and silence of everything else on stdout."""
 
 import json
-import os
-import pty
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cli.program import PROGRAM, invoke, json_of, run
+from tests.cli.program import invoke, json_of, on_terminal, run
 
 COMMANDS = ["demo", "train", "compare-methods", "export", "verify", "inspect", "compare", "memory", "bench", "doctor"]
 
@@ -152,28 +149,18 @@ def test_the_program_in_a_pipe_writes_no_escape_codes() -> None:
 
 
 def test_the_program_on_a_terminal_shows_progress_on_stderr_only() -> None:
-    ours, theirs = pty.openpty()
-    program = subprocess.Popen(  # noqa: S603  # a fixed program
-        [*PROGRAM, "bench", "transform", "digits_cnn", "--repeats", "1", "--json"],
-        env={**os.environ, "TERM": "xterm-256color"},
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(ours, 4096)
-        except OSError:  # how Linux tells that the other side is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(ours)
-    stdout, _ = program.communicate()
-    assert program.returncode == 0
+    stdout, shown, code = on_terminal("bench", "transform", "digits_cnn", "--repeats", "1", "--json")
+    assert code == 0
     assert json.loads(stdout)["model"] == "digits_cnn"
     assert b"timing" in shown
+
+
+def test_transform_and_export_show_their_stages_on_a_terminal(tmp_path: Path) -> None:
+    stdout, shown, code = on_terminal("export", "digits_cnn", str(tmp_path / "net.onnx"), "--json")
+    assert code == 0
+    assert json.loads(stdout)["path"] == str(tmp_path / "net.onnx")
+    assert b"transform: capture" in shown
+    assert b"export: convert" in shown
 
 
 def test_the_program_fails_with_its_exit_codes() -> None:

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fedmef_fx import Config, export_onnx, transform
 from fedmef_fx.errors import ConfigError
@@ -167,3 +168,24 @@ def test_bad_calibration_data(quantize: str | None, data: Any, message: str) -> 
     examples = read_examples(nn.Identity(), (X,), None)
     with pytest.raises(ConfigError, match=message):
         calibration_calls(nn.Identity(), quantize, data, examples)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "inputs", "dictionaries"])
+def test_a_data_loader_calibrates_with_its_inputs_alone(kind: str) -> None:
+    inputs, labels = torch.arange(30.0).reshape(5, 6), torch.arange(5)
+    rows: dict[str, Any] = {
+        "pairs": TensorDataset(inputs, labels),
+        "inputs": inputs,
+        "dictionaries": [{"labels": y, "input": x} for x, y in zip(inputs, labels, strict=True)],
+    }
+    examples = read_examples(nn.Identity(), (X,), None)
+    calls = calibration_calls(nn.Identity(), "int8", DataLoader(rows[kind], batch_size=2), examples)
+    assert calls is not None
+    assert torch.equal(torch.cat([call.args[0] for call in calls]), inputs)
+    assert {len(call.args) for call in calls} == {1}
+
+
+def test_a_data_loader_without_the_inputs_is_refused() -> None:
+    examples = read_examples(nn.Identity(), (X,), None)
+    with pytest.raises(ConfigError, match=r"calibration_data\[0\] is a dict"):
+        calibration_calls(nn.Identity(), "int8", DataLoader([{"pixels": torch.ones(6)}]), examples)
