@@ -1,13 +1,23 @@
 """Recipes and tutorials run as they stand; recipes that need other libraries do so in tests/ecosystem."""
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEED_LIBRARIES = {"accelerate_loop", "lightning_module", "lora", "timm_model"}
+NEED_LIBRARIES = {
+    "accelerate_loop",
+    "lightning_module",
+    "lora",
+    "tensorboard_curves",
+    "timm_model",
+    "transformers_trainer",
+}
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 
 
@@ -21,6 +31,21 @@ def test_a_script_runs(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_recipe_for_several_processes_runs_in_two(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(  # noqa: S603  # a fixed program
+        [*launch, str(ROOT / "examples" / "ddp_training.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 processes, density 0.2")
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

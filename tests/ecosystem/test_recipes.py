@@ -10,7 +10,14 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.mark.parametrize(
     ("name", "library"),
-    [("accelerate_loop", "accelerate"), ("lightning_module", "lightning"), ("lora", "peft"), ("timm_model", "timm")],
+    [
+        ("accelerate_loop", "accelerate"),
+        ("lightning_module", "lightning"),
+        ("lora", "peft"),
+        ("tensorboard_curves", "tensorboard"),
+        ("timm_model", "timm"),
+        ("transformers_trainer", "transformers"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_recipe_runs(
