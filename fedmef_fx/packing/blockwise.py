@@ -51,7 +51,7 @@ from fedmef_fx.packing.registry import BufferKind, announce, announce_temporary
 from fedmef_fx.packing.tracers import is_traced
 from fedmef_fx.packing.words import check_float
 
-__all__ = ["BlockwiseTensor"]
+__all__ = ["BlockwiseTensor", "empty_buffers", "fused_for"]
 
 # Bytes of input that are worked on at a time: three temporaries of this size stay far below 1 MB, and in the cache.
 _CHUNK_BYTES: Final = 1 << 18
@@ -117,10 +117,8 @@ class BlockwiseTensor:
         """
         check_float(x.dtype)
         layout = MemoryLayout.of(x)
-        codes = x.new_empty(code.codes_nbytes(layout.numel), dtype=torch.uint8, requires_grad=False)
-        shape = (code.blocks(layout.numel), code.parameters)
-        parameters = x.new_empty(shape, dtype=code.parameter_dtype(x.dtype), requires_grad=False)
-        fused = _fused(x, code)
+        codes, parameters = empty_buffers(x, layout.numel, code)
+        fused = fused_for(x, code)
         if not is_traced() and has_no_values(x):
             announce_temporary(_encoding_nbytes(x, layout, code, is_fused=fused is not None))
             return cls(codes, parameters, layout, x.dtype, code)
@@ -140,7 +138,7 @@ class BlockwiseTensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         # The view comes last: compilers refuse to write through views with strides of their own.
         flat = self.codes.new_empty(self.layout.numel, dtype=self.dtype)
-        fused = None if self.has_exceptions else _fused(flat, self.code)
+        fused = None if self.has_exceptions else fused_for(flat, self.code)
         if not is_traced() and has_no_values(flat):
             announce_temporary(0 if fused is not None else _decoding_nbytes(flat, self.code))
         elif fused is not None:
@@ -185,7 +183,14 @@ class BlockwiseTensor:
         return f"BlockwiseTensor({dtype}{list(self.shape)}, {self.code.bits} bits, {self.nbytes} bytes)"
 
 
-def _fused(x: Tensor, code: BlockCode) -> ModuleType | None:
+def empty_buffers(x: Tensor, numel: int, code: BlockCode) -> tuple[Tensor, Tensor]:
+    """Buffers for the codes and the ranges of so many elements of the type of x, and on its device."""
+    codes = x.new_empty(code.codes_nbytes(numel), dtype=torch.uint8, requires_grad=False)
+    shape = (code.blocks(numel), code.parameters)
+    return codes, x.new_empty(shape, dtype=code.parameter_dtype(x.dtype), requires_grad=False)
+
+
+def fused_for(x: Tensor, code: BlockCode) -> ModuleType | None:
     """The kernels that code a tensor whole; those in C mark no exceptions."""
     fused = fused_kernels(x, code)
     return None if fused is native_blocks and marks_exceptions(x) else fused

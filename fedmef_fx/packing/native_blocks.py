@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fedmef_fx.native import call, threads_for
 from fedmef_fx.packing.backend_native import FORMATS
+from fedmef_fx.packing.bitmap import check_bitmap
 from fedmef_fx.packing.block_code import BlockCode
 
-__all__ = ["LARGEST_BLOCK", "pack_blocks", "unpack_blocks"]
+__all__ = ["LARGEST_BLOCK", "count_marked", "pack_blocks", "pack_marked", "unpack_blocks", "unpack_marked"]
 
 LARGEST_BLOCK: Final = 4096
 """Elements of a block that kernels have room for."""
@@ -54,13 +55,74 @@ def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tenso
     call("unpack_blocks", FORMATS[out.dtype], codes, parameters, code.bits, code.block, out, numel, threads)
 
 
-def _check(code: BlockCode, codes: Tensor, parameters: Tensor, elements: Tensor) -> None:
+def count_marked(bitmap: Tensor, numel: int) -> int:
+    """How many of so many elements are marked.
+
+    Raises:
+        ConfigError: The bitmap is not one of so many elements.
+    """
+    check_bitmap(bitmap, numel)
+    return call("count", bitmap, numel)
+
+
+def pack_marked(
+    x: Tensor, bitmap: Tensor, count: int, code: BlockCode, codes: Tensor, parameters: Tensor, *, key: int | None
+) -> bool:
+    """Code the marked elements of a tensor, as if they lay one after another.
+
+    Args:
+        x: `[n]`, contiguous.
+        bitmap: uint8 `[ceil(n / 8)]`.
+        count: What `count_marked` says.
+        code: As of `pack_blocks`.
+        codes: As of `pack_blocks`, of `count` elements.
+        parameters: As of `pack_blocks`, of `count` elements.
+        key: Of the noise of stochastic rounding; None for nearest.
+
+    Returns:
+        False where a marked element is not finite, or a range overflows.
+    """
+    _check(code, codes, parameters, x, numel=count)
+    _check_count(bitmap, count, x)
+    arguments = (code.bits, code.block, int(key is not None), key or 0, codes, parameters, threads_for(x.numel()))
+    return not call("pack_marked", FORMATS[x.dtype], bitmap, x, x.numel(), count, *arguments)
+
+
+def unpack_marked(codes: Tensor, code: BlockCode, parameters: Tensor, count: int, bitmap: Tensor, out: Tensor) -> None:
+    """Decode what `pack_marked` coded to the marked elements, and write 0 to the others.
+
+    Args:
+        codes: As of `unpack_blocks`, of `count` elements.
+        code: How they were made.
+        parameters: As of `unpack_blocks`, of `count` elements.
+        count: Number of marked elements.
+        bitmap: uint8 `[ceil(n / 8)]`.
+        out: `[n]`, contiguous.
+    """
+    _check(code, codes, parameters, out, numel=count)
+    _check_count(bitmap, count, out)
+    arguments = (codes, parameters, code.bits, code.block, out, out.numel(), count, threads_for(out.numel()))
+    call("unpack_marked", FORMATS[out.dtype], bitmap, *arguments)
+
+
+def _check_count(bitmap: Tensor, count: int, elements: Tensor) -> None:
+    """Refuse a bitmap that marks another number of elements.
+
+    Raises:
+        ValueError: It does.
+    """
+    marked = count_marked(bitmap, elements.numel())
+    if marked != count:
+        raise ValueError(f"native blocks: got codes of {count} elements; expected one per set bit, that is {marked}")
+
+
+def _check(code: BlockCode, codes: Tensor, parameters: Tensor, elements: Tensor, *, numel: int | None = None) -> None:
     """Refuse buffers that are too small, before a kernel reads or writes beyond them.
 
     Raises:
         ValueError: They do not belong to so many elements.
     """
-    numel = elements.numel()
+    numel = elements.numel() if numel is None else numel
     nbytes, shape = code.codes_nbytes(numel), (code.blocks(numel), code.parameters)
     dtype = code.parameter_dtype(elements.dtype)
     if code.block > LARGEST_BLOCK or code.levels != "range":

@@ -9,6 +9,7 @@ from fedmef_fx.packing.backends import backend_for, meta_backend
 from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.blockwise import BlockwiseTensor
 from fedmef_fx.packing.layout import MemoryLayout
+from fedmef_fx.packing.marked_elements import unpack_marked
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["PackedTensor"]
@@ -72,9 +73,11 @@ class PackedTensor:
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
-        values = self.values.to(self.dtype) if isinstance(self.values, Tensor) else self.values.unpack()
-        flat = values.new_empty(self.layout.numel, dtype=self.dtype)
-        backend_for(flat).unpack(self.bitmap, values, out=flat)
+        flat = self.bitmap.new_empty(self.layout.numel, dtype=self.dtype)
+        if isinstance(self.values, Tensor):
+            backend_for(flat).unpack(self.bitmap, self.values.to(self.dtype), out=flat)
+        else:
+            unpack_marked(self.values, self.bitmap, flat)
         return flat.as_strided(self.layout.shape, self.layout.stride)
 
     def narrowed(self, dtype: torch.dtype) -> "PackedTensor":

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for
-from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits, unpack_bits
 from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.blockwise import BlockwiseTensor
 from fedmef_fx.packing.gradient_bits import GradientBits
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
+from fedmef_fx.packing.marked_elements import encode_marked, fill_places, places_of, unpack_marked
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["RectifiedTensor"]
@@ -83,29 +83,26 @@ class RectifiedTensor:
         flat = layout.flatten(x)
         at_bound = None
         if slope:
-            values = torch.empty_like(flat)
-            backend_for(flat).mask_by_bits(bits.bitmap, flat.abs(), out=values, scale_off=1 / slope)
-        elif has_no_values(x):
-            values = flat.new_empty(round(expected_kept * layout.numel))
+            magnitudes = flat.abs()
+            backend_for(flat).mask_by_bits(bits.bitmap, magnitudes, out=magnitudes, scale_off=1 / slope)
+            values = BlockwiseTensor.encode(magnitudes, code, key=key)
         else:
-            values = backend_for(flat).gather(bits.bitmap, flat)
-            at_bound = None if high == math.inf else _places(flat == high)
-        return cls(bits, BlockwiseTensor.encode(values, code, key=key), layout, high, slope, at_bound)
+            expected = round(expected_kept * layout.numel)
+            values = encode_marked(flat, bits.bitmap, code, key=key, expected_count=expected)
+            at_bound = None if high == math.inf or has_no_values(x) else places_of(high, flat)
+        return cls(bits, values, layout, high, slope, at_bound)
 
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
-        values = self.values.unpack()
-        flat = values.new_empty(self.layout.numel)
-        dense = flat.as_strided(self.layout.shape, self.layout.stride)
         if self.slope:
-            backend_for(flat).mask_by_bits(self.bits.bitmap, values, out=flat, scale_off=-self.slope)
-            return dense
-        backend_for(flat).unpack(self.bits.bitmap, values, out=flat)
-        if self.at_bound is not None and self.at_bound.dtype == torch.uint8:
-            flat.masked_fill_(unpack_bits(self.at_bound, flat.numel()), self.high)
-        elif self.at_bound is not None:
-            flat.index_fill_(0, self.at_bound.long(), self.high)
-        return dense
+            flat = self.values.unpack()
+            backend_for(flat).mask_by_bits(self.bits.bitmap, flat, out=flat, scale_off=-self.slope)
+        else:
+            flat = self.values.codes.new_empty(self.layout.numel, dtype=self.values.dtype)
+            unpack_marked(self.values, self.bits.bitmap, flat)
+        if self.at_bound is not None:
+            fill_places(self.at_bound, self.high, flat)
+        return flat.as_strided(self.layout.shape, self.layout.stride)
 
     @property
     def kept(self) -> float:
@@ -116,12 +113,3 @@ class RectifiedTensor:
     def nbytes(self) -> int:
         """Bytes that are kept beside the mask."""
         return self.values.nbytes + (0 if self.at_bound is None else self.at_bound.nbytes)
-
-
-def _places(marked: Tensor) -> Tensor | None:
-    """Which elements are marked, in as few bytes as either form takes; None for none of them."""
-    positions = marked.nonzero()[:, 0]
-    if positions.numel() == 0:
-        return None
-    fits = marked.numel() < 2**31 and 4 * positions.numel() < bitmap_nbytes(marked.numel())
-    return positions.to(torch.int32) if fits else pack_bits(marked)

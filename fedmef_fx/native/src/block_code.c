@@ -66,11 +66,17 @@ enum { ENDS = 4 };
 #define LIMIT_float16 65504.0f
 #define LIMIT_bfloat16 LARGEST_BFLOAT16
 
+static inline int64_t count_range(const uint8_t *marks, int64_t first, int64_t last) {
+    return count_bits(marks + first / 8, last - first);
+}
+
 #define KERNELS "block_format.h"
 #include "formats.h"
 
 static part_function *const PACK[FORMATS] = OF_EACH_FORMAT(pack);
 static part_function *const UNPACK[FORMATS] = OF_EACH_FORMAT(unpack);
+static part_function *const PACK_MARKED[FORMATS] = OF_EACH_FORMAT(pack_marked);
+static part_function *const UNPACK_MARKED[FORMATS] = OF_EACH_FORMAT(unpack_marked);
 
 /* Code a tensor.
  *
@@ -102,4 +108,38 @@ EXPORT void fedmef_unpack_blocks(int format, uint8_t *codes, void *parameters, i
     struct coded work = {
         .out = out, .codes = codes, .parameters = parameters, .count = count, .block = block, .bits = bits};
     run_parts(UNPACK[format], &work, count, block, threads);
+}
+
+/* Code the elements that a bitmap of `all` elements marks, `count` of them, as if they lay one after another. */
+EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *source, int64_t all, int64_t count,
+                                  int bits, int64_t block, int is_stochastic, uint64_t key, uint8_t *codes,
+                                  void *parameters, int threads) {
+    atomic_int has_exceptions = 0;
+    struct coded work = {.source = source,
+                         .marks = marks,
+                         .codes = codes,
+                         .parameters = parameters,
+                         .key = key,
+                         .count = count,
+                         .block = block,
+                         .all = all,
+                         .bits = bits,
+                         .is_stochastic = is_stochastic,
+                         .has_exceptions = &has_exceptions};
+    run_parts(PACK_MARKED[format], &work, all, WORD_BITS, threads);
+    return atomic_load(&has_exceptions);
+}
+
+/* Decode what `fedmef_pack_marked` coded to where the bitmap says, and write 0 elsewhere. */
+EXPORT void fedmef_unpack_marked(int format, const uint8_t *marks, uint8_t *codes, void *parameters, int bits,
+                                 int64_t block, void *out, int64_t all, int64_t count, int threads) {
+    struct coded work = {.out = out,
+                         .marks = marks,
+                         .codes = codes,
+                         .parameters = parameters,
+                         .count = count,
+                         .block = block,
+                         .all = all,
+                         .bits = bits};
+    run_parts(UNPACK_MARKED[format], &work, all, WORD_BITS, threads);
 }

@@ -17,7 +17,7 @@ struct coded {
     void *parameters;
     uint64_t key;
     int64_t number; /* of the first element, for the noise */
-    int64_t count, block;
+    int64_t count, block, all; /* elements with codes, of a block, and all that have a mark */
     int bits, is_stochastic;
     atomic_int *has_exceptions;
 };

@@ -46,3 +46,5 @@ static void NAME(unpack)(const void *argument, int64_t first, int64_t last) {
     for (int64_t start = first; start < last; start += work->block)
         NAME(decode_block)(work, start / work->block, least(last - start, work->block), (STORED *)work->out + start);
 }
+
+#include "marked_format.h"

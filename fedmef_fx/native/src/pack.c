@@ -41,6 +41,13 @@ EXPORT void fedmef_mark(int width, const void *source, uint64_t magnitude, uint6
     run(width, (part_function *const[]){mark16, mark32, mark64}, &work, threads);
 }
 
+/* Mark the elements that are a word. */
+EXPORT void fedmef_mark_equal(int width, const void *source, uint64_t word, uint8_t *bitmap, int64_t count,
+                              int threads) {
+    struct flat work = {.source = source, .out_bitmap = bitmap, .limit = word, .count = count};
+    run(width, (part_function *const[]){mark_equal16, mark_equal32, mark_equal64}, &work, threads);
+}
+
 /* Copy the marked elements to `values`, which has room for exactly these. */
 EXPORT void fedmef_compress(int width, const uint8_t *bitmap, const void *source, void *values, int64_t count,
                             int threads) {

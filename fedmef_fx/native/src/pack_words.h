@@ -18,6 +18,24 @@ static void NAME(mark)(const void *argument, int64_t first, int64_t last) {
     }
 }
 
+static void NAME(mark_equal)(const void *argument, int64_t first, int64_t last) {
+    const struct flat *work = argument;
+    const NAME(words) wanted = (NAME(words)){0} + (WORD)work->limit;
+    WORD rest[WORD_BITS] = {0};
+    for (int64_t start = first; start < last; start += WORD_BITS) {
+        int64_t count = least(last - start, WORD_BITS);
+        const WORD *source = (const WORD *)work->source + start;
+        if (count < WORD_BITS) source = memcpy(rest, source, (size_t)count * sizeof(WORD));
+        uint64_t bits = 0;
+        for (int i = 0; i < WORD_BITS; i += LANES) {
+            NAME(words) words;
+            memcpy(&words, source + i, sizeof words);
+            bits |= NAME(bits_of)((NAME(flags))(words == wanted)) << i;
+        }
+        store_bits(work->out_bitmap, start, last, first_bits(bits, count));
+    }
+}
+
 static void NAME(compress)(const void *argument, int64_t first, int64_t last) {
     const struct flat *work = argument;
     const WORD *source = work->source;
