@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fedmef_fx.display.sizes import shown_bytes
 from fedmef_fx.graph.nodes import layers, source_of_weight
 from fedmef_fx.graph.operators import Layer, operator_of
 from fedmef_fx.graph.program import Program
-from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of
+from fedmef_fx.passes._channel_groups import find_channel_groups, layout_of, sizes_after_compact
 from fedmef_fx.sparse_model.transformation import PrunableParameter, WeightChannels
 from fedmef_fx.sparsity import (
     Layout,
@@ -22,7 +23,7 @@ from fedmef_fx.sparsity import (
     row_norms,
 )
 
-__all__ = ["coarse_masks", "what_resulted", "with_channels"]
+__all__ = ["coarse_masks", "what_compact_leaves", "what_resulted", "with_channels"]
 
 
 def with_channels(
@@ -126,6 +127,19 @@ def coarse_masks(
         name: layouts[name].spread(alive[channels.leader], weights[name].shape)
         for name, channels in channels_of.items()
     }
+
+
+def what_compact_leaves(
+    program: Program, masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableParameter], granularity: str
+) -> tuple[str, ...]:
+    """What removing the channels that masks switch off will bring; nothing for other masks."""
+    if granularity != "channel":
+        return ()
+    layouts = {name: prunable.channels.layout for name, prunable in prunables.items() if prunable.channels}
+    kept = {name: int(layouts[name].rows(mask).any(1).sum()) for name, mask in masks.items() if name in layouts}
+    before, after = sizes_after_compact(program, kept)
+    sizes = f"{shown_bytes(4 * before)} -> {shown_bytes(4 * after)} in float32"
+    return (f"compact leaves {after:,} or fewer of the layers' {before:,} weights, {sizes}",)
 
 
 def what_resulted(

@@ -35,7 +35,7 @@ from fedmef_fx.graph.operators import operator_of
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.nsconv import nsconv_weight
-from fedmef_fx.passes._coarse_masks import coarse_masks, what_resulted, with_channels
+from fedmef_fx.passes._coarse_masks import coarse_masks, what_compact_leaves, what_resulted, with_channels
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._weights import (
     embedded,
@@ -117,6 +117,7 @@ class InsertMasks:
                 )
             masks = self._masks(program, chosen)
             notices = what_resulted(masks, chosen, self.granularity, density=self.density)
+            notices += what_compact_leaves(program, masks, chosen, self.granularity)
             self._rewrite(program, chosen, masks)
         masked = set(chosen) if self.density < 1 else set()
         program.transformation.prunable = {
