@@ -122,6 +122,7 @@ class Client:
             CheckpointError: A file that is missing, damaged, something else, or of another model.
         """
         self.received, states = read_client_state(path, self._schema)
+        self.states.clear()
         self.states.update(states)
 
 

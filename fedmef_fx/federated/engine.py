@@ -1,6 +1,5 @@
-"""`run`: a whole federation in one process. Every message goes through the wire format, so bytes are real."""
+"""`run`: a whole federation on one machine. Every message goes through the wire format, so bytes are real."""
 
-import copy
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -9,36 +8,33 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.batches import Collate
-from fedmef_fx.federated.callbacks import Callback, OnRound
-from fedmef_fx.federated.checkpoint import Checkpoint, round_file_name, save_checkpoint
-from fedmef_fx.federated.client import Client
-from fedmef_fx.federated.client_data import opened
+from fedmef_fx.federated.callbacks import OnRound
+from fedmef_fx.federated.engines.choosing import Engine, check_engine, crew_at_work
+from fedmef_fx.federated.engines.worker import Crew
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.local import LocalTraining
 from fedmef_fx.federated.methods import Method, method_of
 from fedmef_fx.federated.objective import LossFunction, Metric, Objective, objective_of
-from fedmef_fx.federated.one_round import Answers, ask, play_round
+from fedmef_fx.federated.playing import Table, play
 from fedmef_fx.federated.preparing import (
     check_clients,
     example_of,
     network_on,
     own_strategy,
     prepared,
+    sample_of,
     settings_of,
     usable_directory,
 )
 from fedmef_fx.federated.resuming import resume as go_on
 from fedmef_fx.federated.rounds import RoundRecord
-from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.strategy import Strategy
-from fedmef_fx.sparse_model.transformation import transformation_of
 
 __all__ = ["run"]
 
@@ -64,6 +60,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     on_round: OnRound | Sequence[OnRound] = (),
     client_tests: Sequence[Any] | None = None,
     device: torch.device | str | None = None,
+    engine: Engine = "inprocess",
+    parallel: int | None = None,
 ) -> History:
     """Train a model on many clients' data, federated, sparse and with little memory per client.
 
@@ -103,6 +101,10 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         client_tests: A test set per client, or None for a client without one; after every round that is evaluated the
             new model's loss and accuracy on each go into `RoundRecord.by_client`.
         device: Where to train and evaluate; None for where the model is.
+        engine: `"inprocess"`: clients run on this machine.
+        parallel: How many processes train clients at once, each with a copy of model and data sets; None for this
+            process, one client after the other. The results are the same bits. A process that dies, or that
+            `strategy.timeout_s` ends, is a failure of its client alone.
 
     Returns:
         The history; `history.model` is the final model, `history.failures` lists the clients that were left out.
@@ -123,6 +125,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     """
     training = training or LocalTraining()
     method = method_of(method)
+    check_engine(engine, parallel)
     strategy = own_strategy(strategy, clients_per_round, clients=len(clients))
     objective = objective_of(loss_fn)
     objective = objective if metrics is None else dataclasses.replace(objective, metrics=dict(metrics))
@@ -153,101 +156,33 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
             "federated.run: keep_rounds=True needs a directory; expected checkpoint_dir='run' or the like"
         )
     states = go_on(directory, server, history, is_exact=resume == "exact") if directory and resume else {}
-    # One model serves all clients in turn. What a broadcast leaves out has not changed since a version that its
-    # receiver has, so what was received last, by any client, fills it in.
-    received = server.state if history.rounds else None
-    client = Client(
-        copy.deepcopy(network),
-        training,
-        loss_fn=objective,
-        collate_fn=collate_fn,
-        received=received,
+    table = Table(
+        server=server,
+        history=history,
         strategy=strategy,
+        clients=len(clients),
         states=states,
+        sample=lambda client: sample_of(clients[client], collate_fn),
+        objective=objective,
+        collate=collate_fn,
+        test=test,
+        client_tests=client_tests,
+        directory=directory,
+        keep_rounds=keep_rounds,
+        progress=progress,
+        callbacks=tuple(on_round) if isinstance(on_round, Sequence) else (on_round,),
     )
-    opening = _open(server, client, clients, strategy, collate_fn)
-    history.failures.extend(opening.failures)
-    if directory is not None and keep_rounds and not history.rounds:
-        save_checkpoint(directory, _checkpoint(server, history, states), name=round_file_name(0))
-    callbacks = tuple(on_round) if isinstance(on_round, Sequence) else (on_round,)
-    is_over = _have_seen(callbacks, history, server)
-    short = 0
-    for round_index in range(len(history.rounds), 0 if is_over else rounds):
-        chosen = strategy.select(round_index, len(clients), seed=derive_seed(_seed(network), "sample", round_index))
-        record, answers = play_round(
-            server,
-            client,
-            clients,
-            chosen,
-            strategy,
-            test=test,
-            client_tests=client_tests,
+    if not table.is_over and len(history.rounds) < rounds:
+        crew = Crew(
+            network=network,
+            training=training,
             objective=objective,
             collate=collate_fn,
+            datasets=clients,
+            strategy=strategy,
+            threads=torch.get_num_threads(),
         )
-        if round_index == 0:
-            record = dataclasses.replace(
-                record,
-                bytes_down=record.bytes_down + opening.bytes_down,
-                bytes_up=record.bytes_up + opening.bytes_up,
-            )
-        history.rounds.append(record)
-        history.failures.extend(answers.failures)
-        if directory is not None:
-            checkpoint = _checkpoint(server, history, states)
-            save_checkpoint(directory, checkpoint)
-            if keep_rounds:
-                save_checkpoint(directory, checkpoint, name=round_file_name(len(history.rounds)))
-        if progress is not None:
-            progress(record)
-        short = 0 if record.clients else short + 1
-        if short == strategy.patience or (short and len(history.rounds) == rounds == short):
-            raise answers.shortage(round_index, rounds=short, minimum=strategy.minimum) from answers.error
-        ends = [callback(record, server) is True for callback in callbacks]
-        if strategy.after_round(record, server) or any(ends):
-            break
+        with crew_at_work(engine, crew, table, parallel=parallel) as peers:
+            play(table, peers, rounds=rounds)
     network.eval()
     return history
-
-
-def _open(
-    server: Server, client: Client, datasets: Sequence[Any], strategy: Strategy, collate: Collate | None
-) -> Answers:
-    """Find the first masks, with a report of every client where the method wants one."""
-    if not server.is_opening:
-        return Answers()
-    answers = ask(server, client, datasets, range(len(datasets) if server.asks_for_opening else 0), strategy)
-    if server.asks_for_opening and len(answers.updates) < strategy.minimum:
-        raise answers.shortage(0, rounds=1, minimum=strategy.minimum) from answers.error
-    readable = next(iter(answers.updates), 0)
-    data = opened(datasets[readable], collate=collate)
-    batch = next(data.batches(batch_size=1, shuffle=False, device=torch.device("cpu")))
-    server.open(answers.updates, sample=next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[0])
-    return answers
-
-
-def _have_seen(callbacks: Sequence[OnRound], history: History, server: Server) -> bool:
-    """Tell callbacks of the rounds before a run went on; whether they end it."""
-    if not history.rounds:
-        return False
-    ends = [
-        callback.on_resume(tuple(history.rounds), server) for callback in callbacks if isinstance(callback, Callback)
-    ]
-    return any(ends)
-
-
-def _checkpoint(server: Server, history: History, states: Mapping[int, Mapping[str, Tensor]]) -> Checkpoint:
-    return Checkpoint(
-        server.state,
-        server.changed,
-        server.known,
-        tuple(history.rounds),
-        history.settings,
-        dict(server.memory),
-        tuple(history.failures),
-        {client: dict(kept) for client, kept in states.items()},
-    )
-
-
-def _seed(model: nn.Module) -> int:
-    return transformation_of(model).config.seed

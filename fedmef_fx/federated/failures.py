@@ -7,9 +7,9 @@ from fedmef_fx.errors import CheckpointError, DataError, DivergedError, WireErro
 
 __all__ = ["Cause", "Failure", "redacted"]
 
-Cause = Literal["raised", "garbage", "late", "diverged", "unreadable"]
+Cause = Literal["raised", "garbage", "late", "diverged", "unreadable", "died"]
 """The client's code raised an error; its answer was refused; it came too late; its loss was no longer finite; its data
-could not be read."""
+could not be read; its process or its node is gone."""
 
 _LONGEST: Final = 300
 # A slash or drive that starts a path: in `dense/fc.weight` and `a / b` none does.

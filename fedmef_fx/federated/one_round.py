@@ -1,4 +1,4 @@
-"""A round in one process: ask clients one after the other, leave out those that fail, average the rest."""
+"""A round: ask clients, average what they answer, evaluate the new model."""
 
 import dataclasses
 import math
@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedmef_fx.errors import ConfigError, RoundError
+from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.asking import Answers, ask
 from fedmef_fx.federated.batches import Collate
-from fedmef_fx.federated.client import Client
+from fedmef_fx.federated.engines.peers import Peers
 from fedmef_fx.federated.evaluation import evaluation_of
-from fedmef_fx.federated.failures import Failure
 from fedmef_fx.federated.messages import Update
 from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.rounds import RoundRecord
@@ -18,88 +18,12 @@ from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.strategy import Strategy
 from fedmef_fx.sparse_model.masks import density
 
-__all__ = ["Answers", "ask", "play_round"]
-
-
-@dataclasses.dataclass(slots=True)
-class Answers:
-    """What came of asking clients.
-
-    Attributes:
-        updates: Client -> its update.
-        failures: Those that were left out.
-        bytes_down: Bytes that were sent to them.
-        bytes_up: Bytes that they sent.
-        error: What the last failure raised.
-        by_client: Client -> what was counted of it, for those with an update.
-    """
-
-    updates: dict[int, Update] = dataclasses.field(default_factory=dict)
-    failures: list[Failure] = dataclasses.field(default_factory=list)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    error: Exception | None = None
-    by_client: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-
-    def shortage(self, round_index: int, *, rounds: int, minimum: int) -> RoundError:
-        """The error of a run in which too many clients fail."""
-        last = self.failures[-1] if self.failures else None
-        why = f"client {last.client}, round {last.round_index}: {last.reason}" if last else "no client failed"
-        return RoundError(
-            f"federated.run: round {round_index}: got {len(self.updates)} usable answers; expected at least {minimum}; "
-            f"too few for {rounds} rounds in a row. {why}. The model is as it was before; History.failures and the "
-            "checkpoint list all failures. Mend the cause, e.g. by a smaller LocalTraining.learning_rate, and go on "
-            "from checkpoint_dir"
-        )
-
-
-def ask(server: Server, client: Client, datasets: Sequence[Any], chosen: Sequence[int], strategy: Strategy) -> Answers:
-    """Ask clients for their updates.
-
-    Args:
-        server: It says what is asked for.
-        client: Serves all clients in turn.
-        datasets: The data of all clients.
-        chosen: Whom to ask; reserves come last.
-        strategy: How many answers are wanted, and when they are late.
-    """
-    answers = Answers()
-    round_index = server.task().round_index
-    wanted = len(chosen) if strategy.clients_per_round is None or server.is_opening else strategy.clients_per_round
-    for index in chosen:
-        if len(answers.updates) >= wanted:
-            break
-        message = server.broadcast(index)
-        answers.bytes_down += len(message)
-        start = time.perf_counter()
-        try:
-            answer = client.answer(message, datasets[index], client=index)
-            seconds = time.perf_counter() - start
-            answers.bytes_up += len(answer)
-            if strategy.timeout_s is not None and seconds > strategy.timeout_s:
-                reason = f"late: took {seconds:.1f} s; expected at most {strategy.timeout_s:g} s"
-                answers.failures.append(Failure(round_index, index, reason))
-                continue
-            update = server.receive(index, answer)
-            answers.updates[index] = update
-            answers.by_client[index] = {
-                "samples": update.samples,
-                "loss": update.loss,
-                "bytes_down": len(message),
-                "bytes_up": len(answer),
-                "peak_saved_bytes": update.peak_saved_bytes,
-                **update.metrics,
-            }
-        except Exception as error:  # whatever a client's data and code raise ends its part alone
-            answers.failures.append(Failure.of(error, round_index=round_index, client=index))
-            answers.error = error
-    return answers
+__all__ = ["play_round"]
 
 
 def play_round(  # what a round is made of
     server: Server,
-    client: Client,
-    datasets: Sequence[Any],
+    peers: Peers,
     chosen: Sequence[int],
     strategy: Strategy,
     *,
@@ -114,7 +38,7 @@ def play_round(  # what a round is made of
     """
     start = time.perf_counter()
     task = server.task()
-    answers = ask(server, client, datasets, chosen, strategy)
+    answers = ask(server, peers, chosen, strategy)
     has_quorum = len(answers.updates) >= strategy.minimum
     if has_quorum:
         churn = server.finish_round(answers.updates)

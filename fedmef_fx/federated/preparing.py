@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CheckpointError, ConfigError, FedmefError
@@ -24,7 +25,16 @@ from fedmef_fx.federated.strategy import Strategy
 from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
-__all__ = ["check_clients", "example_of", "network_on", "own_strategy", "prepared", "settings_of", "usable_directory"]
+__all__ = [
+    "check_clients",
+    "example_of",
+    "network_on",
+    "own_strategy",
+    "prepared",
+    "sample_of",
+    "settings_of",
+    "usable_directory",
+]
 
 
 def own_strategy(strategy: Strategy | None, clients_per_round: int | None, *, clients: int) -> Strategy:
@@ -141,6 +151,13 @@ def settings_of(
         "client_samples": list(sizes),
         "strategy": {name: value for name, value in strategy.settings().items() if name != "clients_per_round"},
     }
+
+
+def sample_of(data: Any, collate: Collate | None) -> Tensor:
+    """One input of a client, without the batch dimension."""
+    batch = next(opened(data, collate=collate).batches(batch_size=1, shuffle=False, device=torch.device("cpu")))
+    first: Tensor = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))[0]
+    return first
 
 
 def network_on(network: nn.Module, device: torch.device | str) -> nn.Module:

@@ -83,6 +83,18 @@ def test_before_the_first_round_there_is_nothing_to_keep(sparse: Maker, tmp_path
     assert client.received is None
 
 
+def test_what_strategies_keep_is_part_of_it(sparse: Maker, tmp_path: Path) -> None:
+    client = _client(sparse)
+    client.states[3] = {"control/fc.weight": torch.arange(3.0), "count": torch.tensor(2)}
+    client.save(tmp_path / "state")
+    again = _client(sparse)
+    again.states[1] = {"left": torch.zeros(1)}
+    again.load(tmp_path / "state")
+    assert again.states.keys() == {3}
+    assert all(torch.equal(again.states[3][name], tensor) for name, tensor in client.states[3].items())
+    assert again.states[3].keys() == client.states[3].keys()
+
+
 def test_what_is_kept_is_small(sparse: Maker, clients: list[TensorDataset], tmp_path: Path) -> None:
     client, server = _client(sparse), _server(sparse)
     _played(server, client, clients[0])
