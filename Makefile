@@ -73,6 +73,8 @@ $(ECOSYSTEM)/.installed: $(INSTALLED) constraints-ecosystem.txt
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps timm torchvision
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps $(EXECUTORCH) \
 		|| echo "no ExecuTorch for this platform: its tests will be skipped"
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(ECOSYSTEM) onnxruntime-web@1.30 onnxruntime-node@1.30 \
+		|| echo "no npm here: the tests of the web example will be skipped"
 	touch $@
 
 lint: $(INSTALLED)  ## Check style and types

@@ -2,11 +2,11 @@
 
     python benchmarks/clients.py [--venvs DIR] [--clients openvino,tract] [--docs docs/clients.md]
 
-Every client lives in a virtual environment of its own, made from the package index where it is missing, and reads each
-file in a process of its own. Models are the project's reference architectures with random weights at density 0.1; those
-of timm and transformers are added where these packages are installed. Right is a result within 1e-3 of the largest
-absolute output of torch (1e-2 of it for 16-bit values); int8 files, whose rounding differs from torch's, are held
-against onnxruntime's result within 5e-2. Times are minima of three, one process at a time.
+Every client lives in a virtual environment of its own (Node's in a folder of npm), made from the package index where it
+is missing, and reads each file in a process of its own. Models are the project's reference architectures with random
+weights at density 0.1; those of timm and transformers are added where these packages are installed. Right is a result
+within 1e-3 of the largest absolute output of torch (1e-2 of it for 16-bit values); int8 files, whose rounding differs
+from torch's, are held against onnxruntime's result within 5e-2. Times are minima of three, one process at a time.
 """
 
 import argparse
@@ -38,7 +38,10 @@ CLIENTS = {
     "OpenVINO": ("openvino", ("openvino",)),
     "OpenCV": ("opencv", ("opencv-python-headless",)),
     "tract": ("tract", ("tract",)),
+    "Node": ("node", ("onnxruntime-node",)),
+    "web (WebAssembly in Node)": ("web", ("onnxruntime-web",)),
 }
+NODE_KINDS = ("node", "web")  # packages of npm, and node in place of a Python
 FORMATS: dict[str, dict[str, Any]] = {
     "dense": {"weights": "dense"},
     "packed": {"weights": "packed"},
@@ -152,9 +155,15 @@ def exported(folder: Path) -> Iterator[tuple[str, str, Path, Path, np.ndarray[An
             yield name, kind, path, inputs, right
 
 
-def python_of(client: str, requirements: tuple[str, ...], venvs: Path) -> Path:
-    """The interpreter of a client's environment, which is made where it is missing."""
+def environment_of(client: str, kind: str, requirements: tuple[str, ...], venvs: Path) -> Path:
+    """The interpreter of a client's environment, or the folder of its package; made where it is missing."""
     folder = venvs / client.replace(" ", "-").replace(",", "")
+    if kind in NODE_KINDS:
+        package = folder / "node_modules" / requirements[0]
+        if not package.is_dir():
+            npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder)]
+            subprocess.run([*npm, *requirements], check=True)  # noqa: S603 -- our own list
+        return package
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
@@ -164,14 +173,14 @@ def python_of(client: str, requirements: tuple[str, ...], venvs: Path) -> Path:
 
 
 def outcome(
-    python: Path, kind: str, path: Path, inputs: Path, right: np.ndarray[Any, Any], tolerance: float
+    environment: Path, kind: str, path: Path, inputs: Path, right: np.ndarray[Any, Any], tolerance: float
 ) -> dict[str, Any]:
     """What a client makes of a file."""
     result = path.with_suffix(".out.npy")
     result.unlink(missing_ok=True)
     try:
         process = subprocess.run(  # noqa: S603 -- our own script
-            [python, "-c", _RUNNER, kind, path, inputs, result],
+            _command(environment, kind, path, inputs, result),
             capture_output=True,
             text=True,
             timeout=600,
@@ -184,8 +193,19 @@ def outcome(
         text = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         status = "refused" if process.returncode > 0 else "crashed"
         return {"status": status, "reason": text.replace(str(path.parent), "")[:160]}
-    difference = float(np.abs(np.load(result) - right).max() / np.abs(right).max())
+    out = np.fromfile(result, np.float32).reshape(right.shape) if kind in NODE_KINDS else np.load(result)
+    difference = float(np.abs(out - right).max() / np.abs(right).max())
     return {**json.loads(line[7:]), "difference": difference, "status": "right" if difference <= tolerance else "WRONG"}
+
+
+def _command(environment: Path, kind: str, path: Path, inputs: Path, result: Path) -> list[str | Path]:
+    """What runs a file in a client."""
+    if kind not in NODE_KINDS:
+        return [environment, "-c", _RUNNER, kind, path, inputs, result]
+    x = np.load(inputs)
+    x.tofile(raw := inputs.with_suffix(".bin"))
+    script = Path(__file__).with_name("_client.mjs")
+    return ["node", script, environment, path, raw, ",".join(map(str, x.shape)), str(x.dtype), result]
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -220,12 +240,12 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     chosen = {name: spec for name, spec in CLIENTS.items() if spec[0] in options.clients.split(",")}
-    pythons = {name: python_of(name, needs, options.venvs) for name, (_, needs) in chosen.items()}
+    environments = {name: environment_of(name, *spec, options.venvs) for name, spec in chosen.items()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for model, form, path, inputs, right in exported(Path(folder)):
             for client, (kind, _) in chosen.items():
-                found = outcome(pythons[client], kind, path, inputs, right, TOLERANCES[form])
+                found = outcome(environments[client], kind, path, inputs, right, TOLERANCES[form])
                 shown = f"{client} ({found['version']})" if "version" in found and "newest" in client else client
                 rows.append({"model": model, "format": form, "client": shown, "bytes": path.stat().st_size, **found})
                 print(f"{model}, {form}, {client}: {found['status']} {cell(found)}", flush=True)
