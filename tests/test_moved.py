@@ -123,7 +123,7 @@ def test_an_old_federation_goes_on(tmp_path: Path) -> None:
         adjustment_interval=10,
         extrusion_strength=1e-4,
     )
-    training = federated.LocalTraining(epochs=1, batch_size=32, schedule="constant")
+    training = federated.LocalTraining(epochs=1, batch_size=32, schedule="constant", growth_batches=None)
     history = federated.run(_network(), clients, config, rounds=2, training=training, checkpoint_dir=tmp_path)
     assert len(history.rounds) == 2
 

@@ -270,12 +270,13 @@ def _chunks(x: Tensor, layout: MemoryLayout, code: BlockCode, *, whole: bool) ->
     for piece in _rows(x, step):
         rest = piece
         while rest.numel():
-            taken = rest[: staging.numel() - filled]
-            staging[filled : filled + taken.numel()] = taken
-            filled, rest = filled + taken.numel(), rest[taken.numel() :]
+            count = min(staging.numel() - filled, rest.numel())
+            staging[filled : filled + count] = rest[:count]
+            filled, rest = filled + count, rest[count:]
             if filled == staging.numel():
                 yield staging
                 filled = 0
+        del piece, rest  # or these rows would live until the next ones are there
     if filled:
         yield staging[:filled]
 

@@ -22,7 +22,7 @@ from fedmef_fx.ops.smooth import compressed_activation
 
 ROOT = Path(fedmef_fx.__file__).parent
 # What implements operators, and models that are made of them.
-OUTSIDE = ("graph/operators/", "ops/", "models/")
+OUTSIDE = ("graph/operators/", "ops/", "models/", "federated/")  # which compares losses, and has no graphs
 # Modules that compute nothing themselves.
 CONTAINERS = (
     nn.DataParallel,

@@ -47,14 +47,14 @@ def test_a_wrong_translation_is_pinned_to_its_node(tmp_path: Path, monkeypatch: 
 
 
 def test_wrong_freezing_is_told_from_wrong_translation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = onnx_file.freeze
+    original = onnx_file.frozen_graph
 
     def broken(model: nn.Module) -> nn.Module:
         plain = original(model)
         plain.get_parameter("second.bias").data += 0.5
         return plain
 
-    monkeypatch.setattr(onnx_file, "freeze", broken)
+    monkeypatch.setattr(onnx_file, "frozen_graph", broken)
     with pytest.raises(ExportError, match="No node differs between the traced program and its translation: freezing"):
         _export(tmp_path / "m.onnx")
 

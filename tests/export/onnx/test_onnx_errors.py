@@ -79,14 +79,14 @@ def test_a_failure_leaves_the_old_file(
 
 
 def test_a_wrong_graph_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = onnx_file.freeze
+    original = onnx_file.frozen_graph
 
     def broken(model: nn.Module) -> nn.Module:
         plain = original(model)
         plain.get_parameter("layer.bias").data[0] += 0.5
         return plain
 
-    monkeypatch.setattr(onnx_file, "freeze", broken)
+    monkeypatch.setattr(onnx_file, "frozen_graph", broken)
 
     with pytest.raises(ExportError, match=r"output 'output' with batch size 4: .* up to 0\.5 \(max abs error\)"):
         _export(transform(Net(torch.neg), Config(density=0.5)), tmp_path / "m.onnx", X)
