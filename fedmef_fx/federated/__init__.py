@@ -17,9 +17,11 @@ from fedmef_fx.federated.hooks import ClientHooks, ServerHooks
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.local import LocalTraining, train_locally
 from fedmef_fx.federated.local_round import LocalRound
+from fedmef_fx.federated.logging_callbacks import JsonLines, TensorBoard
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
 from fedmef_fx.federated.objective import Objective
+from fedmef_fx.federated.privacy import Privacy
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.server_round import ServerRound
@@ -38,6 +40,7 @@ __all__ = [
     "EarlyStopping",
     "Failure",
     "History",
+    "JsonLines",
     "KeepBest",
     "Krum",
     "Limits",
@@ -48,12 +51,14 @@ __all__ = [
     "ModelState",
     "NormClipping",
     "Objective",
+    "Privacy",
     "RoundRecord",
     "RoundTask",
     "Server",
     "ServerHooks",
     "ServerRound",
     "Strategy",
+    "TensorBoard",
     "TrimmedMean",
     "Update",
     "WeightedMean",

@@ -6,22 +6,33 @@ coordinate that a client left out counts as 0. The order of clients never matter
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.lazy_tensors import LazyTensor, MappedTensors, column, part_of
 from fedmef_fx.federated.messages import Update
 from fedmef_fx.federated.state import ModelState
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
-__all__ = ["Aggregator", "CoordinateMedian", "Krum", "NormClipping", "TrimmedMean", "WeightedMean"]
+__all__ = [
+    "Aggregator",
+    "CoordinateMedian",
+    "Krum",
+    "NormClipping",
+    "TrimmedMean",
+    "WeightedMean",
+    "change_norm",
+    "scaled",
+]
 
-# Terms that are held in float64 at a time, 32 MiB.
-_TERMS: Final = 2**22
+# Terms that are held in float64 at a time, 8 MiB: what is needed besides is a few times as much.
+_TERMS: Final = 2**20
 
 Reduce = Callable[[Tensor], Tensor]
 """Of `[clients, coordinates]`, sorted along the clients, to `[coordinates]`."""
@@ -125,19 +136,8 @@ class NormClipping(Aggregator):
         return [self._clipped(update, sent) for update in updates]
 
     def _clipped(self, update: Update, sent: ModelState) -> Update:
-        norm = float(torch.linalg.vector_norm(_change(update, sent)))
-        if norm <= self.norm:
-            return update
-        scale = self.norm / norm
-
-        def clip(tensor: Tensor, before: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor
-            return (before.double() + scale * (tensor.double() - before.double())).to(tensor.dtype)
-
-        values = {name: clip(tensor, sent.values[name]) for name, tensor in update.values.items()}
-        dense = {name: clip(tensor, sent.dense[name]) for name, tensor in update.dense.items()}
-        return dataclasses.replace(update, values=values, dense=dense)
+        norm = change_norm(update, sent)
+        return update if norm <= self.norm else scaled(update, sent, self.norm / norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +181,31 @@ def _distances(updates: Sequence[Update], sent: ModelState) -> Tensor:
     result = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for row, left in enumerate(updates):
         change = _change(left, sent)
-        for column, right in enumerate(updates[:row]):
+        for other, right in enumerate(updates[:row]):
             distance = (change - _change(right, sent)).square().sum()
-            result[row, column] = result[column, row] = distance
+            result[row, other] = result[other, row] = distance
     return result
+
+
+def change_norm(update: Update, sent: ModelState) -> float:
+    """L2 norm of what a client changed in all floating-point tensors."""
+    return float(torch.linalg.vector_norm(_change(update, sent)))
+
+
+def scaled(update: Update, sent: ModelState, scale: float) -> Update:
+    """An update whose changes of floating-point tensors are a share of what they were."""
+
+    def of(before: Mapping[str, Tensor], name: str, start: int, stop: int, part: Tensor) -> Tensor:
+        if not part.is_floating_point():
+            return part
+        was = before[name].reshape(-1)[start:stop].double()
+        return (was + scale * (part.double() - was)).to(part.dtype)
+
+    return dataclasses.replace(
+        update,
+        values=MappedTensors(update.values, functools.partial(of, sent.values)),
+        dense=MappedTensors(update.dense, functools.partial(of, sent.dense)),
+    )
 
 
 def _change(update: Update, sent: ModelState) -> Tensor:
@@ -215,22 +236,23 @@ def _reduced(aggregator: Aggregator, updates: Sequence[Update], reduce: Reduce) 
     return dataclasses.replace(
         first,
         samples=sum(update.samples for update in updates),
-        values={name: _coordinates([u.values[name] for u in updates], reduce) for name in first.values},
-        dense={name: _coordinates([u.dense[name] for u in updates], reduce) for name in first.dense},
-        scores={name: _coordinates([u.scores[name] for u in updates], reduce) for name in first.scores},
+        values={name: _coordinates(column([u.values for u in updates], name), reduce) for name in first.values},
+        dense={name: _coordinates(column([u.dense for u in updates], name), reduce) for name in first.dense},
+        scores={name: _coordinates(column([u.scores for u in updates], name), reduce) for name in first.scores},
         gradients={name: _candidates([u.gradients[name] for u in updates], reduce) for name in first.gradients},
     )
 
 
-def _coordinates(tensors: Sequence[Tensor], reduce: Reduce) -> Tensor:
+def _coordinates(tensors: Sequence[Tensor | LazyTensor], reduce: Reduce) -> Tensor:
     first = tensors[0]
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    result = torch.empty(first.numel(), dtype=first.dtype)
+    numel = first.shape.numel()
+    result = torch.empty(numel, dtype=first.dtype)
     step = max(_TERMS // len(tensors), 1)
-    for start in range(0, first.numel(), step):
-        terms = torch.stack([tensor[start : start + step].double() for tensor in flat]).sort(dim=0).values
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        terms = torch.stack([part_of(tensor, start, stop).double() for tensor in tensors]).sort(dim=0).values
         reduced = reduce(terms)
-        result[start : start + step] = reduced if first.is_floating_point() else reduced.round().to(first.dtype)
+        result[start:stop] = reduced if first.dtype.is_floating_point else reduced.round().to(first.dtype)
     return result.reshape(first.shape)
 
 

@@ -1,5 +1,8 @@
 """Weighted averages that do not depend on the order in which clients answer, to the last bit."""
 
+import bisect
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -8,20 +11,23 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.federated.lazy_tensors import LazyTensor, part_of
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient, average_sparse_gradients
 
-__all__ = ["weighted_average"]
+__all__ = ["Candidates", "weighted_average", "weighted_candidates"]
 
-# Terms that are held in float64 at a time, 32 MiB.
-_TERMS: Final = 2**22
+# Terms that are held in float64 at a time, 8 MiB: what is needed besides is a few times as much.
+_TERMS: Final = 2**20
 
 
-def weighted_average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_average(tensors: Sequence[Tensor | LazyTensor], weights: Sequence[float]) -> Tensor:
     """sum_c weight_c * tensor_c / sum_c weight_c, in float64.
 
     The terms of an element are sorted before they are added, so the order of clients does not matter.
 
     Args:
-        tensors: One per client, of one shape and dtype, on the CPU. Floating point, integer or boolean.
+        tensors: One per client, of one shape and dtype, on the CPU, or lazy ones, of which few elements are read at a
+            time. Floating point, integer or boolean.
         weights: One per client, > 0, e.g. numbers of samples.
 
     Returns:
@@ -38,13 +44,67 @@ def weighted_average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Ten
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ConfigError(f"weighted_average: got weights {list(weights)}; expected finite numbers > 0")
     first = tensors[0]
-    flat = [tensor.reshape(-1) for tensor in tensors]
     shares = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
     total = math.fsum(weights)
-    result = torch.empty(first.numel(), dtype=first.dtype)
+    numel = first.shape.numel()
+    result = torch.empty(numel, dtype=first.dtype)
     step = max(_TERMS // len(tensors), 1)
-    for start in range(0, first.numel(), step):
-        terms = torch.stack([tensor[start : start + step].double() for tensor in flat]).mul_(shares)
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        terms = torch.stack([part_of(tensor, start, stop).double() for tensor in tensors]).mul_(shares)
         average = terms.sort(dim=0).values.sum(dim=0) / total
-        result[start : start + step] = average if first.is_floating_point() else average.round().to(first.dtype)
+        result[start : start + step] = average if first.dtype.is_floating_point else average.round().to(first.dtype)
     return result.reshape(first.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """Growth candidates of one client and one parameter, read in parts.
+
+    Attributes:
+        positions: int64 `[k]`, ascending.
+        values: `[k]`; None for votes, each of which counts as a gradient of 1.
+        numel: Number of weights of the parameter.
+    """
+
+    positions: Tensor | LazyTensor
+    values: Tensor | LazyTensor | None
+    numel: int
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.positions.shape.numel()
+
+    def between(self, low: int, high: int) -> SparseGradient:
+        """Those at positions from `low` to below `high`."""
+        first, last = self._place(low), self._place(high)
+        positions = part_of(self.positions, first, last)
+        values = torch.ones(len(positions)) if self.values is None else part_of(self.values, first, last)
+        return SparseGradient(positions, values, self.numel)
+
+    def _place(self, bound: int) -> int:
+        """How many positions are below a bound."""
+        if isinstance(self.positions, Tensor):
+            return int(torch.searchsorted(self.positions, bound))
+        positions = self.positions
+        return bisect.bisect_left(range(self.count), bound, key=lambda place: int(positions.part(place, place + 1)))
+
+
+def weighted_candidates(clients: Sequence[Candidates], weights: Sequence[float]) -> SparseGradient:
+    """`average_sparse_gradients`, of which few coordinates are looked at at a time.
+
+    Args:
+        clients: Growth candidates of one parameter, at least one client's.
+        weights: One per client, > 0.
+    """
+    numel = clients[0].numel
+    blocks = max(math.ceil(sum(client.count for client in clients) / _TERMS), 1)
+    bounds = [numel * block // blocks for block in range(blocks + 1)]
+    parts = [
+        average_sparse_gradients(
+            [(client.between(low, high), weight) for client, weight in zip(clients, weights, strict=True)]
+        )
+        for low, high in itertools.pairwise(bounds)
+    ]
+    return SparseGradient(torch.cat([p.positions for p in parts]), torch.cat([p.values for p in parts]), numel)

@@ -12,8 +12,10 @@ from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.client_state import read_client_state, write_client_state
 from fedmef_fx.federated.hooks import ClientHooks
 from fedmef_fx.federated.local import LocalTraining, train_locally
+from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.objective import LossFunction, Objective
-from fedmef_fx.federated.state import ModelState, Schema, load_state
+from fedmef_fx.federated.state import ModelState, Schema, load_state, trained_names
+from fedmef_fx.federated.uplink import coded_changes, coded_names
 from fedmef_fx.federated.wire import decode_broadcast, encode_update
 from fedmef_fx.transformation.transform import pack_weights
 
@@ -59,6 +61,7 @@ class Client:
         self._collate = collate_fn
         self._strategy = strategy
         self._schema = Schema.of(model)
+        self._trained = trained_names(model, self._schema.dense)
 
     def answer(self, message: bytes, dataset: Any, *, client: int) -> bytes:
         """Take part in one round.
@@ -96,10 +99,19 @@ class Client:
                 received=state,
                 kept=kept,
             )
-            answer = encode_update(update, received=state)
+            answer = self._encoded(update, task, state, kept)
         if kept or client in self.states:
             self.states[client] = kept
         return answer
+
+    def _encoded(self, update: Update, task: RoundTask, received: ModelState, kept: dict[str, Tensor]) -> bytes:
+        """The update as bytes, with changes of weights in fewer bits where the strategy says so."""
+        uplink = "exact" if self._strategy is None else self._strategy.uplink
+        names = coded_names(received, self._trained, uplink) if task.asked.weights else []
+        if not names:
+            return encode_update(update, received=received)
+        coded = coded_changes(update, received, names, uplink, kept)
+        return encode_update(update, received=received, coded=coded, left_out=names)
 
     def save(self, path: str | Path) -> None:
         """Write what a device keeps between rounds, for another process that goes on with `load`.

@@ -39,7 +39,9 @@ _HEADINGS: Final = (
     "seconds",
 )
 _ROUND_FIELDS: Final = tuple(
-    field.name for field in dataclasses.fields(RoundRecord) if field.name not in ("clients", "churn")
+    field.name
+    for field in dataclasses.fields(RoundRecord)
+    if field.name not in ("clients", "churn", "metrics", "by_client")
 )
 
 
@@ -142,11 +144,12 @@ class MethodComparison:
         return "\n".join([text_table(headings, rows, left=frozenset({0})), *self.notes()])
 
 
-def compare(runs: Mapping[str, History | Sequence[History]]) -> MethodComparison:
+def compare(runs: Mapping[str, History | Sequence[History]] | Sequence[History]) -> MethodComparison:
     """Put runs side by side.
 
     Args:
-        runs: Label -> a history, or one per seed. The seed of a history is that of its configuration.
+        runs: Label -> a history, or one per seed. The seed of a history is that of its configuration. Histories without
+            labels are called by their methods.
 
     Raises:
         ConfigError: No runs, one without rounds, runs of different lengths, or two of the same seed under one label.
@@ -154,6 +157,8 @@ def compare(runs: Mapping[str, History | Sequence[History]]) -> MethodComparison
     Example:
         >>> print(compare({"fedmef": [history_0, history_1], "fedavg": history_2}))  # doctest: +SKIP
     """
+    if isinstance(runs, Sequence) and not isinstance(runs, str):
+        runs = _by_method(runs)
     if not isinstance(runs, Mapping) or not runs:
         raise ConfigError(f"compare: got {runs!r:.80}; expected runs by label, e.g. {{'fedmef': history}}")
     found: dict[str, dict[int, History]] = {}
@@ -173,6 +178,20 @@ def compare(runs: Mapping[str, History | Sequence[History]]) -> MethodComparison
             f"compare: got runs of {', '.join(map(str, sorted(lengths)))} rounds; expected as many in each"
         )
     return MethodComparison(found)
+
+
+def _by_method(histories: Sequence[History]) -> dict[str, list[History]]:
+    """Histories by the names of their methods."""
+    result: dict[str, list[History]] = {}
+    for history in histories:
+        method = history.settings.get("method") if isinstance(history, History) else None
+        if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+            raise ConfigError(
+                f"compare: got {history!r:.80} without the name of a method; expected histories of federated.run, or "
+                "labels: {'first': history}"
+            )
+        result.setdefault(method["name"], []).append(history)
+    return result
 
 
 def _figures(history: History) -> dict[str, Any]:

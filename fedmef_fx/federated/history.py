@@ -9,8 +9,11 @@ from torch import nn
 
 from fedmef_fx.display.notebook import fragment, html_table
 from fedmef_fx.display.sizes import shown_bytes
+from fedmef_fx.display.text_table import text_table
 from fedmef_fx.errors import CheckpointError
+from fedmef_fx.federated.client_table import client_cells
 from fedmef_fx.federated.failures import Failure
+from fedmef_fx.federated.history_texts import clients_csv, line_of, records_of_lines, rounds_csv
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.files.atomic import check_target, replacing
 
@@ -88,24 +91,47 @@ class History:
             failures=[Failure.from_json(entry) for entry in failures],
         )
 
+    def to_csv(self) -> str:
+        """One row per round as CSV."""
+        return rounds_csv(self.rounds)
+
+    def clients_to_csv(self) -> str:
+        """One row per round and client as CSV."""
+        return clients_csv(self.rounds)
+
+    def client_table(self) -> str:
+        """One row per client as text: how often it took part, what it sent, how the model does on its test set."""
+        headings, rows = client_cells(self.rounds, self.failures)
+        return text_table(headings, rows)
+
     def save(self, path: str | Path) -> None:
-        """Write the JSON text; the file is either the old one or complete.
+        """Write the rounds as CSV to a .csv file, as a line of JSON each to a .jsonl file, else all as JSON.
+
+        The file is either the old one or complete.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
         with replacing(check_target(path, error=CheckpointError), error=CheckpointError) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.write_text(self._text_for(Path(path).suffix.lower()), encoding="utf-8")
+
+    def _text_for(self, suffix: str) -> str:
+        if suffix == ".jsonl":
+            return "".join(map(line_of, self.rounds))
+        return self.to_csv() if suffix == ".csv" else self.to_json()
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote as JSON, or the rounds of a .jsonl file.
 
         Raises:
             CheckpointError: A missing file, or one that is no history.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            if Path(path).suffix.lower() == ".jsonl":
+                return cls(records_of_lines(text))
+            return cls.from_json(text)
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read: {error}; expected a file that History.save wrote"
@@ -137,6 +163,8 @@ class History:
             adjusted = [f"round {record.round_index}" for record in self.rounds if record.adjusted]
             moved = [(name, *map(str, counts)) for name, counts in churn.items()]
             tables.append(html_table(("weights moved", *adjusted), moved, left={0}))
+        if any(record.by_client for record in self.rounds):
+            tables.append(html_table(*client_cells(self.rounds, self.failures), left=set()))
         return fragment(*tables)
 
     def _caption(self) -> str:

@@ -11,15 +11,44 @@ from torch import Tensor
 from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.federated.local_training import LocalTraining
 from fedmef_fx.federated.messages import RoundTask, Update
+from fedmef_fx.federated.methods.method import Method
 from fedmef_fx.federated.methods.policies import Adjustment, AfterRound
 from fedmef_fx.federated.server_round import ServerRound
 from fedmef_fx.federated.state import ModelState
+from fedmef_fx.federated.uplink import Uplink
 
 __all__ = ["ClientHooks", "ServerHooks"]
 
 
 class ServerHooks:
-    """What a server does with updates, and what it exchanges with clients besides the model."""
+    """What a server does with updates, and what it exchanges with clients besides the model.
+
+    Attributes:
+        uplink: How clients send what their weights changed by; see `uplink`.
+        is_private: Whether what single clients sent is kept from `server_step`.
+    """
+
+    uplink: Uplink = "exact"
+
+    @property
+    def is_private(self) -> bool:
+        """See above."""
+        return False
+
+    def check_method(self, method: Method) -> None:
+        """Refuse a method that this does not go with."""
+        del method
+
+    def privatized(self, averaged: ModelState, clients: int, now: ServerRound) -> ModelState:
+        """The average as it may be known, before `server_step`.
+
+        Args:
+            averaged: The average of what `aggregate` gave.
+            clients: How many updates it was made of.
+            now: The round.
+        """
+        del clients, now
+        return averaged
 
     def extras(self, client: int, now: ServerRound) -> Mapping[str, Tensor]:
         """Tensors that are sent to a client along with the model, by name.
@@ -58,7 +87,7 @@ class ServerHooks:
 
         Args:
             averaged: The average of what `aggregate` gave.
-            updates: What the clients sent, before `aggregate`.
+            updates: What the clients sent, before `aggregate`; none where it is private.
             now: The round; `now.changes(averaged)` is what server optimizers take for a gradient, with its sign turned.
         """
         del updates, now
@@ -78,7 +107,13 @@ class ServerHooks:
 
 
 class ClientHooks:
-    """What a client does in its local training."""
+    """What a client does in its local training.
+
+    Attributes:
+        uplink: How it sends what its weights changed by; see `uplink`.
+    """
+
+    uplink: Uplink = "exact"
 
     def local_training(self, training: LocalTraining, task: RoundTask, *, client: int, samples: int) -> LocalTraining:
         """How one client trains in one round, e.g. `dataclasses.replace(training, epochs=1 + client % 3)`.

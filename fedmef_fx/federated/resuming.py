@@ -1,7 +1,8 @@
 """What may change when a run goes on from a checkpoint, and what may not.
 
 May change: `rounds` (a longer run, or a shorter one that is not over yet), `training.learning_rate`,
-`config.gradient_clipping`, `strategy`, and the list of clients at its end, where some may come or go. Nothing else may.
+`config.gradient_clipping`, `strategy` but for its privacy, and the list of clients at its end, where some may come or
+go. Nothing else may.
 """
 
 import json
@@ -24,7 +25,8 @@ CHANGES: Final = "changes"
 
 _FREE: Final = ("rounds", "training.learning_rate", "config.gradient_clipping", "strategy.")
 # Fields of strategies that former checkpoints lack, as they were then.
-_LATER_STRATEGY: Final[dict[str, Any]] = {"evaluate_every": 1}
+_LATER_STRATEGY: Final[dict[str, Any]] = {"evaluate_every": 1, "uplink": "exact", "privacy": None}
+_FIXED: Final = ("strategy.privacy",)
 
 
 def resume(
@@ -91,7 +93,7 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterat
 def _may_change(field: str, now: Any, *, finished: int) -> bool:
     if field == "rounds":
         return bool(now >= finished)
-    return field == "clients" or field.startswith(_FREE)
+    return field == "clients" or (field.startswith(_FREE) and field not in _FIXED)
 
 
 def _with_later_fields(config: object) -> object:

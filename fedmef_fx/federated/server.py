@@ -5,7 +5,7 @@ Knows nothing about transports: a round is `task`, one `broadcast` and one `rece
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from fedmef_fx.errors import ConfigError, WireError
 from fedmef_fx.federated.averaging import weighted_average
 from fedmef_fx.federated.hooks import ServerHooks
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import AfterRound, Method
 from fedmef_fx.federated.opening import active_budget
 from fedmef_fx.federated.server_round import ServerRound
-from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state
+from fedmef_fx.federated.shelf import Shelf
+from fedmef_fx.federated.state import ModelState, Schema, load_state, read_state, trained_names
 from fedmef_fx.federated.wire import decode_update, encode_broadcast
 from fedmef_fx.files.container import digest
 from fedmef_fx.sparse_model.effective import effective_parameters
@@ -47,6 +49,8 @@ class Server:
         aggregate: What becomes of updates before the method averages them, see `Strategy.aggregate`; None for what the
             strategy does.
         strategy: What takes part in rounds, the same as the clients'; None for nothing.
+        update_memory: How many bytes of a round's updates stay in memory; what is beyond lies in a temporary file until
+            the round ends, and is averaged block by block: the result is the same to the bit.
         run: The run's name, which every message bears; None for one that follows from model, method and rounds.
 
     Attributes:
@@ -68,9 +72,12 @@ class Server:
         aggregate: Aggregate | None = None,
         strategy: ServerHooks | None = None,
         run: str | None = None,
+        update_memory: int = 2**25,
     ) -> None:
         if rounds < 1:
             raise ConfigError(f"Server: rounds: got {rounds}; expected an integer >= 1")
+        if strategy is not None:
+            strategy.check_method(method)
         self.model = model
         self.schema = Schema.of(model)
         self.state = read_state(model, version=0, run=run or _run_name(model, method, rounds))
@@ -82,10 +89,11 @@ class Server:
         self._rounds = rounds
         self._samples = samples
         self._limits = limits or Limits()
+        self._shelf, self._update_memory = Shelf(update_memory), update_memory
         self._strategy = strategy or ServerHooks()
         self._is_plain = strategy is None
         self._aggregate = aggregate or self._strategy.aggregate
-        self._trained = tuple(_trained(model, self.schema.dense))
+        self._trained = trained_names(model, self.schema.dense)
 
     def restore(
         self,
@@ -191,11 +199,13 @@ class Server:
                 samples=None if self._samples is None else self._samples[client],
                 limits=self._limits,
                 expected=self._expected(task),
+                uplink=self._strategy.uplink,
+                trained=self._trained,
             )
         except WireError as error:
             raise WireError(f"client {client}, round {self.state.version}: {error}") from error
         self.known[client] = self.state.version
-        return update
+        return self._shelf.put(update, known=self.state.dense)
 
     def _expected(self, task: RoundTask) -> Mapping[str, Tensor] | None:
         """Tensors that clients add to their updates; None where there is no strategy."""
@@ -226,17 +236,22 @@ class Server:
         policy, counts, is_due = self._method.policy, self._counts(), self._is_due()
         marked = lowest_units(self.model, effective_parameters(self.model), counts.__getitem__) if is_due else {}
         masks, values = policy.merged(self.state, taken)
-        dense = {name: weighted_average([u.dense[name] for u in taken], weights) for name in self.schema.dense}
+        own = [update.dense for update in taken]
+        dense = {name: weighted_average(column(own, name), weights) for name in self.schema.dense}
         averaged = ModelState(version, masks, values, dense, self.state.run)
-        load_state(self.model, self._strategy.server_step(averaged, received, now))
+        averaged = self._strategy.privatized(averaged, len(taken), now)
+        seen = [] if self._strategy.is_private else received
+        load_state(self.model, self._strategy.server_step(averaged, seen, now))
         after = AfterRound(self.model, taken, counts, is_due, self.state.version, self.memory, self.state.masks, marked)
         churn = self._strategy.adjust(after, policy)
         self._advance(version)
+        self._shelf = Shelf(self._update_memory)
         return churn
 
     def skip_round(self) -> None:
         """End a round without enough answers: the model stays as it was."""
         self.state = dataclasses.replace(self.state, version=self.state.version + 1)
+        self._shelf = Shelf(self._update_memory)
 
     def _advance(self, version: int) -> None:
         """Note which masks and dense tensors the new version changes."""
@@ -244,11 +259,6 @@ class Server:
         for old, new in ((self.state.masks, state.masks), (self.state.dense, state.dense)):
             self.changed |= {name: version for name, tensor in new.items() if not torch.equal(tensor, old[name])}
         self.state = state
-
-
-def _trained(model: nn.Module, dense: Collection[str]) -> list[str]:
-    """Names of the parameters without a mask that are trained."""
-    return [name for name, parameter in model.named_parameters() if name in dense and parameter.requires_grad]
 
 
 def _run_name(model: nn.Module, method: Method, rounds: int) -> str:

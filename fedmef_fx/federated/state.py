@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fedmef_fx.sparse_model.masks import masks, set_masks
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
 
-__all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state"]
+__all__ = ["ModelState", "Schema", "TensorSpec", "load_state", "read_state", "trained_names"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +115,11 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict(keep_vars=True).keys()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in named.items() if name in persistent and id(tensor) not in excluded}
+
+
+def trained_names(model: nn.Module, dense: Collection[str]) -> tuple[str, ...]:
+    """Names of those dense tensors that are parameters and are trained."""
+    return tuple(name for name, tensor in model.named_parameters() if name in dense and tensor.requires_grad)
 
 
 @torch.no_grad()

@@ -14,8 +14,12 @@ from fedmef_fx.federated.aggregation import Aggregator, WeightedMean
 from fedmef_fx.federated.hooks import ClientHooks, ServerHooks
 from fedmef_fx.federated.limits import Limits
 from fedmef_fx.federated.messages import Update
+from fedmef_fx.federated.methods.method import Method
+from fedmef_fx.federated.privacy import Privacy
 from fedmef_fx.federated.rounds import RoundRecord
+from fedmef_fx.federated.server_round import ServerRound
 from fedmef_fx.federated.state import ModelState
+from fedmef_fx.federated.uplink import UPLINKS, Uplink
 
 if TYPE_CHECKING:
     from fedmef_fx.federated.server import Server
@@ -39,6 +43,9 @@ class Strategy(ServerHooks, ClientHooks):
         evaluate_every: After how many rounds the new model is evaluated, >= 1; after the last one always.
         patience: After how many rounds in a row without enough answers a run ends with an error, >= 1.
         limits: What no update may exceed.
+        uplink: How clients send what their weights changed by: `"exact"`, or `"float16"` or `"int8"` with error
+            feedback.
+        privacy: Clipping and noise; None for none.
         aggregator: What becomes of updates before the method averages them.
 
     Raises:
@@ -51,6 +58,8 @@ class Strategy(ServerHooks, ClientHooks):
     timeout_s: float | None = None
     patience: int = 3
     evaluate_every: int = 1
+    uplink: Uplink = "exact"
+    privacy: Privacy | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     aggregator: Aggregator = dataclasses.field(default_factory=WeightedMean)
 
@@ -69,6 +78,13 @@ class Strategy(ServerHooks, ClientHooks):
             raise ConfigError(
                 f"Strategy.minimum: got {self.minimum}; expected at least {self.aggregator.fewest}, which "
                 f"{self.aggregator!r} needs"
+            )
+        if self.uplink not in UPLINKS:
+            raise ConfigError(f"Strategy.uplink: got {self.uplink!r}; expected {' | '.join(map(repr, UPLINKS))}")
+        if self.privacy is not None and not isinstance(self.aggregator, WeightedMean):
+            raise ConfigError(
+                f"Strategy.aggregator: got {self.aggregator!r} beside privacy, whose noise is that of a mean; expected "
+                "WeightedMean()"
             )
         timeout = self.timeout_s
         is_time = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < math.inf
@@ -95,7 +111,30 @@ class Strategy(ServerHooks, ClientHooks):
     ) -> Sequence[Update]:
         """See `ServerHooks.aggregate`; here what the aggregator makes of them."""
         del memory
-        return self.aggregator.combine(updates, sent)
+        taken = self.aggregator.combine(updates, sent)
+        return taken if self.privacy is None else self.privacy.clipped(taken, sent)
+
+    @property
+    def is_private(self) -> bool:
+        """See `ServerHooks`."""
+        return self.privacy is not None
+
+    def check_method(self, method: Method) -> None:
+        """Refuse methods in which clients have a say in masks, where privacy is to protect these."""
+        opening = method.opening
+        asks = method.adjusts or (opening is not None and opening.report is not None)
+        if self.privacy is not None and self.privacy.protects_masks and asks:
+            raise ConfigError(
+                f"Strategy.privacy: method {method.name!r} chooses masks by what clients send without noise; expected "
+                "one that does not, such as 'static-random' or 'fedavg', or Privacy(protects_masks=False), which "
+                "covers weights alone"
+            )
+
+    def privatized(self, averaged: ModelState, clients: int, now: ServerRound) -> ModelState:
+        """See `ServerHooks.privatized`."""
+        if self.privacy is None:
+            return averaged
+        return self.privacy.noisy(averaged, now.sent, clients, now.memory)
 
     def metrics(self, server: "Server") -> Mapping[str, float]:
         """Numbers of one's own about a finished round, by name; recorded in the history.

@@ -14,6 +14,7 @@ and in adjustment rounds what the method asks for (`messages.REPORTS`); for FedM
     mask/<name>      the client's own mask, under which its values are
 and in both directions what a strategy of one's own adds (`hooks`):
     extra/<name>     a tensor by any name
+    change/<name>    what a weight changed by, in the place of the weight, in fewer bits (`uplink`); int8 with a scale/
 
 Every message names its run, its round and, by a digest, the masks that it is about; an update names its client.
 Decoding checks these, names, shapes, dtypes, counts, ranges, that numbers are finite and within `Limits`, and a
@@ -22,7 +23,7 @@ nothing else. How many bytes a message takes on the wire is its `len`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -49,6 +50,7 @@ from fedmef_fx.federated.messages import REPORTS, RoundTask, Update
 from fedmef_fx.federated.positions import pack_positions
 from fedmef_fx.federated.rounds import json_number
 from fedmef_fx.federated.state import ModelState, Schema, TensorSpec
+from fedmef_fx.federated.uplink import Uplink, change_sizes, coded_names, take_change, weights_before
 from fedmef_fx.packing.bitmap import bitmap_nbytes, pack_bits
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
@@ -171,16 +173,23 @@ def _broadcast_sizes(schema: Schema) -> dict[str, int]:
     return sizes | {f"dense/{name}": spec.nbytes for name, spec in schema.dense.items()}
 
 
-def encode_update(update: Update, *, received: ModelState) -> bytes:
+def encode_update(
+    update: Update, *, received: ModelState, coded: Mapping[str, Tensor] | None = None, left_out: Collection[str] = ()
+) -> bytes:
     """A client's answer.
 
     Args:
         update: What local training gave.
         received: The state that the client started from; what is equal to it is left out.
+        coded: Changes of weights in fewer bits, see `uplink`; None for none.
+        left_out: Names of the weights that these stand for.
     """
-    changed = {name: t for name, t in update.dense.items() if not torch.equal(t, received.dense[name])}
+    changed = {
+        name: t for name, t in update.dense.items() if name not in left_out and not torch.equal(t, received.dense[name])
+    }
     positions = {name: gradient.positions for name, gradient in update.gradients.items()} | dict(update.votes)
-    tensors = {f"value/{name}": values for name, values in update.values.items()}
+    tensors = {f"value/{name}": values for name, values in update.values.items() if name not in left_out}
+    tensors |= coded or {}
     tensors |= {f"dense/{name}": tensor for name, tensor in changed.items()}
     tensors |= {f"position/{name}": pack_positions(where) for name, where in positions.items()}
     tensors |= {f"gradient/{name}": gradient.values for name, gradient in update.gradients.items()}
@@ -210,6 +219,8 @@ def decode_update(  # all but the bytes by keyword
     samples: int | None = None,
     limits: Limits | None = None,
     expected: Mapping[str, Tensor] | None = None,
+    uplink: Uplink = "exact",
+    trained: Collection[str] = (),
 ) -> Update:
     """Read an update.
 
@@ -222,17 +233,20 @@ def decode_update(  # all but the bytes by keyword
         limits: What the update may not exceed; None for `Limits()`.
         expected: Tensors that a strategy wants besides, by name, of the shapes and dtypes of these; None where there is
             no strategy, which may add numbers, too.
+        uplink: How changes of weights are coded.
+        trained: Names of parameters without a mask, whose changes are, too.
 
     Raises:
         WireError: Bytes that are no answer to this task.
     """
     wanted = {f"extra/{name}": tensor for name, tensor in (expected or {}).items()}
+    coded = coded_names(sent, trained, uplink) if task.asked.weights else []
     message = unseal(
         data,
         "update",
         fields={"run", "masks", "client", "round", "samples", "loss", "peak_saved_bytes"},
         optional=() if expected is None else {"metrics"},
-        sizes=_update_sizes(task, sent, wanted),
+        sizes=_update_sizes(task, sent, wanted, coded, uplink),
         room=0 if expected is None else METRICS_BYTES,
     )
     tensors, fields = message.tensors, message.fields
@@ -243,10 +257,14 @@ def decode_update(  # all but the bytes by keyword
         raise WireError(f"update: loss: got {loss!r:.40}; expected a finite number")
     asked, counts = task.asked, task.counts or {}
     weights = sent.values if asked.weights else {}
-    values = {name: take(tensors, f"value/{name}", TensorSpec.of(value)) for name, value in weights.items()}
-    specs = {name: TensorSpec.of(tensor) for name, tensor in sent.dense.items()}
-    dense = dense_tensors(tensors, specs, sent.dense)
     masks = {name: own_mask(tensors, name, mask) for name, mask in sent.masks.items()} if asked.masks else {}
+    changed = {name: take_change(tensors, name, weights_before(sent, name, masks), uplink) for name in coded}
+    values = {
+        name: changed[name] if name in changed else take(tensors, f"value/{name}", TensorSpec.of(value))
+        for name, value in weights.items()
+    }
+    specs = {name: TensorSpec.of(tensor) for name, tensor in sent.dense.items() if name not in changed}
+    dense = dense_tensors(tensors, specs, sent.dense) | {n: t for n, t in changed.items() if n in sent.dense}
     scores = {name: scores_of(tensors, name, mask, task) for name, mask in sent.masks.items()} if asked.scores else {}
     gradients: dict[str, SparseGradient] = {}
     votes: dict[str, Tensor] = {}
@@ -290,13 +308,18 @@ def _check_origin(fields: Mapping[str, object], sent: ModelState, *, client: int
         raise WireError(f"update: samples: got {fields['samples']}; expected {samples}, which this client declared")
 
 
-def _update_sizes(task: RoundTask, sent: ModelState, wanted: Mapping[str, Tensor]) -> dict[str, int]:
+def _update_sizes(
+    task: RoundTask, sent: ModelState, wanted: Mapping[str, Tensor], coded: Collection[str], uplink: Uplink
+) -> dict[str, int]:
     """Name of every tensor that an update may have -> its most bytes."""
     asked, counts = task.asked, task.counts or {}
     sizes = {key: tensor.nbytes for key, tensor in wanted.items()}
-    sizes |= {f"dense/{name}": tensor.nbytes for name, tensor in sent.dense.items()}
+    sizes |= {f"dense/{name}": tensor.nbytes for name, tensor in sent.dense.items() if name not in coded}
     if asked.weights:
-        sizes |= {f"value/{name}": values.nbytes for name, values in sent.values.items()}
+        sizes |= {f"value/{name}": values.nbytes for name, values in sent.values.items() if name not in coded}
+    for name in coded:
+        weight = sent.values[name] if name in sent.values else sent.dense[name]
+        sizes |= change_sizes(name, weight.numel(), uplink)
     if asked.masks:
         sizes |= {f"mask/{name}": bitmap_nbytes(mask.numel()) for name, mask in sent.masks.items()}
     if asked.scores:

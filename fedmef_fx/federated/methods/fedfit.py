@@ -17,6 +17,7 @@ import dataclasses
 from typing import ClassVar, Final
 
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.messages import ReportName
 from fedmef_fx.federated.methods.baseline import baseline
 from fedmef_fx.federated.methods.moves import change_masks
@@ -43,7 +44,7 @@ class FisherScores(Adjustment):
         candidates = averaged_candidates(after.updates, sizes)
         chosen = {}
         for name, parameter in masked_parameters(after.model).items():
-            scores = weighted_average([update.scores[name] for update in after.updates], after.samples)
+            scores = weighted_average(column([update.scores for update in after.updates], name), after.samples)
             gains = candidates[name]
             useful = gains.values > 0
             positions, values = gains.positions[useful], gains.values[useful]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.messages import ReportName, Update
 from fedmef_fx.federated.state import ModelState
 
@@ -70,8 +71,8 @@ class Adjustment:
             state: What the clients started from.
             updates: What they sent.
         """
-        weights = [update.samples for update in updates]
-        return state.masks, {name: weighted_average([u.values[name] for u in updates], weights) for name in state.masks}
+        weights, own = [update.samples for update in updates], [update.values for update in updates]
+        return state.masks, {name: weighted_average(column(own, name), weights) for name in state.masks}
 
     def finish(self, after: AfterRound) -> dict[str, int]:
         """Adjust the masks where that is due.

@@ -16,6 +16,7 @@ from typing import ClassVar, Final
 from torch import Tensor
 
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.messages import ReportName
 from fedmef_fx.federated.methods.baseline import baseline
 from fedmef_fx.federated.methods.moves import change_masks
@@ -40,7 +41,7 @@ class SquaredGradients(Adjustment):
             return {}
         chosen = {}
         for name, parameter in masked_parameters(after.model).items():
-            squares = weighted_average([update.scores[name] for update in after.updates], after.samples)
+            squares = weighted_average(column([update.scores for update in after.updates], name), after.samples)
             chosen[name] = chosen_by_squares(parameter.dense().cpu(), parameter.mask.cpu(), squares, after.counts[name])
         return change_masks(after.model, chosen)
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 from torch import Tensor, nn
 
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.messages import ReportName, Update
 from fedmef_fx.federated.methods.baseline import baseline
 from fedmef_fx.federated.methods.moves import highest_overall
@@ -33,7 +34,9 @@ class ConnectionSensitivity(Opening):
         samples = [update.samples for update in updates]
         parameters = masked_parameters(model)
         scores = {
-            name: (weighted_average([u.scores[name] for u in updates], samples) * p.values().cpu().float()).abs()
+            name: (
+                weighted_average(column([u.scores for u in updates], name), samples) * p.values().cpu().float()
+            ).abs()
             for name, p in parameters.items()
         }
         return highest_overall(scores, {name: p.shape for name, p in parameters.items()}, active=active)

@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 from torch import Tensor, nn
 
 from fedmef_fx.federated.averaging import weighted_average
+from fedmef_fx.federated.lazy_tensors import column
 from fedmef_fx.federated.messages import ReportName, Update
 from fedmef_fx.federated.methods.baseline import baseline
 from fedmef_fx.federated.methods.moves import highest_overall
@@ -32,7 +33,7 @@ class AveragedSaliency(Opening):
         """See `Opening.masks`."""
         samples = [update.samples for update in updates]
         shapes = {name: parameter.shape for name, parameter in masked_parameters(model).items()}
-        scores = {name: weighted_average([u.scores[name] for u in updates], samples) for name in shapes}
+        scores = {name: weighted_average(column([u.scores for u in updates], name), samples) for name in shapes}
         return highest_overall(scores, shapes, active=active)
 
 

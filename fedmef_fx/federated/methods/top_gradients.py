@@ -8,15 +8,15 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
-import torch
-
+from fedmef_fx.federated.averaging import Candidates, weighted_candidates
+from fedmef_fx.federated.lazy_tensors import LazyGradients, column
 from fedmef_fx.federated.messages import ReportName, Update
 from fedmef_fx.federated.methods.policies import Adjustment, AfterRound
 from fedmef_fx.sparse_model.parameters import masked_parameters
-from fedmef_fx.sparsity.sparse_gradient import SparseGradient, average_sparse_gradients
+from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.adjustment import adjust
 
 __all__ = ["TopGradients", "averaged_candidates"]
@@ -50,21 +50,39 @@ class TopGradients(Adjustment):
         return adjust(after.model, averaged_candidates(after.updates, sizes), after.counts, marked=marked)
 
 
-def averaged_candidates(updates: Sequence[Update], sizes: Mapping[str, int]) -> dict[str, SparseGradient]:
-    """Growth candidates of all clients, weighted by samples.
+def averaged_candidates(updates: Sequence[Update], sizes: Mapping[str, int]) -> Mapping[str, SparseGradient]:
+    """Growth candidates of all clients, weighted by samples; those of a parameter are averaged when they are asked for.
 
     Args:
         updates: With gradients, or with votes, each of which counts as a gradient of 1.
         sizes: Parameter name -> number of weights.
     """
-    return {
-        name: average_sparse_gradients([(_candidates(update, name, numel), update.samples) for update in updates])
-        for name, numel in sizes.items()
-    }
+    return _Averages(updates, sizes)
 
 
-def _candidates(update: Update, name: str, numel: int) -> SparseGradient:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Averages(Mapping[str, SparseGradient]):
+    """Of all parameters at once they would take more memory than the model."""
+
+    updates: Sequence[Update]
+    sizes: Mapping[str, int]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, name: str) -> SparseGradient:
+        clients = [_candidates(update, name, self.sizes[name]) for update in self.updates]
+        return weighted_candidates(clients, [update.samples for update in self.updates])
+
+
+def _candidates(update: Update, name: str, numel: int) -> Candidates:
+    if isinstance(update.gradients, LazyGradients):
+        return Candidates(*update.gradients.parts(name))
     if name in update.gradients:
-        return update.gradients[name]
-    votes = update.votes[name]
-    return SparseGradient(votes, torch.ones(len(votes)), numel)
+        gradient = update.gradients[name]
+        return Candidates(gradient.positions, gradient.values, gradient.numel)
+    (votes,) = column([update.votes], name)
+    return Candidates(votes, None, numel)
