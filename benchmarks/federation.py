@@ -82,9 +82,11 @@ def made_up(server: Server, client: int) -> bytes:
     generator = torch.Generator().manual_seed(client)
     gradients = {}
     for name, count in (task.counts or {}).items():
-        inactive = (~state.masks[name]).flatten().nonzero().squeeze(1)
-        chosen = inactive[torch.randperm(len(inactive), generator=generator)[:count]].sort().values
-        gradients[name] = SparseGradient(chosen, torch.randn(count, generator=generator), state.masks[name].numel())
+        mask = state.masks[name].flatten()
+        found = torch.randint(len(mask), (3 * count,), generator=generator).unique()
+        found = found[~mask[found]]
+        chosen = found[torch.randperm(len(found), generator=generator)[:count]].sort().values
+        gradients[name] = SparseGradient(chosen, torch.randn(len(chosen), generator=generator), len(mask))
     values = {name: v + 0.01 * torch.randn(v.shape, generator=generator) for name, v in state.values.items()}
     dense = {
         name: t + 0.01 * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t

@@ -1,7 +1,7 @@
 """`Client`: bytes in, local training, bytes out. What runs on a device, independent of the transport."""
 
 import contextlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Client:
         collate_fn: Makes a batch of items of a data set; None for what torch's loaders do.
         received: What was received in an earlier life, if anything.
         strategy: What takes part in the training, the same as the server's; None for nothing.
+        models: Number of a client -> its own model, transformed for its memory; the other clients share `model`.
         states: What clients keep from round to round, from an earlier life: number of a client -> tensors by name.
 
     Attributes:
@@ -49,12 +50,15 @@ class Client:
         collate_fn: Collate | None = None,
         received: ModelState | None = None,
         strategy: ClientHooks | None = None,
+        models: Mapping[int, nn.Module] | None = None,
         states: MutableMapping[int, dict[str, Tensor]] | None = None,
     ) -> None:
         self.received = received
         self.states = {} if states is None else states
+        self._models = dict(models or {})
         if training.weight_storage == "packed":
-            pack_weights(model)
+            for each in (model, *self._models.values()):
+                pack_weights(each)
         self._model = model
         self._training = training
         self._loss_fn = loss_fn
@@ -84,11 +88,12 @@ class Client:
             message, self._schema, previous=self.received, takes_extras=self._strategy is not None
         )
         self.received = state
-        load_state(self._model, state)
+        model = self._models.get(client, self._model)
+        load_state(model, state)
         kept = dict(self.states.get(client, {}))
         with _named(f"client {client}, round {task.round_index}"):
             update = train_locally(
-                self._model,
+                model,
                 dataset,
                 self._training,
                 task=task,

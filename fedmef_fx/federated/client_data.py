@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from fedmef_fx.display.sizes import parse_bytes
 from fedmef_fx.errors import ConfigError, DataError, FedmefError
 from fedmef_fx.federated.batches import Batch, Collate, batch_count, batches, sample_count, samples_in
 
@@ -22,6 +23,9 @@ class ClientData:
             it is called whenever the client is chosen, and what it gave is let go afterwards.
         samples: How many samples the client declares, >= 1; None for the length, where there is one. A stream ends
             after as many in every epoch.
+        memory_budget: How many bytes a training step of this client may take, as an integer or a text such as
+            `"200 MB"`; what is kept of activations and the parts of batches are planned for it. None for what the
+            configuration says.
 
     Raises:
         ConfigError: A value out of range.
@@ -32,8 +36,11 @@ class ClientData:
 
     source: Any
     samples: int | None = None
+    memory_budget: int | str | None = None
 
     def __post_init__(self) -> None:
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, name="ClientData.memory_budget")
         if self.samples is not None and (type(self.samples) is not int or self.samples < 1):
             raise ConfigError(f"ClientData.samples: got {self.samples!r}; expected an integer >= 1, or None")
 

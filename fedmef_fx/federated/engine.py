@@ -13,6 +13,7 @@ from torch import nn
 from fedmef_fx.config import Config
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.batches import Collate
+from fedmef_fx.federated.budgets import PLANS, planned_models
 from fedmef_fx.federated.callbacks import OnRound
 from fedmef_fx.federated.engines.choosing import Engine, check_engine, crew_at_work
 from fedmef_fx.federated.engines.worker import Crew
@@ -149,6 +150,9 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         run=secrets.token_hex(16),
     )
     settings = settings_of(network, method, training, strategy, rounds=rounds, sizes=sizes)
+    models, plans = planned_models(model, network, clients, training, objective=objective, collate=collate_fn)
+    if plans:
+        settings[PLANS] = plans
     history = History(settings=settings, model=network)
     directory = None if checkpoint_dir is None else usable_directory(checkpoint_dir)
     if keep_rounds and directory is None:
@@ -181,6 +185,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
             datasets=clients,
             strategy=strategy,
             threads=torch.get_num_threads(),
+            models=models,
         )
         with crew_at_work(engine, crew, table, parallel=parallel) as peers:
             play(table, peers, rounds=rounds)

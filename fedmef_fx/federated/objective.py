@@ -57,16 +57,21 @@ class Objective:
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """What the model makes of a batch."""
+        args, kwargs = self.call(model, batch)
+        return model(*args, **kwargs)
+
+    def call(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with: arguments by position and by name."""
         if isinstance(batch, Tensor):
-            return model(batch)
+            return (batch,), {}
         if isinstance(batch, tuple | list):
-            return model(*batch[: max(len(batch) - 1, 1)])
+            return tuple(batch[: max(len(batch) - 1, 1)]), {}
         if not isinstance(batch, Mapping):
             raise DataError(
                 f"batch: got a {type(batch).__name__}; expected a tensor, a tuple, a list or a dictionary of tensors, "
                 "or an Objective of one's own whose outputs and target know it"
             )
-        return model(**self.arguments(model, batch))
+        return (), self.arguments(model, batch)
 
     def target(self, batch: Batch) -> Any:
         """What the loss compares outputs with."""

@@ -53,6 +53,7 @@ def crew_at_work(engine: Engine, crew: Crew, table: Table, *, parallel: int | No
             collate_fn=crew.collate,
             received=server.state if table.history.rounds else None,
             strategy=crew.strategy,
+            models=crew.models,
             states=table.states,
         )
         return nullcontext(InTurn(client, crew.datasets))

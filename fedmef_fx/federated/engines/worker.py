@@ -37,6 +37,7 @@ class Crew:
         collate: Makes a batch of items; None for what torch's loaders do.
         datasets: The data of all clients.
         strategy: What takes part in the training; None for nothing.
+        models: Number of a client -> its own model, see `Client`.
         threads: How many threads torch computes with: results depend on it in their last bits.
     """
 
@@ -47,6 +48,7 @@ class Crew:
     datasets: Sequence[Any]
     strategy: ClientHooks | None
     threads: int
+    models: Mapping[int, nn.Module] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,12 @@ class _Member:
         self._schema = Schema.of(crew.network)
         self._datasets = crew.datasets
         self._client = Client(
-            crew.network, crew.training, loss_fn=crew.objective, collate_fn=crew.collate, strategy=crew.strategy
+            crew.network,
+            crew.training,
+            loss_fn=crew.objective,
+            collate_fn=crew.collate,
+            strategy=crew.strategy,
+            models=crew.models,
         )
 
     def outcome(self, job: Job) -> Outcome:
