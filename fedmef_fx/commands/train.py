@@ -19,6 +19,7 @@ from fedmef_fx.commands.training_data import (
     device_of,
     load_data,
     round_note,
+    telling_how_to_go_on,
     telling_of_restart,
 )
 from fedmef_fx.config import Config
@@ -90,7 +91,12 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     check_fits(network, train_set, name=model or DEFAULT_MODELS[data], data=data)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar("rounds", steps=rounds) as bar, telling_of_restart():
+    saved = output / "rounds"
+    with (
+        progress_bar("rounds", steps=rounds) as bar,
+        telling_of_restart(),
+        telling_how_to_go_on(saved, resume=resume),
+    ):
         history = run(
             network,
             [Subset(train_set, share.tolist()) for share in shares],
@@ -100,7 +106,7 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
             clients_per_round=clients_per_round,
             training=training,
             method=method,
-            checkpoint_dir=output / "rounds",
+            checkpoint_dir=saved,
             resume=resume,
             keep_rounds=keep_rounds,
             progress=lambda record: bar.reach(record.round_index + 1, round_note(record)),

@@ -14,8 +14,18 @@ from torch.utils.data import Dataset
 from fedmef_fx.data import load_cifar10, load_digits
 from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated import RoundRecord
+from fedmef_fx.federated.checkpoint import FILE_NAME
 
-__all__ = ["DEFAULT_MODELS", "Data", "check_fits", "device_of", "load_data", "round_note", "telling_of_restart"]
+__all__ = [
+    "DEFAULT_MODELS",
+    "Data",
+    "check_fits",
+    "device_of",
+    "load_data",
+    "round_note",
+    "telling_how_to_go_on",
+    "telling_of_restart",
+]
 
 
 class Data(StrEnum):
@@ -66,6 +76,25 @@ def telling_of_restart() -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
+
+
+@contextlib.contextmanager
+def telling_how_to_go_on(directory: Path, *, resume: bool) -> Iterator[None]:
+    """A block whose interruption says how the run goes on.
+
+    Args:
+        directory: Where its checkpoint is.
+        resume: Whether the command as it was called goes on with one.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not (directory / FILE_NAME).exists():
+            raise KeyboardInterrupt("interrupted before the first round was finished: nothing was saved") from interrupt
+        command = "the same command" if resume else "the same command, without --restart,"
+        raise KeyboardInterrupt(
+            f"interrupted: {command} goes on after the last finished round, which is saved in {directory}"
+        ) from interrupt
 
 
 def round_note(record: RoundRecord) -> str:
