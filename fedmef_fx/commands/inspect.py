@@ -20,6 +20,7 @@ from fedmef_fx.display.printable import visible
 from fedmef_fx.export.onnx.file_records import FileInspection
 from fedmef_fx.inspection import Inspection
 from fedmef_fx.inspection import inspect as inspect_model
+from fedmef_fx.inspection.onnx_page import write_onnx_page
 from fedmef_fx.measure.memory import MemoryReport, memory
 from fedmef_fx.models import REFERENCE_MODELS
 
@@ -83,12 +84,11 @@ def inspect(  # noqa: PLR0913 -- each is an option of the command line
 ) -> Result:
     """Show the graph of a model after the transformation: text, table, diff, DOT, JSON, a page; or an ONNX file."""
     if model.endswith(_FILE_SUFFIX):
-        if html is not None or opens:
-            raise typer.BadParameter(
-                "there is no page for an ONNX file; expected --view text or table", param_hint="--html"
-            )
         if passes:
             raise typer.BadParameter("no passes run on an ONNX file; expected a model", param_hint="--passes")
+        if html is not None or opens:
+            found = fedmef_fx.inspect_onnx(model)
+            return page_result(html, lambda path: write_onnx_page(found, path, command=command_line()), opens=opens)
         return _inspect_file(model, view)
     if original and passes:
         raise typer.BadParameter("--original shows the model before all passes", param_hint="--passes")

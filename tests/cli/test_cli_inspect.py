@@ -48,12 +48,6 @@ def test_compare_writes_a_page(tmp_path: Path) -> None:
     assert data["bytes"] == Path("rounds.html").stat().st_size
 
 
-def test_onnx_files_have_no_page() -> None:
-    result = invoke("inspect", "model.onnx", "--html", "page.html")
-    assert result.exit_code == 2
-    assert "there is no page for an ONNX file" in result.stderr.replace("\n", " ")
-
-
 def test_open_needs_a_page() -> None:
     result = invoke("inspect", "digits_cnn", "--open")
     assert result.exit_code == 1

@@ -53,6 +53,7 @@ class PageContent:
         comparison: What changed from one state of a model to another, as `Comparison.as_dict` gives it.
         config: What the model was transformed with.
         command: The command line that writes the page.
+        stored: Name of a tensor in a file -> its codec and its bytes there.
     """
 
     title: str
@@ -69,6 +70,7 @@ class PageContent:
     comparison: Mapping[str, Any] | None = None
     config: Config | None = None
     command: str | None = None
+    stored: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def page_document(content: PageContent) -> dict[str, Any]:
@@ -99,7 +101,10 @@ def page_document(content: PageContent) -> dict[str, Any]:
             }
             for result in content.passes
         ],
-        "parameters": [_parameter(row, snapshots.get(row.parameter), pixels) for row in content.layers.rows],
+        "parameters": [
+            _parameter(row, snapshots.get(row.parameter), pixels) | _stored(content.stored.get(row.parameter))
+            for row in content.layers.rows
+        ],
         "notices": list(content.notices),
         "saved": [content.layers.total.saved, content.layers.total.saved_before],
         "views": views,
@@ -136,6 +141,10 @@ def _parameter(row: LayerRow, record: WeightRecord | None, pixels: int) -> dict[
             "brightest": picture.brightest,
         }
     return entry
+
+
+def _stored(stored: tuple[str, int] | None) -> dict[str, Any]:
+    return {} if stored is None else {"codec": stored[0], "nbytes": stored[1]}
 
 
 def _history(history: "History | None") -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ function figuresOf({ parameters, passes, memory, saved }) {
     sum("flops_dense") && ["Operations", count(sum("flops_sparse")), `of ${count(sum("flops_dense"))} dense`],
     saved?.[1] && ["Saved for backward", bytes(saved[0]), `of ${bytes(saved[1])} before`],
     peaks[0] && ["Peak memory", bytes(peaks[1]), `of ${bytes(peaks[0])} before`],
+    parameters[0]?.codec && ["Tensors in the file", bytes(sum("nbytes")), `in ${parameters.length} tensors`],
     passes.length && ["In graphs", percent(inGraph / weights), "of the weights"],
     passes.length && [
       "Left as it was",

@@ -36,6 +36,9 @@ function shorten(text, most = 60) {
   return `${text.slice(0, half)}…${text.slice(-half)}`;
 }
 
+/** Whether some weights of a parameter may be pruned: of a transformed model, or in a file. */
+const hasMask = (row) => row.tier !== null || row.active < row.weights;
+
 // A pass has the same colour in every page; which one that is stands in the document.
 let passColours = [];
 

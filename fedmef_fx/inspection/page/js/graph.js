@@ -80,7 +80,7 @@ function openThatFits(view, fits) {
 
 /** Density of some parameters together; null where there are none with a mask. */
 function densityOf(indices, parameters) {
-  const rows = indices.map((index) => parameters[index]).filter((row) => row.tier !== null);
+  const rows = indices.map((index) => parameters[index]).filter(hasMask);
   const total = rows.reduce((sum, row) => sum + row.weights, 0);
   return total ? rows.reduce((sum, row) => sum + row.active, 0) / total : null;
 }

@@ -37,7 +37,9 @@ class App {
     const note = passes
       ? `rewritten by ${passes - 1} passes`
       : content.views.length
-        ? "not transformed"
+        ? content.parameters[0]?.codec
+          ? "an ONNX file"
+          : "not transformed"
         : "two states of one model";
     byId("title").replaceChildren(elided(content.title));
     byId("subtitle").textContent = note;
@@ -146,7 +148,7 @@ class App {
     );
     canvas.node.append(tools);
     return [
-      el("div", { class: "bar" }, this.whenControl, mode, legend),
+      (both || mode || content.passes.length > 0) && el("div", { class: "bar" }, this.whenControl, mode, legend),
       el("div", { class: "split" }, canvas.node, this.panel),
     ];
   }

@@ -1,7 +1,8 @@
 // What is said about the whole model, or about one pass, while no box is chosen.
 
 function overviewPanel(app) {
-  const { passes, notices } = app.content;
+  const { content } = app;
+  const { passes, notices } = content;
   const refused = gathered(
     passes.flatMap((pass) => pass.refusals.map(([where, reason]) => [pass.name, where, reason])),
   );
@@ -9,7 +10,9 @@ function overviewPanel(app) {
   const most = Math.max(...passes.map((pass) => pass.rewrites), 1);
   return [
     figures(app.content),
-    heading(app, "What was rewritten", "Choose a pass to see only what it did, a box for its code, mask and weights."),
+    content.parameters[0]?.codec
+      ? heading(app, "What is in the file", "Choose a box for what it reads and the tensors it takes.")
+      : heading(app, "What was rewritten", "Choose a pass to see only what it did, a box for its code, mask and weights."),
     passes.length
       ? el(
           "ul",
@@ -28,7 +31,9 @@ function overviewPanel(app) {
             ),
           ),
         )
-      : el("p", { class: "muted" }, "The model is not transformed: these are its own nodes."),
+      : el("p", { class: "muted" }, content.parameters[0]?.codec
+            ? "A file: these are its own nodes, without those that decode weights."
+            : "The model is not transformed: these are its own nodes."),
     refused.length
       ? section(
           `Left as it was (${total})`,
@@ -48,7 +53,7 @@ function overviewPanel(app) {
       : null,
     notices.length
       ? section(
-          "Not known",
+          content.parameters[0]?.codec ? "The file" : "Not known",
           el(
             "ul",
             { class: "refusals" },

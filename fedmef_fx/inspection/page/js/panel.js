@@ -185,7 +185,7 @@ function barRow(app, row) {
       { type: "button", class: "link", on: { click: () => app.goToParameter(row) } },
       elided(row.parameter),
     ),
-    row.tier === null ? el("span", { class: "muted" }, "dense") : densityBar(row.active / Math.max(row.weights, 1)),
+    !hasMask(row) ? el("span", { class: "muted" }, "dense") : densityBar(row.active / Math.max(row.weights, 1)),
   );
 }
 

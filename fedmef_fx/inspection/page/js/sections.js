@@ -24,6 +24,8 @@ function layersSection(app) {
       some((row) => row.flops_dense),
     ],
     ["saved", "Saved bytes", (row) => row.saved ?? -1, saved, some((row) => isKnown(row.saved))],
+    ["codec", "Codec", (row) => row.codec ?? "", (row) => row.codec ?? "–", some((row) => row.codec)],
+    ["bytes", "Bytes in the file", (row) => row.nbytes ?? 0, (row) => bytes(row.nbytes ?? 0), some((row) => row.codec)],
     [
       "tier",
       "Rewritten in",

@@ -16,7 +16,7 @@ function weightSection(row) {
       ["Shape", sizes(row.shape)],
       [
         "Active",
-        row.tier === null
+        !hasMask(row)
           ? `all ${count(row.weights)} (no mask)`
           : `${count(row.active)} of ${count(row.weights)}, ${percent(row.active / Math.max(row.weights, 1))}`,
       ],
@@ -36,6 +36,7 @@ function weightSection(row) {
             hook: "an opaque module: masked by hooks",
           }[row.tier],
       ],
+      ["Stored as", row.codec && `${bytes(row.nbytes)} ${row.codec}`],
       ["Why not better", row.reason && shorten(row.reason, 400)],
     ]),
     row.mask && maskFigure(row),
