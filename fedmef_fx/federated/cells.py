@@ -7,7 +7,7 @@ continues in the round where it was; cells that are finished are read.
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def compare_methods(  # noqa: PLR0913  # the options of `run`, and what is compa
     seeds: Sequence[int] = (0,),
     test: Dataset[Any] | None = None,
     clients_per_round: int | None = None,
-    training: LocalTraining | None = None,
+    training: LocalTraining | Mapping[str, Any] | None = None,
     loss_fn: LossFunction = F.cross_entropy,
     directory: str | Path | None = None,
     resume: bool = True,
@@ -76,7 +76,8 @@ def compare_methods(  # noqa: PLR0913  # the options of `run`, and what is compa
         seeds: One cell per method and seed.
         test: Test set for the global model after every round.
         clients_per_round: As of `run`.
-        training: Of all that have none of their own; None for `LocalTraining()`.
+        training: Of all that have none of their own, a `LocalTraining` or its fields as a dictionary; None for
+            `LocalTraining()`.
         loss_fn: Mean loss of a batch of outputs and targets.
         directory: Where cells are kept, to go on after an interruption; made if it is missing.
         resume: Go on with what is in the directory, which has to belong to the same settings; False starts over.

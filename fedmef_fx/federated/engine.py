@@ -32,6 +32,7 @@ from fedmef_fx.federated.preparing import (
     settings_of,
     usable_directory,
 )
+from fedmef_fx.federated.progress import progress_of
 from fedmef_fx.federated.resuming import resume as go_on
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
@@ -48,7 +49,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     rounds: int,
     test: Any = None,
     clients_per_round: int | None = None,
-    training: LocalTraining | None = None,
+    training: LocalTraining | Mapping[str, Any] | None = None,
     method: str | Method = "fedmef",
     strategy: Strategy | None = None,
     loss_fn: LossFunction | Objective = F.cross_entropy,
@@ -57,7 +58,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
     checkpoint_dir: str | Path | None = None,
     resume: bool | Literal["exact"] = True,
     keep_rounds: bool = False,
-    progress: Callable[[RoundRecord], None] | None = None,
+    progress: bool | Callable[[RoundRecord], None] | None = None,
     on_round: OnRound | Sequence[OnRound] = (),
     client_tests: Sequence[Any] | None = None,
     device: torch.device | str | None = None,
@@ -79,7 +80,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         rounds: Number of rounds.
         test: Test set for the global model after every round.
         clients_per_round: How many clients are drawn for a round; None for all.
-        training: How clients train; None for `LocalTraining()`.
+        training: How clients train: a `LocalTraining`, or its fields as a dictionary, `{"epochs": 1}`; None for
+            `LocalTraining()`.
         method: A name in `METHODS`, or policies of your own.
         strategy: Who takes part, how many answers a round needs, what is late; None for `Strategy()`. It says how many
             clients are drawn, unless `clients_per_round` does.
@@ -96,7 +98,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         keep_rounds: Keep a checkpoint of the model as it was before the first round and after each, as
             `round-00000.safetensors` and so on in `checkpoint_dir`, to compare rounds with
             `fedmef_fx.inspection.compare`; each takes as much space as the checkpoint.
-        progress: Called with every finished round.
+        progress: Called with every finished round; True prints a line for each on stderr.
         on_round: Called with every finished round's record and the server, whose `model` is the new model: functions,
             or `Callback` objects such as `EarlyStopping` and `KeepBest`. One that gives True ends the run.
         client_tests: A test set per client, or None for a client without one; after every round that is evaluated the
@@ -124,7 +126,8 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         >>> [record.round_index for record in history.rounds]
         [0, 1]
     """
-    training = training or LocalTraining()
+    training = LocalTraining.of(training)
+    progress = progress_of(progress, rounds=rounds)
     method = method_of(method)
     check_engine(engine, parallel)
     strategy = own_strategy(strategy, clients_per_round, clients=len(clients))

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
@@ -57,6 +57,30 @@ class LocalTraining:
     round_schedule: Literal["constant", "cosine"] = "constant"
     growth_batches: int | Literal["auto"] | None = "auto"
     weight_storage: Literal["packed", "dense"] = "packed"
+
+    @classmethod
+    def of(cls, training: Self | Mapping[str, Any] | None) -> Self:
+        """The training that a caller means.
+
+        Args:
+            training: A `LocalTraining`, its fields by name, or None for the defaults.
+
+        Raises:
+            ConfigError: Something else, an unknown field, or a value out of range.
+        """
+        if isinstance(training, cls):
+            return training
+        if training is not None and not isinstance(training, Mapping):
+            raise ConfigError(
+                f"training: got {type(training).__name__}; expected a LocalTraining, or its fields as a dictionary, "
+                'e.g. {"epochs": 1}'
+            )
+        fields = dict(training or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise ConfigError(f"training: got {', '.join(map(repr, unknown))}; expected some of {', '.join(known)}")
+        return cls(**fields)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

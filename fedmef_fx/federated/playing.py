@@ -16,6 +16,7 @@ from fedmef_fx.federated.engines.peers import Peers
 from fedmef_fx.federated.history import History
 from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.one_round import play_round
+from fedmef_fx.federated.progress import log_round
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.server import Server
@@ -131,6 +132,7 @@ def play(table: Table, peers: Peers, *, rounds: int) -> None:
         history.rounds.append(record)
         history.failures.extend(answers.failures)
         table.save()
+        log_round(record, rounds=rounds)
         if table.progress is not None:
             table.progress(record)
         short = 0 if record.clients else short + 1
