@@ -66,7 +66,7 @@ def bench_onnx(
             sessions.append(onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
         except Exception as error:  # its exceptions have no other common base
             raise ExportError(f"bench: {file}: onnxruntime cannot load it: {error}") from error
-        rows.append({"file": str(file), "bytes": file.stat().st_size, "session_seconds": time.perf_counter() - start})
+        rows.append({"path": str(file), "bytes": file.stat().st_size, "session_seconds": time.perf_counter() - start})
     feed = _feed(sessions[0], sizes, shape)
     seconds: list[list[float]] = [[] for _ in files]
     with progress_bar("timing", steps=warmup + runs) as bar:
@@ -128,7 +128,7 @@ def show_onnx(console: Console, data: Mapping[str, Any]) -> None:
     keys = ("min", *(f"p{p}" for p in _PERCENTILES))
     rows = [
         (
-            row["file"],
+            row["path"],
             f"{row['bytes']:,}",
             f"{row['session_seconds'] * 1e3:.0f} ms",
             *(f"{row['milliseconds'][key]:.2f} ms" for key in keys),

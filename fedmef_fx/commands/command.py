@@ -57,8 +57,8 @@ def command(function: Callable[P, Result]) -> Callable[P, None]:
             with contextlib.redirect_stdout(sys.stderr):
                 result = function(*args, **kwargs)
             _print(result, as_json=bool(kwargs["as_json"]))
-        except KeyboardInterrupt as interrupt:
-            _fail(str(interrupt) or "interrupted", code=130)
+        except KeyboardInterrupt as error:
+            _fail(f"interrupted: {error}" if str(error) else "interrupted", code=130)
         except BrokenPipeError:
             raise  # the reader has gone: typer ends quietly
         except (FedmefError, OSError) as error:

@@ -20,7 +20,7 @@ from fedmef_fx.commands.training_data import (
     device_of,
     load_data,
     round_note,
-    telling_of_restart,
+    telling_how_to_go_on,
 )
 from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition
@@ -85,7 +85,7 @@ def compare_methods(  # noqa: PLR0913 -- one parameter per option of the command
 
     chosen = list(method or METHODS)
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar("rounds", steps=rounds * seeds * len(chosen)) as bar, telling_of_restart():
+    with progress_bar("rounds", steps=rounds * seeds * len(chosen)) as bar, telling_how_to_go_on(output, resume=resume):
         done = 0
 
         def tell(label: str, seed: int, record: RoundRecord) -> None:

@@ -62,7 +62,7 @@ def demo(
         "bytes_up": history.bytes_up,
         **_dense(result.dense, result.settings, images),
         "saved_bytes": max(record.peak_saved_bytes for record in history.rounds),
-        "file": str(output / "model.onnx"),
+        "path": str(output / "model.onnx"),
         "file_bytes": report.bytes,
         "file_bytes_dense": report.dense_bytes,
         "parity": report.parity.max_abs if report.parity is not None else None,
@@ -112,5 +112,5 @@ def _show(console: Console, data: dict[str, Any]) -> None:
         ("ONNX against torch", "-" if data["parity"] is None else f"{data['parity']:.1e}", "", ""),
         ("seconds", f"{data['seconds']:.1f}", "", ""),
     ]
-    title = f"{data['clients']} clients, {data['rounds']} rounds, seed {data['seed']}: {data['file']}"
+    title = f"{data['clients']} clients, {data['rounds']} rounds, seed {data['seed']}: {data['path']}"
     show_table(console, ("", "FedMef", "dense", "ratio"), rows, title=title, numbers=frozenset({1, 2, 3}))

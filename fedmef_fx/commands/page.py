@@ -39,5 +39,5 @@ def page_result(path: Path | None, write: Callable[[Path], None], *, opens: bool
         webbrowser.open(path.resolve().as_uri())
     size = path.stat().st_size
     return Result(
-        {"html": str(path), "bytes": size}, lambda console: console.print(Text(f"{path}: {shown_bytes(size)}"))
+        {"path": str(path), "bytes": size}, lambda console: console.print(Text(f"{path}: {shown_bytes(size)}"))
     )

@@ -20,12 +20,11 @@ from fedmef_fx.commands.training_data import (
     load_data,
     round_note,
     telling_how_to_go_on,
-    telling_of_restart,
 )
 from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition
 from fedmef_fx.display.sizes import shown_bytes
-from fedmef_fx.federated import METHODS, History, LocalTraining, run
+from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
 from fedmef_fx.models import REFERENCE_MODELS
 
 __all__ = ["train"]
@@ -91,12 +90,14 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     check_fits(network, train_set, name=model or DEFAULT_MODELS[data], data=data)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
     output.mkdir(parents=True, exist_ok=True)
+    played: list[RoundRecord] = []
+
+    def tell(record: RoundRecord) -> None:
+        played.append(record)
+        bar.reach(record.round_index + 1, round_note(record))
+
     saved = output / "rounds"
-    with (
-        progress_bar("rounds", steps=rounds) as bar,
-        telling_of_restart(),
-        telling_how_to_go_on(saved, resume=resume),
-    ):
+    with progress_bar("rounds", steps=rounds) as bar, telling_how_to_go_on(saved, resume=resume):
         history = run(
             network,
             [Subset(train_set, share.tolist()) for share in shares],
@@ -109,19 +110,20 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
             checkpoint_dir=saved,
             resume=resume,
             keep_rounds=keep_rounds,
-            progress=lambda record: bar.reach(record.round_index + 1, round_note(record)),
+            progress=tell,
             device=device_of(device),
         )
     history.save(output / "history.json")
     if history.model is not None:
         fedmef_fx.save(history.model, output / "model.safetensors")
-    return Result(_summary(history, output), lambda console: _show(console, history, output))
+    resumed = len(history.rounds) - len(played)
+    return Result(_summary(history, output), lambda console: _show(console, history, output, resumed=resumed))
 
 
 def _summary(history: History, output: Path) -> dict[str, Any]:
     last = history.rounds[-1]
     return {
-        "output": str(output),
+        "path": str(output),
         "rounds": len(history.rounds),
         "test_accuracy": history.test_accuracy,
         "test_loss": last.test_loss,
@@ -133,7 +135,9 @@ def _summary(history: History, output: Path) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, history: History, output: Path) -> None:
+def _show(console: Console, history: History, output: Path, *, resumed: int) -> None:
+    if resumed:
+        typer.echo(f"resumed: {resumed} of {len(history.rounds)} rounds were done before, see {output / 'rounds'}")
     typer.echo(str(history))
     console.print()
     files = [("history", "history.json"), ("model", "model.safetensors"), ("to go on from", "rounds")]

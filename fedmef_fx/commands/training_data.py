@@ -24,7 +24,6 @@ __all__ = [
     "load_data",
     "round_note",
     "telling_how_to_go_on",
-    "telling_of_restart",
 ]
 
 
@@ -70,31 +69,24 @@ def device_of(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def telling_of_restart() -> Iterator[None]:
-    """A block whose errors about checkpoints say what to do about them on the command line."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
-
-
-@contextlib.contextmanager
 def telling_how_to_go_on(directory: Path, *, resume: bool) -> Iterator[None]:
-    """A block whose interruption says how the run goes on.
+    """A block that says how to go on: after an interruption, and with checkpoints that cannot be used.
 
     Args:
-        directory: Where its checkpoint is.
+        directory: Where its checkpoints are.
         resume: Whether the command as it was called goes on with one.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        if not (directory / FILE_NAME).exists():
-            raise KeyboardInterrupt("interrupted before the first round was finished: nothing was saved") from interrupt
+        if not any(directory.rglob(FILE_NAME)):
+            raise KeyboardInterrupt("before the first round was finished: nothing was saved") from interrupt
         command = "the same command" if resume else "the same command, without --restart,"
         raise KeyboardInterrupt(
-            f"interrupted: {command} goes on after the last finished round, which is saved in {directory}"
+            f"{command} goes on after the last finished round, which is saved in {directory}"
         ) from interrupt
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. On the command line: --restart, or another --output") from error
 
 
 def round_note(record: RoundRecord) -> str:

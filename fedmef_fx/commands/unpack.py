@@ -22,7 +22,7 @@ def unpack(
     """Write the dense form of a packed file: every weight a plain tensor, with the bits that it decodes to."""
     unpacked = fedmef_fx.unpack_onnx(file, output)
     data = {
-        "file": str(unpacked.path),
+        "path": str(unpacked.path),
         "bytes": unpacked.bytes,
         "packed_bytes": unpacked.packed_bytes,
         "tensors": list(unpacked.tensors),

@@ -23,7 +23,7 @@ def verify(
     """Check an exported file against the digest in it, and list what it stores encoded."""
     manifest = fedmef_fx.verify_onnx(file)
     size = file.stat().st_size
-    data = {"file": str(file), "bytes": size, "is_intact": True, **dataclasses.asdict(manifest)}
+    data = {"path": str(file), "bytes": size, "is_intact": True, **dataclasses.asdict(manifest)}
     rows = [
         (t.name, "x".join(map(str, t.shape)), t.codec, f"{t.density:.3f}", f"{t.bytes:,}") for t in manifest.tensors
     ]

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from typing import Any
 
+import jsonschema
 from typer.testing import CliRunner, Result
 
 from fedmef_fx.cli import app
+from fedmef_fx.commands.json_schema import output_schema
 
 PROGRAM = [sys.executable, "-c", "from fedmef_fx.cli import main; main()"]
 
@@ -22,7 +24,9 @@ def invoke(*arguments: str) -> Result:
 def json_of(*arguments: str) -> Any:
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    jsonschema.validate(found, output_schema(arguments[0]))
+    return found
 
 
 def on_terminal(*arguments: str) -> tuple[bytes, bytes, int]:

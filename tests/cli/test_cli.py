@@ -1,5 +1,6 @@
 """The command line: exit codes, JSON for machines, and silence of everything else on stdout."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -208,3 +209,16 @@ def test_methods_are_compared_and_a_comparison_goes_on(tmp_path: Path) -> None:
     result = invoke(*TINY, "--lr", "0.1", "--restart")
     assert result.exit_code == 0
     assert "fedavg" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "compare-methods"])
+def test_an_interrupted_run_says_how_to_go_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"fedmef_fx.commands.{name.replace('-', '_')}")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run" if name == "train" else "run_comparison", interrupted)
+    result = invoke(name, "--output", str(tmp_path / "run"))
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted: before the first round was finished: nothing was saved"

@@ -19,6 +19,7 @@ def test_train_then_go_on_and_inspect_what_it_wrote(tmp_path: Path) -> None:
     assert len(history["rounds"]) == 2
     again = json_of(*arguments, "--rounds", "2")
     assert again == data, "a finished run is not run again"
+    assert invoke(*arguments, "--rounds", "2").stdout.startswith("resumed: 2 of 2 rounds were done before")
 
     comparison = json_of("compare", "run", "run/model.safetensors")
     assert comparison["total"]["overlap"] == 1

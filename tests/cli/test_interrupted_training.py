@@ -60,4 +60,4 @@ def test_before_the_first_round_there_is_nothing_to_go_on_from(monkeypatch: pyte
         signal.pause()
 
     monkeypatch.setattr(train, "run", interrupted)
-    assert _last_line(ARGUMENTS) == "interrupted before the first round was finished: nothing was saved"
+    assert _last_line(ARGUMENTS) == "interrupted: before the first round was finished: nothing was saved"

@@ -25,7 +25,7 @@ def test_a_file_is_a_page(tmp_path: Path) -> None:
     model = transform(named(("a", two_convolutions()), ("b", torch.nn.ReLU())), Config(density=0.25))
     file, page = tmp_path / "net.onnx", tmp_path / "net.html"
     export_onnx(model, file, example_inputs=(torch.ones(2, 1, 8, 8),), weights="packed")
-    assert json_of("inspect", str(file), "--html", str(page))["html"] == str(page)
+    assert json_of("inspect", str(file), "--html", str(page))["path"] == str(page)
     document = _document(page)
     assert document["title"] == "net.onnx"
     assert document["about"]["command"] == f"fedmef-fx inspect {file} --html {page} --json"
