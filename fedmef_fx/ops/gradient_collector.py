@@ -11,6 +11,7 @@ keeps, of each registered mask,
 2. between batches: the running sums of weight times gradient at all inactive coordinates. Up to `EXACT` of them are
    summed in at least single precision, at 4 bytes each. Beyond, a parameter's sums are rounded to 11 bits after each
    batch, relative to a power of two that follows their largest: 2 bytes for each inactive coordinate, whatever k is.
+   After the batch that is said to be the last there are no sums, only the k largest.
 
 A result is the exact average where there is one batch or the sums are not rounded. Rounding moves a sum by at most one
 part in 2048 per batch, either way: after 175 batches values are off by less than 1 % and about as many positions of
@@ -81,7 +82,7 @@ class _Layer:
     pending: Tensor | None = None  # [inactive], this batch's gradient so far
     sums: Tensor | None = None  # [inactive], running sums of weight * gradient, divided by scale
     scale: Tensor | None = None  # a power of two where sums are rounded
-    only: tuple[Tensor, Tensor] | None = None  # ordinals and values of the k largest, while there is one batch alone
+    only: tuple[Tensor, Tensor] | None = None  # ordinals and values of the k largest, after one batch or the last
 
     def inactive(self) -> Tensor:
         """The bitmap of the inactive coordinates that are looked at."""
@@ -112,8 +113,8 @@ class _Layer:
         inactive = inactive.to(torch.promote_types(inactive.dtype, torch.float32))
         self.pending = inactive if self.pending is None else self.pending.add_(inactive)
 
-    def fold(self, weight: float) -> None:
-        """Move the finished gradient of a batch into the running sums."""
+    def fold(self, weight: float, *, is_last: bool) -> None:
+        """Move the finished gradient of a batch into the running sums, or of the last one into the k largest."""
         if self.pending is None or self.k == 0:
             self.pending = None
             return
@@ -127,6 +128,11 @@ class _Layer:
         if totals.numel() <= EXACT:
             self.sums = totals
             return
+        if is_last:
+            if self.sums is None and self.only is not None:  # this batch comes in parts, of which this is a later one
+                totals.index_add_(0, *self.only)
+            self.only, self.sums, self.scale = _largest(totals, self.k), None, None
+            return
         self.only = _largest(totals, self.k) if self.sums is None else None
         # frexp gives the exponent of the next larger power of two; the largest sum becomes 2 ** 14 to 2 ** 15.
         exponent = torch.frexp(totals.abs().max()).exponent
@@ -137,18 +143,29 @@ class _Layer:
         return sums if self.scale is None else sums.to(dtype).mul_(self.scale)
 
     def candidates(self, total_weight: float) -> SparseGradient:
-        if self.sums is None:
+        if self.sums is None and self.only is None:
             nothing = torch.empty(0, device=self.buffer.device)
             return SparseGradient(nothing.long(), nothing, self.shape.numel())
-        chosen, values = self.only or _largest(self._unrounded(self.sums, torch.float32), self.k)
+        if self.only is not None:
+            chosen, values = self.only
+        else:
+            assert self.sums is not None  # noqa: S101  # one of the two is there
+            chosen, values = _largest(self._unrounded(self.sums, torch.float32), self.k)
+        chosen = chosen.long()
         positions = chosen if self.units is not None else self.positions_of(chosen)
         return SparseGradient(positions, values / total_weight, self.shape.numel())
 
 
 def _largest(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where the k largest magnitudes are, ascending, and the values there."""
-    chosen = largest_positions(magnitudes(sums), min(k, sums.numel()))
-    return chosen, sums[chosen]
+    """Where the k largest magnitudes are, ascending, int32, and the values there; found without a copy of all sums."""
+    chosen = torch.empty(0, dtype=torch.int64, device=sums.device)
+    size = max(_BLOCK, k)
+    for start in range(0, sums.numel(), size):
+        here = torch.arange(start, min(start + size, sums.numel()), device=sums.device)
+        # Ascending, so that of equal sums the earlier position wins in every round.
+        rivals = torch.cat([chosen, here])
+        chosen = rivals[largest_positions(magnitudes(sums[rivals]), min(k, rivals.numel()))]
+    return chosen.to(torch.int32), sums[chosen]  # those of all layers are kept until the end
 
 
 class Collector:
@@ -158,21 +175,23 @@ class Collector:
         self._layers = dict(layers)
         self._total_weight = 0.0
         self._batch_weight: float | None = None
+        self._is_last = False
 
     @contextlib.contextmanager
-    def batch(self, weight: float) -> Iterator[None]:
+    def batch(self, weight: float, *, is_last: bool = False) -> Iterator[None]:
         """A block around one forward and backward pass; if it raises, what is pending is dropped.
 
         Args:
             weight: The batch's weight in the average, > 0, e.g. its number of samples.
+            is_last: Whether no other follows, so that nothing but candidates has to be kept.
         """
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"Collector.batch: weight: got {weight!r}; expected a finite number > 0")
-        self._batch_weight = weight
+        self._batch_weight, self._is_last = weight, is_last
         try:
             yield
             for layer in self._layers.values():
-                layer.fold(weight)
+                layer.fold(weight, is_last=is_last)
             self._total_weight += weight
         finally:
             self._batch_weight = None
@@ -182,11 +201,11 @@ class Collector:
     def complete(self, name: str) -> None:
         """Say that every use of a parameter has added its candidates in this batch, so that its dense buffer can go.
 
-        Candidates that come later in the same batch are added as if they were a batch of their own. A parameter that is
-        never completed is folded at the end of the batch.
+        Candidates that come later in the same batch are added as if they were a batch of their own; in the last batch,
+        to the k that were the largest before. A parameter that is never completed is folded at the end of the batch.
         """
         if self._batch_weight is not None:
-            self._layers[name].fold(self._batch_weight)
+            self._layers[name].fold(self._batch_weight, is_last=self._is_last)
 
     def candidates(self) -> dict[str, SparseGradient]:
         """Per parameter the k largest averaged gradients at inactive coordinates; none where nothing was added."""

@@ -73,12 +73,20 @@ class DenseProduct:
         stored: Its weight.
         recipe: From `recipe_of` on it.
         dtype: To compute in.
+        is_remade: Whether the dense weight is made anew for each use rather than kept from one to the next, so that
+            it is gone while others deal with the dense gradient.
     """
 
-    def __init__(self, layer: Layer, stored: StoredWeight, recipe: Recipe | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Layer, stored: StoredWeight, recipe: Recipe | None, dtype: torch.dtype, *, is_remade: bool = False
+    ) -> None:
         self._layer, self._stored, self._recipe = layer, stored, recipe
+
+        def made() -> Tensor:
+            return effective_weight(stored, dtype, recipe=recipe)
+
         # A linear layer's dense weight and dense gradient never live together.
-        self._weight = functools.cache(lambda: effective_weight(stored, dtype, recipe=recipe))
+        self._weight = made if is_remade else functools.cache(made)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `LayerProduct.forward`."""

@@ -201,9 +201,10 @@ class _PrunedLayer(Function):
 
 def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct:
     """Growth candidates are collected from dense gradients, which the sparse way does not make."""
-    if ctx.way is not None and not growth.is_collecting():
+    is_collecting = growth.is_collecting()
+    if ctx.way is not None and not is_collecting:
         return SparseProduct(ctx.layer, stored, ctx.recipe, ctx.way)
-    return DenseProduct(ctx.layer, stored, ctx.recipe, dtype)
+    return DenseProduct(ctx.layer, stored, ctx.recipe, dtype, is_remade=is_collecting)
 
 
 def _apply(layer: Layer, x: Tensor, packed: KeptTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.packing.bitmap import pack_bits, unpack_bits
 from fedmef_fx.packing.tracers import uncompiled
 from fedmef_fx.sparse_model.effective import EffectiveParameter, effective_parameters
 from fedmef_fx.sparse_model.parameters import masked_parameters
@@ -38,8 +39,22 @@ __all__ = ["Extrusion"]
 _Hook = Callable[["_Places", Tensor], Tensor]
 
 
+class _Marks:
+    """Ascending positions among so many, as a bitmap."""
+
+    def __init__(self, positions: Tensor, numel: int) -> None:
+        is_marked = torch.zeros(numel, dtype=torch.bool, device=positions.device)
+        is_marked[positions] = True
+        self._bits, self._numel = pack_bits(is_marked), numel
+
+    def positions(self) -> Tensor:
+        return unpack_bits(self._bits, self._numel).nonzero().squeeze(1)
+
+
 class _Places:
     """Where the marked weights of a parameter are in its stored form, and the term that extrudes them.
+
+    Positions are kept at one bit per weight, as they are there for a whole round.
 
     Attributes:
         parameter: The masked parameter, in the space of adjustments.
@@ -47,22 +62,26 @@ class _Places:
 
     def __init__(self, parameter: EffectiveParameter, positions: Tensor) -> None:
         self.parameter = parameter
-        self._positions = positions
-        self._found = positions
+        self._marks = _Marks(positions, parameter.masked.shape.numel())
+        self._found = self._marks
         self._version: int | None = None
         # Gradient of the term by gain, its strength, and the versions of weight and gain that it belongs to.
         self._by_gain: tuple[Tensor, float, tuple[int, int]] | None = None
+
+    def positions(self) -> Tensor:
+        """Flat positions in the dense weight."""
+        return self._marks.positions()
 
     def now(self) -> Tensor:
         """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
         masked = self.parameter.masked
         if not masked.is_packed:
-            return self._positions
+            return self.positions()
         version = masked.buffer._version
         if version != self._version:  # the topology changed: every value may have another place
-            places = masked.places(self._positions)
-            self._found, self._version = places[places >= 0], version
-        return self._found
+            places = masked.places(self.positions())
+            self._found, self._version = _Marks(places[places >= 0], masked.parameter.numel()), version
+        return self._found.positions()
 
     def by_weight(self, strength: float) -> Tensor:
         """Gradient of strength * ||theta_low||^2 by the weight; that by gain, which comes with it, is kept."""
@@ -171,7 +190,6 @@ class Extrusion:
             raise ConfigError(f"Extrusion: strength: got {self.strength}; expected a number >= 0")
         self.budget_steps = budget_steps
         self.accumulation_steps = accumulation_steps
-        self.marked: dict[str, Tensor] = {}
         self.step = 0
         self.learning_rate: float | None = None
         self._model = model
@@ -199,8 +217,8 @@ class Extrusion:
     def __enter__(self) -> Self:
         if self._handles:
             raise ConfigError("Extrusion: got entered twice; expected one `with` block at a time for an instance")
-        self.marked = lowest_units(self._model, self._entries, self._count)
-        self._places = {name: _Places(self._entries[name], positions) for name, positions in self.marked.items()}
+        marked = lowest_units(self._model, self._entries, self._count)
+        self._places = {name: _Places(self._entries[name], positions) for name, positions in marked.items()}
         self.step = 0
         self.learning_rate = None
         self._initial_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -226,6 +244,11 @@ class Extrusion:
             handle.remove()
         self._handles = []
         self._restore_rates()
+
+    @property
+    def marked(self) -> dict[str, Tensor]:
+        """See the class."""
+        return {name: places.positions() for name, places in self._places.items()}
 
     def norm(self) -> float:
         """||theta_low||_2 of the marked weights of all layers together, at present; 0 before the first entry."""

@@ -35,7 +35,8 @@ def growth_candidates(
     This is what a FedMef client uploads in an adjustment round. Gradients are those of the effective (masked) weight,
     averaged over batches in proportion to their sizes. Dense gradients exist for one layer at a time (for a tied
     weight, from its last use to its first); between batches sums are kept, at 2 bytes per inactive coordinate. With one
-    batch the result is exact; with several, `fedmef_fx.ops.gradient_collector` states how sums are rounded.
+    batch there are none, and the result is exact; with several, `fedmef_fx.ops.gradient_collector` states how sums are
+    rounded.
 
     The model runs in the mode it is in. Afterwards its parameters, their `.grad`, its buffers (running statistics of
     normalisation included), its activation thresholds and the state of torch's generators are what they were. Hooks
@@ -84,13 +85,23 @@ def growth_candidates(
         collecting(requests, packed_shapes=shapes) as collector,
         _gradients_dropped(model, parameters, collector),
     ):
-        for batch in batches:
-            with collector.batch(float(batch_size_of(batch) or 1)), torch.enable_grad():
+        for batch, is_last in _with_last(batches):
+            with collector.batch(float(batch_size_of(batch) or 1), is_last=is_last), torch.enable_grad():
                 _backward(model, loss_fn(model, batch))
             seen += 1
         if not seen:
             raise DataError("growth_candidates: got no batches; expected at least one")
         return unit_candidates(model, collector.candidates(), numbers)
+
+
+def _with_last(batches: Iterable[AnyBatch]) -> Iterator[tuple[AnyBatch, bool]]:
+    """Each batch, and whether it is the last: what is known of it saves the sums that another would be added to."""
+    rest = iter(batches)
+    for batch in rest:
+        for following in rest:
+            yield batch, False
+            batch = following  # noqa: PLW2901  # the inner loop is the walk
+        yield batch, True
 
 
 def _numbers(

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmef_fx.errors import ConfigError, PassError
+from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.ops import gradient_collector as ops_growth
 from fedmef_fx.ops.gradient_collector import add_candidates, collecting, is_collecting
 from fedmef_fx.packing import pack_bits
@@ -73,6 +74,37 @@ def test_gradients_of_any_size_are_summed(size: float) -> None:
     torch.testing.assert_close(
         found.values, torch.take(gradient, found.positions) * size * 3.001 / 3, rtol=1e-3, atol=0
     )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_last_batch_leaves_candidates_alone(count: int) -> None:
+    mask = torch.rand(300, 400) < 0.1
+    gradients = torch.randint(-9, 10, (count, 300, 400)).float()  # many ties, and sums that 16 bits hold
+    found, kept = [], []
+    for knows_the_last in (False, True):
+        with collecting({"w": (mask, 5000)}) as collector, LiveBytes() as live:
+            for index, gradient in enumerate(gradients):
+                with collector.batch(1.0, is_last=knows_the_last and index == count - 1):
+                    add_candidates(mask, gradient)
+            kept.append(live.current)
+        found.append(collector.candidates()["w"])
+    assert torch.equal(found[0].positions, found[1].positions)
+    assert torch.equal(found[0].values, found[1].values)
+    assert torch.equal(found[1].positions, largest_inactive(gradients.sum(0), mask, 5000).positions)
+    # Two bytes less for each of some 108,000 inactive coordinates, against 8 for each candidate.
+    assert kept[1] < kept[0] - 2 * 100_000 + 8 * 5000
+
+
+def test_a_last_batch_in_parts_adds_up_where_it_was_largest() -> None:
+    mask = torch.zeros(200, 300, dtype=torch.bool)
+    first, second = torch.zeros(2, 200, 300)
+    first[0, 5], first[1, 7], second[0, 5], second[3, 3] = 4.0, 2.0, 3.0, -5.0
+    with collecting({"w": (mask, 2)}) as collector, collector.batch(1.0, is_last=True):
+        for part in (first, second):
+            add_candidates(mask, part)
+            collector.complete("w")
+    assert collector.candidates()["w"].positions.tolist() == [5, 903]
+    assert collector.candidates()["w"].values.tolist() == [7.0, -5.0]
 
 
 def test_sums_of_nothing_but_zeros_stay_zeros() -> None:
