@@ -118,7 +118,9 @@ def train_locally(
                     objective=objective,
                     before_step=before_step,
                 )
-            model.zero_grad()  # what the last step left takes room that the candidates need
+            # What the last step left takes room that the candidates need.
+            optimizer.zero_grad()
+            optimizer.state.clear()
         found = _findings(model, data, options, task=task, objective=objective)
     state = read_state(model, version=task.round_index)
     return Update(
@@ -282,7 +284,7 @@ def _findings(
     device = next(model.parameters()).device
     size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
     parts = data.batches(batch_size=size, shuffle=True, device=device)
-    limit = 1 if task.is_opening else options.growth_limit(data.batch_count(options.batch_size))
+    limit = 1 if task.is_opening else options.growth_batches
     if limit is not None:
         parts = itertools.islice(parts, limit * math.ceil(options.batch_size / size))
     return findings_of(model, objective.loss, parts, task)

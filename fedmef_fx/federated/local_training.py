@@ -37,8 +37,7 @@ class LocalTraining:
             rate decays can the rate floor of extrusion act.
         round_schedule: The rate over the rounds of a run: `"constant"`, or `"cosine"` down to 0 after the last.
         growth_batches: Batches from which growth candidates, and what else a method's adjustment asks for, are
-            computed. `"auto"`: a tenth of the round's steps, at least one, so that an adjustment round takes little
-            longer than any other; None for all local data.
+            computed, >= 1; None for all local data. More take time, and sums of 2 bytes per inactive weight.
         weight_storage: How a `Client` stores its masked weights: `"packed"`, the active values alone with their
             gradients and optimizer state, however its model came; `"dense"` leaves its model as it came. The results
             are the same up to rounding.
@@ -55,7 +54,7 @@ class LocalTraining:
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
     round_schedule: Literal["constant", "cosine"] = "constant"
-    growth_batches: int | Literal["auto"] | None = "auto"
+    growth_batches: int | None = 1
     weight_storage: Literal["packed", "dense"] = "packed"
 
     @classmethod
@@ -91,10 +90,8 @@ class LocalTraining:
             self._reject("optimizer", "'sgd' | 'adam', or a function of parameters and a learning rate")
         for name in ("epochs", "batch_size", "growth_batches"):
             value = getattr(self, name)
-            if name == "growth_batches" and value in ("auto", None):
-                continue
-            if not (type(value) is int and value >= 1):
-                self._reject(name, "an integer >= 1" + (", 'auto' or None" if name == "growth_batches" else ""))
+            if not (type(value) is int and value >= 1) and not (name == "growth_batches" and value is None):
+                self._reject(name, "an integer >= 1" + (", or None for all" if name == "growth_batches" else ""))
         if not (_is_number(self.learning_rate) and self.learning_rate > 0):
             self._reject("learning_rate", "a number > 0")
         if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
@@ -110,10 +107,6 @@ class LocalTraining:
         if self.round_schedule == "constant":
             return self.learning_rate
         return self.learning_rate * cosine(task.round_index / task.rounds)
-
-    def growth_limit(self, batch_count: int) -> int | None:
-        """Batches that are looked at for the adjustment of masks, of so many in a pass; None for all."""
-        return max(self.epochs * batch_count // 10, 1) if self.growth_batches == "auto" else self.growth_batches
 
     def make_optimizer(self, model: nn.Module, rate: float) -> Optimizer:
         """A new optimizer for a model.

@@ -51,19 +51,19 @@ def penalty_gradients(stored: StoredWeight, places: Tensor, strength: float) -> 
 
     Args:
         stored: The weight.
-        places: Flat places of the weights in `stored.weight`, int64.
+        places: Flat places of the weights in `stored.weight`, int64; or booleans, flat: True at these places.
         strength: lambda, >= 0.
 
     Returns:
         The gradients of the stored weight, of its shape and exactly 0 where masked, and of gain, [out]; None without.
     """
     weight, gain, form = stored.weight.detach(), stored.gain, stored.form
+    is_marked = places
+    if places.dtype != torch.bool:
+        is_marked = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        is_marked[places] = True
     if gain is None:
-        term = torch.zeros_like(weight).flatten()
-        term[places] = 2 * strength * torch.take(weight, places)
-        return term.view_as(weight), None
-    is_marked = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    is_marked[places] = True
+        return torch.where(is_marked.view_as(weight), 2 * strength * weight, 0.0), None
     values, rows, is_marked = _in_rows(stored, is_marked.view_as(weight))
     columns = form.standardize(values, rows, gain.detach())
     upstream = torch.where(is_marked, standardized(values, rows, columns).mul_(2 * strength), 0.0)

@@ -54,7 +54,7 @@ class EffectiveParameter:
         return torch.take(parameter if self.gain is None else effective_values(self._stored), places)
 
     def penalty_gradients(self, places: Tensor, strength: float) -> tuple[Tensor, Tensor | None]:
-        """Gradients of strength * sum of w_hat^2 at places: of the parameter, in its form, and of gain."""
+        """Gradients, of the parameter in its form and of gain, of strength * sum of w_hat^2 at places or booleans."""
         return penalty_gradients(self._stored, places, strength)
 
 

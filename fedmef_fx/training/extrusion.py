@@ -47,8 +47,11 @@ class _Marks:
         is_marked[positions] = True
         self._bits, self._numel = pack_bits(is_marked), numel
 
+    def booleans(self) -> Tensor:
+        return unpack_bits(self._bits, self._numel)
+
     def positions(self) -> Tensor:
-        return unpack_bits(self._bits, self._numel).nonzero().squeeze(1)
+        return self.booleans().nonzero().squeeze(1)
 
 
 class _Places:
@@ -72,20 +75,20 @@ class _Places:
         """Flat positions in the dense weight."""
         return self._marks.positions()
 
-    def now(self) -> Tensor:
-        """Flat positions in the parameter; of a packed one, those of the weights that are still active."""
+    def now(self) -> _Marks:
+        """Those in the parameter; of a packed one, of the weights that are still active."""
         masked = self.parameter.masked
         if not masked.is_packed:
-            return self.positions()
+            return self._marks
         version = masked.buffer._version
         if version != self._version:  # the topology changed: every value may have another place
             places = masked.places(self.positions())
             self._found, self._version = _Marks(places[places >= 0], masked.parameter.numel()), version
-        return self._found.positions()
+        return self._found
 
     def by_weight(self, strength: float) -> Tensor:
         """Gradient of strength * ||theta_low||^2 by the weight; that by gain, which comes with it, is kept."""
-        term, by_gain = self.parameter.penalty_gradients(self.now(), strength)
+        term, by_gain = self.parameter.penalty_gradients(self.now().booleans(), strength)
         if by_gain is not None:
             self._by_gain = by_gain, strength, self._state()
         return term
@@ -103,7 +106,7 @@ class _Places:
         """||theta_low||^2 at present."""
         kept, gain = self._kept(), self.parameter.gain
         if kept is None or gain is None:
-            return self.parameter.at(self.now()).float().square().sum()
+            return self.parameter.at(self.now().positions()).float().square().sum()
         # dP/dgain = 2 lambda / gain * sum of w_hat_low^2 in each row
         return torch.dot(kept[0].flatten().float(), gain.detach().flatten().float()) / (2 * kept[1])
 

@@ -137,17 +137,16 @@ def test_candidates_are_few_inactive_and_only_sent_when_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("growth_batches", "epochs", "looked_at"),
-    [("auto", 1, 1), ("auto", 5, 2), ("auto", 9, 4), (3, 1, 3), (99, 1, 5), (None, 1, 5)],
+    ("options", "looked_at"),
+    [({}, 1), ({"growth_batches": 3}, 3), ({"growth_batches": 99}, 5), ({"growth_batches": None}, 5)],
 )
-def test_adjustments_look_at_a_tenth_of_the_steps_unless_told_otherwise(
-    sparse: Callable[..., nn.Module], growth_batches: Any, epochs: int, looked_at: int
+def test_adjustments_look_at_one_batch_unless_told_otherwise(
+    sparse: Callable[..., nn.Module], options: dict[str, Any], looked_at: int
 ) -> None:
     data = _Counting()
-    options = LocalTraining(epochs=epochs, batch_size=4, growth_batches=growth_batches)
     model = sparse()
-    train_locally(model, data, options, task=_adjusting(model))
-    assert data.count - 20 * epochs == 4 * looked_at
+    train_locally(model, data, LocalTraining(epochs=3, batch_size=4, **options), task=_adjusting(model))
+    assert data.count - 20 * 3 == 4 * looked_at
 
 
 def test_saved_bytes_are_measured(sparse: Callable[..., nn.Module], clients: list[TensorDataset]) -> None:
