@@ -49,8 +49,9 @@ def _features(*inputs: int) -> list[nn.Module]:
 
 def first_try() -> list[Contender]:
     """Methods with all defaults: what somebody sees who changes nothing."""
-    names = ("fedavg", "static-random", "static-magnitude", "fedtiny", "feddst", "fedrts", "fedmef")
-    return [Contender(label=name, method=name) for name in names]
+    names = ("fedmef", "static-random", "fedavg", "fedtiny", "fedrts", "feddst")
+    all_data = Contender(label="fedmef, growth from all data", training=LocalTraining(growth_batches=None))
+    return [*(Contender(label=name, method=name) for name in names), all_data]
 
 
 def budgets() -> list[Contender]:

@@ -1,6 +1,6 @@
 """What budget-aware extrusion is for: by how much pruning raises the loss, in either space, with extrusion and without.
 
-    python benchmarks/extrusion.py [--seeds 3] [--strengths 1e-4 ... 10] [--schedules cosine] [--log FILE]
+    python benchmarks/extrusion.py [--seeds 3] [--sweep] [--strengths 1e-4 ... 10] [--log FILE] [--docs PAGE]
 
 The network of `activation_accuracy.py` at density 0.1 trains on CIFAR-10 (folder: FEDMEF_FX_DATA). From the same
 weights then starts one adjustment round per space (`Config.adjustment_space`), schedule of the learning rate within the
@@ -8,7 +8,7 @@ round and strength lambda; 0 stands for training without extrusion. After it the
 = 0.4), by that space, are pruned, and nothing is grown. "rise" is the test loss right after this pruning minus right
 before it, "marked" the same where those weights are pruned that were marked when the round began. "scale" is by how
 much rows of NSConvs have grown in length, sqrt(s): the median over all and the largest. `--log` appends each run to a
-file and takes those that it holds as done.
+file and takes those that it holds as done; `--sweep` runs a constant rate beside the cosine and every strength.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _docs import fill
 from _machine import machine
 from activation_accuracy import network
 from rich.console import Console
@@ -181,35 +182,28 @@ def warmed(options: argparse.Namespace, data: Cifar10, seed: int) -> nn.Module:
     return model
 
 
-def table_of(results: dict[Round, list[dict[str, Any]]], title: str) -> Table:
+HEADINGS = ("space", "schedule", "lambda", "loss before", "rise", "rise per seed", "marked", "norm left", "scale")
+
+
+def rows_of(results: dict[Round, list[dict[str, Any]]]) -> list[list[str]]:
     """A row per round: medians and all values."""
-    table = Table(title=title)
-    for column in (
-        "space",
-        "schedule",
-        "lambda",
-        "loss before",
-        "rise",
-        "rise per seed",
-        "marked",
-        "norm left",
-        "scale",
-    ):
-        table.add_column(column, justify="right")
+    found = []
     for name, rows in results.items():
         middle = {key: statistics.median(row[key] for row in rows) for key in ("before", "rise", "marked", "left")}
-        table.add_row(
-            name.space,
-            name.schedule,
-            f"{name.strength:g}",
-            f"{middle['before']:.3f}",
-            f"{middle['rise']:+.4f}",
-            " ".join(f"{row['rise']:+.4f}" for row in rows),
-            f"{middle['marked']:+.4f}",
-            f"{middle['left']:.3f}",
-            f"{statistics.median(row['scale'][0] for row in rows):.2f} {max(row['scale'][1] for row in rows):.1f}",
+        found.append(
+            [
+                name.space,
+                name.schedule,
+                f"{name.strength:g}",
+                f"{middle['before']:.3f}",
+                f"{middle['rise']:+.4f}",
+                " ".join(f"{row['rise']:+.4f}" for row in rows),
+                f"{middle['marked']:+.4f}",
+                f"{middle['left']:.3f}",
+                f"{statistics.median(row['scale'][0] for row in rows):.2f} {max(row['scale'][1] for row in rows):.1f}",
+            ]
         )
-    return table
+    return found
 
 
 def main() -> None:
@@ -223,11 +217,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=312, help="steps of the round: the budget")
     parser.add_argument("--rate", type=float, default=0.2, help="before the round; in it the rate starts at half of it")
     parser.add_argument("--samples", type=int, default=5000, help="test images")
+    parser.add_argument("--sweep", action="store_true", help="every strength, with a constant and a cosine rate")
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--docs", type=Path, help="page whose table is filled in")
     options = parser.parse_args()
+    if options.sweep:
+        options.schedules, options.strengths = ["cosine", "constant"], STRENGTHS
     # Networks this small gain little from more threads, and the figures then depend less on the machine.
     torch.set_num_threads(1)
-    Console(width=160).print(table_of(runs(options, load_cifar10()), machine()))
+    rows = rows_of(runs(options, load_cifar10()))
+    table = Table(title=machine())
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=160).print(table)
+    if options.docs is not None:
+        text = "\n".join(f"| {' | '.join(line)} |" for line in [HEADINGS, ["---"] * len(HEADINGS), *rows])
+        setting = f"{options.seeds} seeds, {options.warm} steps before, {options.steps} in the round"
+        fill(options.docs, "extrusion", f"{text}\n\n{setting}, {options.samples} test images. {machine()}")
 
 
 if __name__ == "__main__":
