@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmef_fx.errors import CaptureError
 
@@ -36,10 +37,12 @@ def unchanged(module: nn.Module, *, executes: bool = False) -> Iterator[None]:
     Raises:
         CaptureError: Something changed that a graph would not change.
     """
-    snapshot = _Snapshot(module, values=executes)
+    snapshot, draws = _Snapshot(module, values=executes), _Draws()
     try:
-        yield
-        snapshot.refuse_changes(executes=executes)
+        # The generator is that of all threads: others may draw meanwhile, which is not the model's doing.
+        with contextlib.nullcontext() if executes else draws:
+            yield
+        snapshot.refuse_changes(executes=executes, draws=draws.seen)
     except BaseException:
         snapshot.restore()
         for key in [key for key in vars(module) if key.startswith(_CONSTANT)]:
@@ -105,6 +108,24 @@ def fixed_seed(seed: int = _SEED) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+class _Draws(TorchDispatchMode):
+    """Sees this thread draw random numbers from torch's generators.
+
+    Attributes:
+        seen: Whether it has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operation, and run it."""
+        del types
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 class _Snapshot:
     """The state of a module and of the random generators at one moment."""
 
@@ -135,7 +156,9 @@ class _Snapshot:
         random.setstate(self.python_state)
         np.random.set_state(self.numpy_state)
 
-    def refuse_changes(self, *, executes: bool, what: Literal["attributes", "all"] = "all") -> None:
+    def refuse_changes(
+        self, *, executes: bool, what: Literal["attributes", "all"] = "all", draws: bool = False
+    ) -> None:
         kind = type(self.module).__name__
         for child, before in self.attributes.items():
             self._refuse_attributes(child, before, executes=executes)
@@ -143,7 +166,7 @@ class _Snapshot:
                 self._refuse_buffers(child)
         if what == "attributes":
             return
-        if not executes and not torch.equal(torch.get_rng_state(), self.torch_state):
+        if draws:
             raise CaptureError(f"{kind}: forward draws random numbers that do not become graph nodes")
         same_numpy = str(np.random.get_state(legacy=False)) == str(self.numpy_state)
         if random.getstate() != self.python_state or not same_numpy:

@@ -159,6 +159,27 @@ def test_several_threads_at_once(model: str) -> None:
     assert _make(model)[0](x).isfinite().all()
 
 
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_another_thread_draws_random_numbers_meanwhile(model: str) -> None:
+    """Torch has one generator for all threads: a model must not be taken for what draws from it."""
+    original, x = _make(model)
+    expected, is_over = transform(original, CONFIG, example_inputs=(x,)), threading.Event()
+
+    def draw() -> None:
+        while not is_over.is_set():
+            torch.rand(3)
+
+    worker = threading.Thread(target=draw)
+    worker.start()
+    try:
+        result = transform(original, CONFIG, example_inputs=(x,))
+    finally:
+        is_over.set()
+        worker.join()
+    assert [(r.name, r.tier) for r in coverage(result).rows] == [(r.name, r.tier) for r in coverage(expected).rows]
+    assert coverage(result).graph_fraction == coverage(expected).graph_fraction
+
+
 def test_other_threads_go_on_meanwhile() -> None:
     original, x = _make("convolutional")
     plain, expected = _make("convolutional")[0].eval(), _make("convolutional")[0].eval()(x)
