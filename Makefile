@@ -60,17 +60,18 @@ test-native: $(INSTALLED)  ## Run the kernels' tests with checks of addresses an
 		$(BIN)/python -m pytest -p no:randomly $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 test-ecosystem: $(ECOSYSTEM)/.installed  ## Run the tests with accelerate, Lightning, peft, timm, opacus and transformers
-	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem tests/federated/test_privacy.py $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # An environment beside .venv, which it sees: the libraries do not change what `make test` runs with. timm asks for a
 # torchvision with compiled operators, which indexes do not have for every build of torch; its Python code is enough.
+# dp-accounting asks for an attrs of 2023, and does with today's.
 $(ECOSYSTEM)/.installed: $(INSTALLED) constraints-ecosystem.txt
 	test -x $(ECOSYSTEM)/bin/python || $(BIN)/python -m venv $(ECOSYSTEM)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -c constraints-ecosystem.txt \
 		$(shell sed -n '/^ecosystem = \[/,/^\]/s/^ *"\(.*\)",/'"'\1'"'/p' pyproject.toml)
-	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps timm torchvision
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps timm torchvision dp-accounting dm-tree
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -c constraints-ecosystem.txt --no-deps $(EXECUTORCH) \
 		|| echo "no ExecuTorch for this platform: its tests will be skipped"
 	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(ECOSYSTEM) onnxruntime-web@1.30 onnxruntime-node@1.30 \

@@ -17,9 +17,9 @@ from fedmef_fx.federated.demo import run_demo
 from fedmef_fx.models import resnet18
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # tests are no part of the installed package
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # tests are no part of the installed package
 
-from tests.inspection.browser import NARROW, Browser  # noqa: E402 - found by the line above
+from browser import NARROW, Browser  # noqa: E402 - found by the line above
 from tests.inspection.models import Encoder  # noqa: E402 - the same
 
 FOLDER = ROOT / "docs" / "images"

@@ -29,7 +29,7 @@ def test_views_of_inspect(view: str, expected: str) -> None:
 def test_inspect_writes_a_page(tmp_path: Path) -> None:
     page = tmp_path / "model.html"
     data = json_of("inspect", "digits_cnn", "--html", str(page))
-    assert data == {"html": str(page), "bytes": page.stat().st_size}
+    assert data == {"path": str(page), "bytes": page.stat().st_size}
     assert "<!doctype html>" in page.read_text(encoding="utf-8")[:20]
     with_memory = json_of("inspect", "digits_cnn", "--html", str(page), "--memory")
     assert with_memory["bytes"] > data["bytes"]

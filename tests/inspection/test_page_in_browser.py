@@ -13,7 +13,7 @@ from fedmef_fx.federated.history import History
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.models import mobilenet_v2, resnet18
 from tests.capture.models import build
-from tests.inspection.browser import NARROW, WIDE, Browser, NoBrowserError
+from browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
 from tests.inspection.steps import comparison, step_memory
 

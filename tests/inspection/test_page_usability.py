@@ -15,7 +15,7 @@ import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.inspection import inspect
 from fedmef_fx.models import resnet18
-from tests.inspection.browser import NARROW, Browser, NoBrowserError
+from browser import NARROW, Browser, NoBrowserError
 from tests.inspection.models import Encoder, VisionTransformer, two_convolutions
 
 pytestmark = pytest.mark.slow
