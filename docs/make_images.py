@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # tests are no part of the installed package
 
 from browser import NARROW, Browser  # noqa: E402 - found by the line above
+
 from tests.inspection.models import Encoder  # noqa: E402 - the same
 
 FOLDER = ROOT / "docs" / "images"

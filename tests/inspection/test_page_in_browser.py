@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import NARROW, WIDE, Browser, NoBrowserError
 from torch import Tensor, nn
 
 import fedmef_fx
@@ -13,7 +14,6 @@ from fedmef_fx.federated.history import History
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.models import mobilenet_v2, resnet18
 from tests.capture.models import build
-from browser import NARROW, WIDE, Browser, NoBrowserError
 from tests.inspection.models import HOSTILE_NAMES, Encoder, VisionTransformer, hostile, two_convolutions
 from tests.inspection.steps import comparison, step_memory
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from browser import NARROW, Browser, NoBrowserError
 from torch import Tensor, nn
 
 import fedmef_fx
 from fedmef_fx import Config
 from fedmef_fx.inspection import inspect
 from fedmef_fx.models import resnet18
-from browser import NARROW, Browser, NoBrowserError
 from tests.inspection.models import Encoder, VisionTransformer, two_convolutions
 
 pytestmark = pytest.mark.slow
