@@ -31,8 +31,8 @@ __all__ = [
     "scaled",
 ]
 
-# Terms that are held in float64 at a time, 8 MiB: what is needed besides is a few times as much.
-_TERMS: Final = 2**20
+# Terms that are held in float64 at a time, 2 MiB: what is needed besides is a few times as much.
+_TERMS: Final = 2**18
 
 Reduce = Callable[[Tensor], Tensor]
 """Of `[clients, coordinates]`, sorted along the clients, to `[coordinates]`."""

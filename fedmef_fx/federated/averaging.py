@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated.lazy_tensors import LazyTensor, part_of
+from fedmef_fx.sparsity.selection import largest_positions, magnitudes
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient, average_sparse_gradients
 
 __all__ = ["Candidates", "weighted_average", "weighted_candidates"]
 
-# Terms that are held in float64 at a time, 8 MiB: what is needed besides is a few times as much.
-_TERMS: Final = 2**20
+# Terms that are held in float64 at a time, 2 MiB: what is needed besides is a few times as much.
+_TERMS: Final = 2**18
 
 
 def weighted_average(tensors: Sequence[Tensor | LazyTensor], weights: Sequence[float]) -> Tensor:
@@ -91,20 +92,30 @@ class Candidates:
         return bisect.bisect_left(range(self.count), bound, key=lambda place: int(positions.part(place, place + 1)))
 
 
-def weighted_candidates(clients: Sequence[Candidates], weights: Sequence[float]) -> SparseGradient:
+def weighted_candidates(
+    clients: Sequence[Candidates], weights: Sequence[float], *, keep: int | None = None
+) -> SparseGradient:
     """`average_sparse_gradients`, of which few coordinates are looked at at a time.
 
     Args:
         clients: Growth candidates of one parameter, at least one client's.
         weights: One per client, > 0.
+        keep: How many of the largest averages are needed, of equal ones the first; None for all.
     """
     numel = clients[0].numel
     blocks = max(math.ceil(sum(client.count for client in clients) / _TERMS), 1)
     bounds = [numel * block // blocks for block in range(blocks + 1)]
-    parts = [
-        average_sparse_gradients(
+    found: SparseGradient | None = None
+    for low, high in itertools.pairwise(bounds):
+        part = average_sparse_gradients(
             [(client.between(low, high), weight) for client, weight in zip(clients, weights, strict=True)]
         )
-        for low, high in itertools.pairwise(bounds)
-    ]
-    return SparseGradient(torch.cat([p.positions for p in parts]), torch.cat([p.values for p in parts]), numel)
+        positions, values = part.positions, part.values
+        if found is not None:
+            positions, values = torch.cat([found.positions, positions]), torch.cat([found.values, values])
+        if keep is not None and keep < len(positions):
+            chosen = largest_positions(magnitudes(values), keep)
+            positions, values = positions[chosen], values[chosen]
+        found = SparseGradient(positions, values, numel)
+    assert found is not None  # noqa: S101  # there is at least one block
+    return found

@@ -72,7 +72,7 @@ class Server:
         aggregate: Aggregate | None = None,
         strategy: ServerHooks | None = None,
         run: str | None = None,
-        update_memory: int = 2**25,
+        update_memory: int = 2**24,
     ) -> None:
         if rounds < 1:
             raise ConfigError(f"Server: rounds: got {rounds}; expected an integer >= 1")

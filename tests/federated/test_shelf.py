@@ -106,3 +106,7 @@ def test_candidates_of_blocks_are_those_of_all(monkeypatch: pytest.MonkeyPatch) 
     found = weighted_candidates(clients, weights)
     assert torch.equal(found.positions, expected.positions)
     assert torch.equal(found.values, expected.values)
+    best = weighted_candidates(clients, weights, keep=40)
+    chosen = expected.values.abs().topk(40).indices.sort().values
+    assert torch.equal(best.positions, expected.positions[chosen])
+    assert torch.equal(best.values, expected.values[chosen])

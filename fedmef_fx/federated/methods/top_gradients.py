@@ -16,6 +16,7 @@ from fedmef_fx.federated.lazy_tensors import LazyGradients, column
 from fedmef_fx.federated.messages import ReportName, Update
 from fedmef_fx.federated.methods.policies import Adjustment, AfterRound
 from fedmef_fx.sparse_model.parameters import masked_parameters
+from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 from fedmef_fx.training.adjustment import adjust
 
@@ -47,17 +48,22 @@ class TopGradients(Adjustment):
             return {}
         sizes = {name: parameter.numel for name, parameter in masked_parameters(after.model).items()}
         marked = after.marked if self.prune_marked else None
-        return adjust(after.model, averaged_candidates(after.updates, sizes), after.counts, marked=marked)
+        is_by_weight = transformation_of(after.model).config.granularity == "weight"
+        found = averaged_candidates(after.updates, sizes, keep=after.counts if is_by_weight else None)
+        return adjust(after.model, found, after.counts, marked=marked)
 
 
-def averaged_candidates(updates: Sequence[Update], sizes: Mapping[str, int]) -> Mapping[str, SparseGradient]:
+def averaged_candidates(
+    updates: Sequence[Update], sizes: Mapping[str, int], *, keep: Mapping[str, int] | None = None
+) -> Mapping[str, SparseGradient]:
     """Growth candidates of all clients, weighted by samples; those of a parameter are averaged when they are asked for.
 
     Args:
         updates: With gradients, or with votes, each of which counts as a gradient of 1.
         sizes: Parameter name -> number of weights.
+        keep: Parameter name -> how many of the largest are needed; None for all.
     """
-    return _Averages(updates, sizes)
+    return _Averages(updates, sizes, keep)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +72,7 @@ class _Averages(Mapping[str, SparseGradient]):
 
     updates: Sequence[Update]
     sizes: Mapping[str, int]
+    keep: Mapping[str, int] | None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sizes)
@@ -75,7 +82,8 @@ class _Averages(Mapping[str, SparseGradient]):
 
     def __getitem__(self, name: str) -> SparseGradient:
         clients = [_candidates(update, name, self.sizes[name]) for update in self.updates]
-        return weighted_candidates(clients, [update.samples for update in self.updates])
+        keep = None if self.keep is None else self.keep[name]
+        return weighted_candidates(clients, [update.samples for update in self.updates], keep=keep)
 
 
 def _candidates(update: Update, name: str, numel: int) -> Candidates:
