@@ -6,9 +6,11 @@ an operation, such as those of a convolution: `fedmef_fx.measure.allocator` has 
 """
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, Final, Literal
 
 import torch
@@ -33,6 +35,9 @@ CATEGORIES: Final[tuple[Category, ...]] = (
 )
 Phase = Literal["forward", "backward", "optimizer"]
 
+_ADD: Final = torch.ops.aten.add.Tensor
+_WRAPPERS: Final = ("torch._dynamo", "torch._compile")
+"""Modules of what torch puts around a mode's `__torch_dispatch__`."""
 _LAYER: Final = "fedmef_fx.layer"
 """Where an autograd node says which layer made it, in its metadata."""
 
@@ -235,7 +240,8 @@ class StepTimeline(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in((args, kwargs, out)):
             self._meet(tensor)
-        self._note(site)
+        if not (func is _ADD and self._phase == "backward" and _is_called_by_engine(sys._getframe(1))):
+            self._note(site)
         return out
 
     def _note(self, site: Site) -> None:
@@ -280,6 +286,18 @@ class _Storage:
     is_fixed: bool = False
     keepers: int = 0  # saved tensors on it that autograd holds
     saver: str = ""
+
+
+def _is_called_by_engine(caller: FrameType | None) -> bool:
+    """Whether autograd's engine called an operation: no Python of a backward function lies between.
+
+    Where gradients of a tensor with several readers meet it adds to the one that it has, in place, if nobody else holds
+    that. While a dispatch mode is on it makes a third tensor, and lets go of the first at once: what is alive after the
+    next operation is what would be without this timeline.
+    """
+    while caller is not None and caller.f_globals.get("__name__", "").startswith(_WRAPPERS):
+        caller = caller.f_back
+    return caller is not None and caller.f_globals.get("__name__") == "torch.autograd.graph"
 
 
 class AttributedSaves(SavedTensors):

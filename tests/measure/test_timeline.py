@@ -133,3 +133,44 @@ def test_a_module_is_excluded_as_the_saved_tensors_meter_excludes_it() -> None:
     del loss
     assert timeline.current["saved"] == 0
     assert timeline.current["weights"] == 40
+
+
+class _Double(torch.autograd.Function):
+    """Keeps nothing; its gradient is a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def _peak_of_backward(*, is_held: bool) -> tuple[int, int]:
+    """The peak while the gradients of two readers of one tensor meet, and the bytes of the tensor."""
+    x = torch.randn(1000, requires_grad=True)
+    hidden = x * 1.0
+    first: list[Tensor] = []
+    loss = hidden.new_zeros(())
+    for _ in range(2):
+        result = _Double.apply(hidden)  # type: ignore[no-untyped-call]  # torch's own
+        if is_held:
+            result.grad_fn.register_hook(lambda grads, _: first.extend(grads))
+        loss = loss + result.sum()
+        del result
+    nbytes = hidden.nbytes
+    del hidden
+    timeline = StepTimeline()
+    timeline.hold([x], "inputs")
+    with timeline.during("backward"):
+        loss.backward()
+        x.new_empty(())  # what is alive is noted with the next operation
+    return timeline.peak, nbytes
+
+
+def test_gradients_of_two_readers_are_added_in_place_as_without_a_timeline() -> None:
+    peak, nbytes = _peak_of_backward(is_held=False)
+    assert 3 * nbytes <= peak < 4 * nbytes  # x, and the gradients of both readers
+    peak, nbytes = _peak_of_backward(is_held=True)  # somebody keeps these: their sum is a third tensor
+    assert peak >= 4 * nbytes
