@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fedmef_fx.export.onnx.unpack import unpack_onnx
     from fedmef_fx.export.training.executorch_file import export_executorch
     from fedmef_fx.export.training.report import TrainingExportReport
+    from fedmef_fx.fitting.fit import fit
+    from fedmef_fx.fitting.report import FitReport
     from fedmef_fx.inspection import inspect
     from fedmef_fx.measure.memory import memory
     from fedmef_fx.sparse_model.averages import averaged
@@ -45,6 +47,7 @@ __all__ = [
     "ExportReport",
     "Extrusion",
     "FedmefError",
+    "FitReport",
     "TrainingExportReport",
     "averaged",
     "compact",
@@ -55,6 +58,7 @@ __all__ = [
     "export_executorch",
     "export_onnx",
     "federated",
+    "fit",
     "freeze",
     "growth_candidates",
     "inspect",
@@ -81,6 +85,7 @@ _HOMES: Final = {
     "ExportReport": "export.onnx.report",
     "Extrusion": "training.extrusion",
     "FedmefError": "errors",
+    "FitReport": "fitting.report",
     "TrainingExportReport": "export.training.report",
     "averaged": "sparse_model.averages",
     "compact": "export.compact.compact",
@@ -90,6 +95,7 @@ _HOMES: Final = {
     "density": "sparse_model.masks",
     "export_executorch": "export.training.executorch_file",
     "export_onnx": "export.onnx.onnx_file",
+    "fit": "fitting.fit",
     "freeze": "export.freeze.freeze",
     "growth_candidates": "training.growth",
     "inspect": "inspection",

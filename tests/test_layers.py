@@ -34,6 +34,7 @@ ROOMS = [
     "export",
     "budget",
     "transformation",
+    "fitting",
     "federated",
     "checkpoint",
     "inspection",

@@ -1,10 +1,11 @@
 """Models and inputs as the command line names them."""
 
 import contextlib
+import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -34,8 +35,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help=f"{', '.join(REFERENCE_MODELS)}, or package.module:callable, which is imported from the current directory "
-        "or as installed and called without arguments.",
+        help=f"{', '.join(REFERENCE_MODELS)}, timm:NAME, torchvision:NAME, or package.module:callable, which is "
+        "imported from the current directory or as installed and called without arguments.",
         autocompletion=lambda: list(REFERENCE_MODELS),
     ),
 ]
@@ -65,15 +66,17 @@ _IMAGES: Final = {
     "vit_tiny": (3, 32, 32),
 }
 _TOKENS: Final = {"gpt2_bytes": (128,)}  # length; each is a byte
+_COLLECTIONS: Final = {"timm": ("timm", "create_model"), "torchvision": ("torchvision.models", "get_model")}
 _SHAPE: Final = re.compile(r"\d+(x\d+)*")
 
 
-def build_model(name: str, *, seed: int = 0) -> nn.Module:
+def build_model(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a name.
 
     Args:
-        name: Of a reference model, or `package.module:callable`.
+        name: Of a reference model, `timm:NAME`, `torchvision:NAME`, or `package.module:callable`.
         seed: Of its initial weights.
+        options: Arguments that it is built with.
 
     Raises:
         ConfigError: No such model, or one that cannot be built; the message says why.
@@ -81,18 +84,25 @@ def build_model(name: str, *, seed: int = 0) -> nn.Module:
     factory = _factory(name)
     torch.manual_seed(seed)
     try:
-        model = factory()
+        model = factory(**(options or {}))
     except Exception as error:
-        raise ConfigError(f"model {name!r}: calling it without arguments failed: {_told(error)}") from error
+        given = f"with {', '.join(options)}" if options else "without arguments"
+        raise ConfigError(f"model {name!r}: calling it {given} failed: {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r}: it returned {type(model).__name__}; expected a torch.nn.Module")
     return model
 
 
-def _factory(name: str) -> Callable[[], Any]:
+def _factory(name: str) -> Callable[..., Any]:
     if name in REFERENCE_MODELS:
         return REFERENCE_MODELS[name]
     module_name, colon, attribute = name.partition(":")
+    if module_name in _COLLECTIONS and attribute:
+        library, create = _COLLECTIONS[module_name]
+        try:
+            return functools.partial(getattr(importlib.import_module(library), create), attribute)
+        except ImportError as error:
+            raise ConfigError(f"model {name!r}: {module_name} is not installed: pip install {module_name}") from error
     if not colon or not module_name or not attribute:
         raise ConfigError(f"model {name!r}: expected {' | '.join(REFERENCE_MODELS)}, or package.module:callable")
     with _current_directory_importable():
@@ -110,7 +120,7 @@ def _factory(name: str) -> Callable[[], Any]:
             f"model {name!r}: {attribute!r} is {type(value).__name__}; expected a function or class that is called "
             "without arguments, e.g. def build(): return Net()"
         )
-    factory: Callable[[], Any] = value
+    factory: Callable[..., Any] = value
     return factory
 
 
