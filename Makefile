@@ -19,12 +19,13 @@ KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native
 	tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 ECOSYSTEM := .venv-ecosystem
+FLOWER := .venv-flower
 DOCS := .venv-docs
 # What ExecuTorch needs to write and run a training step; it asks for much more, for other platforms.
 EXECUTORCH := executorch flatbuffers pandas python-dateutil pytz ruamel.yaml sympy tabulate torchao tzdata
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-native test-ecosystem lint format bench docs docs-images clean
+.PHONY: help install demo test test-fast test-slow test-native test-ecosystem test-flower lint format bench docs docs-images clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,7 +41,7 @@ demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a m
 	$(BIN)/fedmef-fx demo
 
 # Threads that wait by spinning slow each other down many times over when another process wants a core.
-test test-fast test-slow test-ecosystem: export OMP_WAIT_POLICY ?= passive
+test test-fast test-slow test-ecosystem test-flower: export OMP_WAIT_POLICY ?= passive
 
 test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
@@ -76,6 +77,18 @@ $(ECOSYSTEM)/.installed: $(INSTALLED) constraints-ecosystem.txt
 		|| echo "no ExecuTorch for this platform: its tests will be skipped"
 	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(ECOSYSTEM) onnxruntime-web@1.30 onnxruntime-node@1.30 \
 		|| echo "no npm here: the tests of the web example will be skipped"
+	touch $@
+
+test-flower: $(FLOWER)/.installed  ## Run the tests with Flower and Ray; PYTEST_ARGS="-m 'not slow'" leaves real processes out
+	$(FLOWER)/bin/python -m pytest tests/flower $(PYTEST_ARGS)
+
+# Beside .venv, which it sees, but for what Flower wants older: that it has in versions of its own.
+$(FLOWER)/.installed: $(INSTALLED) constraints-flower.txt
+	test -x $(FLOWER)/bin/python || $(BIN)/python -m venv $(FLOWER)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beside.pth"
+	$(FLOWER)/bin/python -m pip install --disable-pip-version-check --ignore-installed -c constraints-flower.txt \
+		'flwr[simulation]' typer rich click protobuf packaging
 	touch $@
 
 lint: $(INSTALLED)  ## Check style and types

@@ -22,7 +22,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {
     "fedmef_fx": ["fedmef_fx", "fedmef_fx.checkpoint.hub"],
-    "federated": ["fedmef_fx.federated"],
+    "federated": ["fedmef_fx.federated", "fedmef_fx.federated.flower"],
     "passes": ["fedmef_fx.passes"],
     "training": [
         "fedmef_fx.training.clipping",

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "compare": "Compare two checkpoints, or two rounds of a federation.",
     "memory": "Measure or predict what a training step takes.",
     "bench": "Time the transformation, a training step, a file.",
+    "flower": "Write a Flower app that trains on many machines.",
     "doctor": "Check the installation, or what becomes of a model.",
 }
 """Name of each command, which is that of its function and module, and what it is for."""

@@ -54,7 +54,10 @@ def _folder(package: str) -> str:
 
 
 def _pinned() -> dict[str, Version]:
-    files = [ROOT / name for name in ("constraints.txt", "constraints-ecosystem.txt", "constraints-docs.txt")]
+    files = [
+        ROOT / name
+        for name in ("constraints.txt", "constraints-ecosystem.txt", "constraints-docs.txt", "constraints-flower.txt")
+    ]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pins = (line.split("==") for line in lines if not line.startswith("#"))
     return {canonicalize_name(name): Version(version) for name, version in pins}

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmef_fx.federated.batches import Collate
-from fedmef_fx.federated.client_state import read_client_state, write_client_state
+from fedmef_fx.federated.client_state import (
+    decoded_client_state,
+    encoded_client_state,
+    read_client_state,
+    write_client_state,
+)
 from fedmef_fx.federated.hooks import ClientHooks
 from fedmef_fx.federated.local import LocalTraining, train_locally
 from fedmef_fx.federated.messages import RoundTask, Update
@@ -139,6 +144,23 @@ class Client:
             CheckpointError: A file that is missing, damaged, something else, or of another model.
         """
         self.received, states = read_client_state(path, self._schema)
+        self.states.clear()
+        self.states.update(states)
+
+    def kept(self) -> bytes:
+        """What `save` writes, for transports that keep it elsewhere than in a file."""
+        return encoded_client_state(self.received, self.states)
+
+    def restore(self, data: bytes) -> None:
+        """Go on with what `kept` gave.
+
+        Args:
+            data: The bytes.
+
+        Raises:
+            CheckpointError: Bytes that are damaged, something else, or of another model.
+        """
+        self.received, states = decoded_client_state(data, self._schema, where="Client.restore")
         self.states.clear()
         self.states.update(states)
 

@@ -16,7 +16,7 @@ from fedmef_fx.files.atomic import check_target, replacing
 from fedmef_fx.files.container import decode, digest, encode
 from fedmef_fx.packing.bitmap import pack_bits
 
-__all__ = ["read_client_state", "write_client_state"]
+__all__ = ["decoded_client_state", "encoded_client_state", "read_client_state", "write_client_state"]
 
 _FORMAT: Final = 1
 _KIND: Final = "client"
@@ -39,6 +39,12 @@ def write_client_state(path: str | Path, received: ModelState | None, states: St
         CheckpointError: The file cannot be written.
     """
     target = check_target(path, error=CheckpointError)
+    with replacing(target, error=CheckpointError) as temporary:
+        temporary.write_bytes(encoded_client_state(received, states))
+
+
+def encoded_client_state(received: ModelState | None, states: States | None = None) -> bytes:
+    """The bytes of the file that `write_client_state` writes."""
     masks, dense = (received.masks, received.dense) if received else ({}, {})
     tensors = {f"mask/{name}": pack_bits(mask) for name, mask in masks.items()}
     tensors |= {f"dense/{name}": tensor for name, tensor in dense.items()}
@@ -46,8 +52,7 @@ def write_client_state(path: str | Path, received: ModelState | None, states: St
         tensors |= {f"{_KEPT}{client}/{name}": tensor for name, tensor in kept.items()}
     fields = {"version": received.version if received else None, "run": received.run if received else ""}
     metadata = {"format": _FORMAT, "kind": _KIND, "digest": digest(tensors, fields), **fields}
-    with replacing(target, error=CheckpointError) as temporary:
-        temporary.write_bytes(encode(tensors, metadata))
+    return encode(tensors, metadata)
 
 
 def read_client_state(path: str | Path, schema: Schema) -> tuple[ModelState | None, dict[int, dict[str, Tensor]]]:
@@ -64,12 +69,30 @@ def read_client_state(path: str | Path, schema: Schema) -> tuple[ModelState | No
         CheckpointError: A file that is missing, damaged, something else, or of another model.
     """
     try:
-        return _parsed(Path(path).read_bytes(), schema)
+        data = Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; expected a file that Client.save wrote") from error
+    return decoded_client_state(data, schema, where=str(path))
+
+
+def decoded_client_state(
+    data: bytes, schema: Schema, *, where: str
+) -> tuple[ModelState | None, dict[int, dict[str, Tensor]]]:
+    """Read bytes that `encoded_client_state` made.
+
+    Args:
+        data: The bytes.
+        schema: Of the client's model.
+        where: Where they come from, for the error.
+
+    Raises:
+        CheckpointError: They are damaged, something else, or of another model.
+    """
+    try:
+        return _parsed(data, schema)
     except WireError as error:
         raise CheckpointError(
-            f"{path}: {error}; expected a file that Client.save wrote for this model: a client without one is sent "
+            f"{where}: {error}; expected a file that Client.save wrote for this model: a client without one is sent "
             "everything anew, so the file may be deleted"
         ) from error
 

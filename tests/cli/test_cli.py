@@ -8,7 +8,19 @@ import pytest
 
 from tests.cli.program import invoke, json_of, on_terminal, run
 
-COMMANDS = ["demo", "train", "compare-methods", "export", "verify", "inspect", "compare", "memory", "bench", "doctor"]
+COMMANDS = [
+    "demo",
+    "train",
+    "compare-methods",
+    "export",
+    "verify",
+    "inspect",
+    "compare",
+    "memory",
+    "bench",
+    "flower",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from program import invoke, json_of
 
 from fedmef_fx.commands import train
 from fedmef_fx.federated import RoundRecord
+from tests.cli.program import invoke, json_of
 
 ARGUMENTS = ["train", "--rounds", "2", "--clients", "20", "--clients-per-round", "1", "--output", "run"]
 

@@ -1,6 +1,7 @@
 """Which engine `run` plays its rounds with."""
 
 import copy
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Literal, get_args
 
@@ -15,8 +16,11 @@ from fedmef_fx.federated.wire import encode_broadcast
 
 __all__ = ["Engine", "check_engine", "crew_at_work"]
 
-Engine = Literal["inprocess"]
+Engine = Literal["inprocess", "flower-simulation"]
+"""On this machine; in Flower's simulation, on Ray (extra `flower`)."""
 
+# Flower and Ray read these when they are imported: nothing is reported to anybody, nothing is looked up.
+_QUIET: Final = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 _ENGINES: Final = get_args(Engine)
 
 
@@ -43,8 +47,9 @@ def crew_at_work(engine: Engine, crew: Crew, table: Table, *, parallel: int | No
         table: The server's side.
         parallel: How many processes train at once; None for this process alone.
     """
-    del engine
     server = table.server
+    if engine == "flower-simulation":
+        return _simulation(crew, table, parallel=parallel)
     if parallel is None:
         client = Client(
             copy.deepcopy(crew.network),
@@ -62,3 +67,24 @@ def crew_at_work(engine: Engine, crew: Crew, table: Table, *, parallel: int | No
         return encode_broadcast(server.task(), server.state, changed=server.changed)
 
     return Processes(crew, count=min(parallel, table.clients), states=table.states, complete=complete)
+
+
+def _simulation(crew: Crew, table: Table, *, parallel: int | None) -> AbstractContextManager[Peers]:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        from fedmef_fx.federated.flower.simulation import Simulation  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise ConfigError(
+            "federated.run: engine='flower-simulation' needs Flower and Ray: pip install 'fedmef-fx[flower]' "
+            "'flwr[simulation]'"
+        ) from error
+    server = table.server
+    simulation: AbstractContextManager[Peers] = Simulation(
+        crew,
+        clients=table.clients,
+        parallel=parallel,
+        about=lambda: (server.state.run, server.state.version),
+        state_dir=None if table.directory is None else (table.directory / "clients").resolve(),
+    )
+    return simulation

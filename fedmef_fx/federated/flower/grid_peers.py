@@ -49,7 +49,7 @@ class GridPeers:
         run, round_index = self._about()
         content = packed(message, run=run, round=round_index)
         parcel = Message(content, node, TRAIN, group_id=str(round_index))
-        (identity,) = list(self._grid.push_messages([parcel]))
+        identity = next(iter(self._grid.push_messages([parcel])), None)
         if not identity:
             self._done.append(Reply(client=client, seconds=0.0, reason="died: its node took no message"))
             return

@@ -6,6 +6,7 @@ from typing import Any, Final
 from flwr.app import Message
 
 from fedmef_fx.errors import RoundError
+from fedmef_fx.federated.failures import redacted
 from fedmef_fx.federated.flower.parcels import QUERY, fields_of, packed
 
 __all__ = ["Nodes"]
@@ -22,18 +23,27 @@ class Nodes:
     Args:
         grid: Flower's.
         clients: How many clients there are.
+
+    Attributes:
+        samples: Client -> how many samples it declared.
+        refused: Node -> why it is nobody's, as far as it said so.
     """
 
     def __init__(self, grid: Any, *, clients: int) -> None:
         self.clients = clients
         self.samples: dict[int, int] = {}
+        self.refused: dict[int, str] = {}
         self.grid = grid
         self._node: dict[int, int] = {}
         self._asked: set[int] = set()
         self._online: set[int] = set()
 
-    def wait(self, *, timeout_s: float | None) -> None:
+    def wait(self, *, timeout_s: float | None, are_own: bool = False) -> None:
         """Wait until every client has a node.
+
+        Args:
+            timeout_s: How long; None for ever.
+            are_own: Whether a node that refuses is reason enough to give up.
 
         Raises:
             RoundError: Not in time.
@@ -44,13 +54,19 @@ class Nodes:
             missing = [client for client in range(self.clients) if client not in self._node]
             if not missing:
                 return
-            if timeout_s is not None and time.perf_counter() - start >= timeout_s:
+            is_late = timeout_s is not None and time.perf_counter() - start >= timeout_s
+            if is_late or (are_own and self.refused):
+                seconds, names = time.perf_counter() - start, ", ".join(map(str, missing[:10]))
                 raise RoundError(
-                    f"flower.serve: got nodes of {len(self._node)} clients in {timeout_s:g} s; expected "
-                    f"{self.clients}: none says that it is client {', '.join(map(str, missing[:10]))}. Start a "
-                    "SuperNode for each, with --node-config 'partition-id=0' and so on"
+                    f"flower.serve: got nodes of {len(self._node)} clients in {seconds:.1f} s; expected "
+                    f"{self.clients}: none says that it is client {names}. Start a SuperNode for each, with "
+                    f"--node-config 'partition-id=0' and so on. {self.complaints()}"
                 )
             time.sleep(_PAUSE_S)
+
+    def complaints(self) -> str:
+        """What the nodes said that are nobody's."""
+        return "; ".join(f"a node said: {text}" for text in list(self.refused.values())[:3])
 
     def of(self, client: int) -> int | None:
         """The node of a client; None where none is connected."""
@@ -75,7 +91,10 @@ class Nodes:
             fields = {} if reply.has_error() else fields_of(reply.content)
             client, samples = fields.get("client"), fields.get("samples")
             if type(client) is not int or type(samples) is not int or not 0 <= client < self.clients or samples < 1:
+                said = reply.error.reason if reply.has_error() else fields.get("reason", f"client {client!r:.20}")
+                self.refused[node] = redacted((str(said).strip().splitlines() or [""])[-1])
                 self._asked.discard(node)  # asked again later
                 continue
+            self.refused.pop(node, None)
             if self.samples.setdefault(client, samples) == samples:
                 self._node.setdefault(client, node)
