@@ -13,9 +13,11 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import torch
+from _docs import fill
 from _machine import machine
 from methods import small_mobilenet, small_resnet
 from rich.console import Console
@@ -83,12 +85,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=LocalTraining().epochs)
     parser.add_argument("--batch", type=int, default=LocalTraining().batch_size)
+    parser.add_argument("--docs", type=Path, help="page whose table is filled in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     training = LocalTraining(epochs=options.epochs, batch_size=options.batch)
-    table = Table(title=machine())
-    for name in ("model", "method", "ordinary", "adjustment", "ratio", "each", "peak", "adjustment", "ratio"):
-        table.add_column(name, justify="right")
+    headings = ("model", "method", "ordinary", "adjustment", "ratio", "each", "peak", "adjustment", "ratio")
+    rows = []
     for model in options.models:
         for method in options.methods:
             client = Client(model, method, training, samples=options.samples)
@@ -96,7 +98,7 @@ def main() -> None:
             pairs = [(client.seconds("ordinary"), client.seconds("adjustment")) for _ in range(options.repeats)]
             ratios = [after / before for before, after in pairs]
             plain, adjusting = client.peak("ordinary"), client.peak("adjustment")
-            table.add_row(
+            row = (
                 model,
                 method,
                 f"{statistics.median(before for before, _ in pairs):.2f} s",
@@ -107,7 +109,17 @@ def main() -> None:
                 shown_bytes(adjusting),
                 f"{adjusting / plain:.3f}",
             )
+            rows.append(row)
+    table = Table(title=machine())
+    for name in headings:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     Console(width=140).print(table)
+    if options.docs is not None:
+        text = "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows])
+        setting = f"{options.samples} samples, {options.epochs} epochs in batches of {options.batch}."
+        fill(options.docs, "adjustment round", f"{text}\n\n{setting} {machine()}")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def runs(options: argparse.Namespace, data: Data) -> dict[Round, list[dict[str, 
 def warmed(options: argparse.Namespace, data: Cifar10, seed: int) -> nn.Module:
     """The network that the rounds start from."""
     torch.manual_seed(seed)
-    model = transform(network(), Config(density=0.1, activation_sparsity=0.0, seed=seed)).train()
+    config = Config(density=0.1, activation_sparsity=0.0, weight_storage="dense", seed=seed)
+    model = transform(network(), config).train()
     order = torch.Generator().manual_seed(seed)
     for _ in train(model, optimizer_of(model, options.rate), data, steps=options.warm, order=order):
         pass
