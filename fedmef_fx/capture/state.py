@@ -108,7 +108,7 @@ def fixed_seed(seed: int = _SEED) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Sees this thread draw random numbers from torch's generators.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Draws(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # the same
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
