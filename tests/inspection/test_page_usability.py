@@ -217,7 +217,9 @@ def test_narrow_tables_show_density_and_reason(browser: Browser, pages: dict[str
     browser.click("#tab-layers")
     assert browser.run(OVERFLOW) <= 0
     for column in ("density", "reason"):
-        box = browser.run(f"return document.querySelector('td.c-{column}').getBoundingClientRect()")
+        box = browser.run(
+            f"return [...document.querySelectorAll('td.c-{column}')].find(e => e.innerText).getBoundingClientRect()"
+        )
         assert box["left"] >= 0
         assert box["right"] <= NARROW[0]
         assert box["height"] > 0
