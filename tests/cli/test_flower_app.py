@@ -25,11 +25,13 @@ def test_a_new_app(name: str, package: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    result = invoke("flower", "new", str(tmp_path))
+    directory = tmp_path / "app"
+    directory.mkdir()
+    (directory / "README.md").write_text("mine")
+    result = invoke("flower", "new", str(directory))
     assert result.exit_code == 1
     assert "README.md already" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert [path.name for path in directory.iterdir()] == ["README.md"]
 
 
 def test_what_is_not_there_is_usage(tmp_path: Path) -> None:
