@@ -24,9 +24,9 @@ from fedmef_fx import inspect, transform
 from fedmef_fx.commands.arguments import example_input
 from fedmef_fx.models import REFERENCE_MODELS
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests are no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # tests are no part of the installed package
 
-from tests.inspection.browser import Browser, NoBrowserError
+from browser import Browser, NoBrowserError
 
 _PAINT = "return performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)"
 
