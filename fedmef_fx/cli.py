@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "demo": "Train a small federation, export it, check the file.",
     "train": "Train a model, federated and sparse, or go on with a run.",
     "compare-methods": "Run federated methods on the same clients, side by side.",
-    "fit": "Make a pretrained model fit into a file of a size, within a time.",
+    "fit": "Make a pretrained model fit a size in bytes and a time.",
     "export": "Write a transformed or a trained model as an ONNX file.",
     "verify": "Check an exported file against the digest in it.",
     "unpack": "Write a packed ONNX file as a plain, dense one.",

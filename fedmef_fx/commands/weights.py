@@ -1,5 +1,6 @@
 """Weights of a pretrained model: state dicts in files that run no code when they are read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{where}: there is no such file") from error
     except Exception as error:  # both readers raise whatever their formats do
         raise DataError(
-            f"{where}: cannot be read: {type(error).__name__}: {error!s:.200}; expected a state dict, as .safetensors "
+            f"{where}: cannot be read: {_in_one_line(error)}; expected a state dict, as .safetensors "
             "or as torch.save(model.state_dict(), path) writes it"
         ) from error
     for key in _NESTED:
@@ -57,3 +58,9 @@ def _state(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise DataError(f"{where}: holds {type(loaded).__name__}; expected a state dict: names and tensors")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _in_one_line(error: Exception) -> str:
+    """The beginning of an error, without line breaks and the codes that make terminals write bold."""
+    words = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
+    return f"{type(error).__name__}: {' '.join(words):.160}"

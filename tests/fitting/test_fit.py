@@ -165,7 +165,8 @@ def test_a_scan_finds_the_layer_that_matters_and_leaves_the_model_alone() -> Non
     layers = scan(model, ["0.weight", "1.weight", "2.weight"], [Batch((torch.randn(64, 8),), None)])
 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert layers[0].by_share[0.25] == pytest.approx(0.0, abs=1e-6) < layers[1].by_share[0.25]
+    assert layers[0].by_share[0.25] == pytest.approx(0.0, abs=1e-6)
+    assert layers[1].by_share[0.25] > 1e-4
     shares = keep_shares(layers, 0.5)
     assert sum(shares[layer.name] * layer.numel for layer in layers) == pytest.approx(0.5 * 152)
     assert shares["0.weight"] < shares["1.weight"]
