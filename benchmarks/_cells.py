@@ -85,7 +85,7 @@ def run_cells(
         contenders: Rows.
         seeds: One cell per row and seed.
         log: The file of finished cells.
-        until: The `time.monotonic()` after which no new cell is started.
+        until: The `time.monotonic()` after which no cell is started or continued.
         console: Where to print.
         docs: A page whose place of the problem's title gets the table.
         curves: An image to draw accuracy by rounds and bytes into.
@@ -96,10 +96,11 @@ def run_cells(
             key = (contender.label, seed)
             with _claimed(log, problem.title, key) as folder:
                 is_done = key in _finished(problem, contenders, log)
-                if folder is None or is_done or (time.monotonic() > until and not any(folder.iterdir())):
+                if folder is None or is_done or time.monotonic() > until:
                     continue
                 _run_cell(problem, contender, seed, log=log, folder=folder, console=console, failures=failures)
     done = _finished(problem, contenders, log)
+    machines = sorted({entry["machine"] for entry in _entries(problem, contenders, log)})
     missing = [f"{c.label} seed {seed}" for seed in seeds for c in contenders if (c.label, seed) not in done]
     text = _table(contenders, seeds, done)
     text += f"\nCells not run: {', '.join(missing) or 'none'}.\n"
@@ -109,7 +110,7 @@ def run_cells(
     if not done:
         return
     if docs is not None:
-        fill(docs, problem.title, f"{text}\n{machine()}")
+        fill(docs, problem.title, f"{text}\n" + "\n\n".join(machines))
     if curves is not None:
         runs: dict[str, dict[int, History]] = {}
         for (label, seed), history in done.items():
@@ -149,6 +150,7 @@ def _run_cell(
         "label": contender.label,
         "seed": seed,
         "settings": problem.settings(contender),
+        "machine": machine(),
         "cpu_seconds": time.process_time() - start,
         "history": json.loads(history.to_json()),
     }
@@ -178,16 +180,21 @@ def _claimed(log: Path, title: str, key: Key) -> Iterator[Path | None]:
         yield folder
 
 
-def _finished(problem: Problem, contenders: Sequence[Contender], log: Path) -> dict[Key, History]:
-    """Cells of the file that were run with today's settings; of several the last."""
-    settings = {contender.label: problem.settings(contender) for contender in contenders}
-    done: dict[Key, History] = {}
+def _entries(problem: Problem, contenders: Sequence[Contender], log: Path) -> Iterator[dict[str, Any]]:
+    """Lines of the file that were run with today's settings."""
+    settings = {contender.label: json.dumps(problem.settings(contender)) for contender in contenders}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
-        label = entry["label"]
-        if entry["table"] == problem.title and json.dumps(settings.get(label)) == json.dumps(entry["settings"]):
-            done[label, entry["seed"]] = History.from_json(json.dumps(entry["history"]))
-    return done
+        if entry["table"] == problem.title and settings.get(entry["label"]) == json.dumps(entry["settings"]):
+            yield entry
+
+
+def _finished(problem: Problem, contenders: Sequence[Contender], log: Path) -> dict[Key, History]:
+    """Histories of these cells; of several the last."""
+    return {
+        (entry["label"], entry["seed"]): History.from_json(json.dumps(entry["history"]))
+        for entry in _entries(problem, contenders, log)
+    }
 
 
 def _table(contenders: Sequence[Contender], seeds: Sequence[int], done: Mapping[Key, History]) -> str:

@@ -10,7 +10,7 @@ of one core. Rows: every method of `federated.METHODS` (FedMef with this project
 activations, BatchNorm. --intervals runs FedMef, FedDST and FedRTS at several Delta_R instead.
 
 Finished cells are lines of the file --log: what is there is not run again, an interrupted cell goes on where it was.
-No new cell is started after --minutes (0 only prints), and those that were not run are listed. A process uses one
+No cell is started or continued after --minutes (0 only prints), and those that were not run are listed. A process uses one
 thread; start the same command once more to use another core, the two share the cells.
 
 Weights are stored dense while training, which is faster for networks this small and the same up to rounding. FedRTS'
@@ -134,7 +134,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, required=True, help="file of finished cells")
     parser.add_argument("--docs", type=Path, help="page whose tables are filled in")
     parser.add_argument("--curves", type=Path, help="folder for images of accuracy by rounds and bytes")
-    parser.add_argument("--minutes", type=float, default=180.0, help="after which no new cell is started")
+    parser.add_argument("--minutes", type=float, default=180.0, help="after which no cell is started or continued")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
