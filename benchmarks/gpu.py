@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedmef_fx import Config, transform
 from fedmef_fx.models import gpt2_bytes, mobilenet_v2, resnet18, resnet50
-from fedmef_fx.packing.fused import TRITON_VARIABLE
+from fedmef_fx.packing.triton_choice import TRITON_VARIABLE
 
 BLOCKS = ("_BasicBlock", "_Bottleneck", "_InvertedResidual", "_Block")
 BASELINE = "masked-dense"

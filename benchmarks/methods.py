@@ -10,8 +10,8 @@ of one core. Rows: every method of `federated.METHODS` (FedMef with this project
 activations, BatchNorm. --intervals runs FedMef, FedDST and FedRTS at several Delta_R instead.
 
 Finished cells are lines of the file --log: what is there is not run again, an interrupted cell goes on where it was.
-No cell is started or continued after --minutes (0 only prints), and those that were not run are listed. A process uses one
-thread; start the same command once more to use another core, the two share the cells.
+No cell is started or continued after --minutes (0 only prints), and those that were not run are listed. A process uses
+one thread; start the same command once more to use another core, the two share the cells.
 
 Weights are stored dense while training, which is faster for networks this small and the same up to rounding. FedRTS'
 published table shares methods and density with this one, not the setting: there ResNet18, 100 clients of which 10 take

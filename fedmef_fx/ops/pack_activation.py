@@ -32,7 +32,7 @@ class PackActivation(nn.Module):
     """Keeps an activation for the backward of the layers that read it: its largest part, in few bits, or both.
 
     Without a sparsity all of it is coded. Of the result of a ReLU, whose mask is kept anyway, only the positive part is
-    (`fedmef_fx.packing.rectified`).
+    (`fedmef_fx.packing.rectified`), but for GPUs, where what is kept has one size whatever the values.
 
     Attributes:
         activation_sparsity: gamma, the share that is dropped, by magnitude.
@@ -78,7 +78,8 @@ class PackActivation(nn.Module):
     def _coded(self, x: Tensor, code: BlockCode) -> KeptTensor:
         """All of x in a code."""
         key = None if code.rounding == "nearest" else self.noise.next_key()
-        relu = rectified(x)
+        # To learn how much is positive, the host would have to wait for a GPU.
+        relu = rectified(x) if x.device.type == "cpu" or has_no_values(x) else None
         if relu is None:
             return BlockwiseTensor.encode(x.detach(), code, key=key)
         expected = _SHARE_OF_POSITIVES if self.estimator.kept is None else self.estimator.kept

@@ -3,8 +3,9 @@
 Three implementations give the same bits: `"native"` (C, compiled when the package is installed), `"numpy"`, `"torch"`.
 
 `"auto"` is, on the CPU, `"native"` where its kernels were compiled and `"numpy"` elsewhere; on every other device it is
-`"torch"`. The choice is made when something is first packed, not at import; `set_backend` or `FEDMEF_FX_BACKEND` in the
-environment make another one. `"numba"`, the name of an implementation that is gone, stands for `"native"`.
+`"torch"`, on CUDA with kernels in Triton where that is there (`fedmef_fx.packing.triton_choice`). The choice is made
+when something is first packed, not at import; `set_backend` or `FEDMEF_FX_BACKEND` in the environment make another one.
+`"numba"`, the name of an implementation that is gone, stands for `"native"`.
 """
 
 import functools
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Final, Literal, Protocol, get_args
 
 from torch import Tensor
@@ -25,6 +27,7 @@ from fedmef_fx.packing.backend_torch import TorchBackend
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.operators import define_operators
 from fedmef_fx.packing.tracers import is_exported, is_traced
+from fedmef_fx.packing.triton_choice import triton_module
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -183,7 +186,16 @@ def backend_for(x: Tensor) -> Backend:
 
 
 def _kernels_for(x: Tensor) -> Backend:
-    return backend() if x.device.type == "cpu" else _load("torch")
+    if x.device.type == "cpu":
+        return backend()
+    kernels = triton_module("triton_bits") if x.device.type == "cuda" else None
+    return _load("torch") if kernels is None else _triton(kernels)
+
+
+@functools.cache
+def _triton(kernels: ModuleType) -> Backend:
+    made: Backend = kernels.TritonBackend()
+    return made
 
 
 # At import, so that programs that were traced elsewhere and call them can be read.

@@ -3,7 +3,7 @@
 A program takes one block. It reads it once for its range, and once more, from the cache, for each plane of its codes,
 in the order in which a byte holds them. Floats are multiplied and added one by one, never fused, as torch does.
 
-Imported where Triton is there alone (`fedmef_fx.packing.fused`).
+Imported where Triton is there alone (`fedmef_fx.packing.triton_choice`).
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.marked_blocks import largest_coded
 
-__all__ = ["pack_blocks", "unpack_blocks"]
+__all__ = ["bfloat16_nearest", "load_float32", "pack_blocks", "unpack_blocks", "words"]
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -40,7 +40,7 @@ def pack_blocks(
     low, high = (0, 0) if key is None else (_signed(key), _signed(key >> 32))
     with torch.cuda.device_of(x):
         _pack[(code.blocks(x.numel()),)](
-            _words(x), codes, _words(parameters), x.numel(), start, low, high,
+            words(x), codes, words(parameters), x.numel(), start, low, high,
             BITS=code.bits, BLOCK=code.block, WIDTH=triton.next_power_of_2(code.block), IS_NEAREST=key is None,
             LIMIT=largest_coded(x.dtype), IS_BFLOAT16=x.dtype == torch.bfloat16,
             num_warps=1, enable_fp_fusion=False,
@@ -61,14 +61,14 @@ def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tenso
         return
     with torch.cuda.device_of(out):
         _unpack[(code.blocks(out.numel()),)](
-            codes, _words(parameters), _words(out), out.numel(),
+            codes, words(parameters), words(out), out.numel(),
             BITS=code.bits, BLOCK=code.block, WIDTH=triton.next_power_of_2(code.block),
             LIMIT=torch.finfo(out.dtype).max, IS_BFLOAT16=out.dtype == torch.bfloat16,
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def _words(numbers: Tensor) -> Tensor:
+def words(numbers: Tensor) -> Tensor:
     """Numbers in bfloat16 as integers: kernels convert and round them themselves, the same everywhere."""
     return numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers
 
@@ -86,7 +86,7 @@ def _bfloat16(words):
 
 
 @triton.jit
-def _load(x, at, is_inside, IS_BFLOAT16: tl.constexpr):
+def load_float32(x, at, is_inside, IS_BFLOAT16: tl.constexpr):
     """Elements in float32, 0 outside."""
     if IS_BFLOAT16:
         values = _bfloat16(tl.load(x + at, mask=is_inside, other=0))
@@ -104,7 +104,7 @@ def _bfloat16_below(x):
 
 
 @triton.jit
-def _bfloat16_nearest(x):
+def bfloat16_nearest(x):
     """The pattern of the bfloat16 nearest to x; infinities and NaN stay."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
@@ -142,7 +142,7 @@ def _pack_plane(
     row, column = tl.arange(0, 8 // PLANE)[:, None], tl.arange(0, WIDTH * PLANE // 8)[None, :]
     at = row * width + column
     is_inside = (column < width) & (at < size)
-    x = _load(x_at, at, is_inside, IS_BFLOAT16)
+    x = load_float32(x_at, at, is_inside, IS_BFLOAT16)
     is_finite = _is_finite(x)
     kind = tl.where(is_finite, 0, tl.where(_is_nan(x), 1, tl.where(x > 0, 2, 3)))
     x = tl.minimum(tl.maximum(tl.where(is_finite, x, 0.0), -LIMIT), LIMIT)
@@ -166,7 +166,7 @@ def _pack(
     size = tl.minimum(numel - start, BLOCK).to(tl.int32)
     at = tl.arange(0, WIDTH)
     is_inside = at < size
-    values = _load(x + start, at, is_inside, IS_BFLOAT16)
+    values = load_float32(x + start, at, is_inside, IS_BFLOAT16)
     is_finite = _is_finite(values)
     counted = is_inside & is_finite
     clamped = tl.minimum(tl.maximum(tl.where(is_finite, values, 0.0), -LIMIT), LIMIT)
@@ -186,7 +186,7 @@ def _pack(
         low = _bfloat16(low_word)
         scale = -_bfloat16(_bfloat16_below(tl.div_rn(low - highest, 2.0**BITS - 1)))
         scale = tl.where(scale < _TINY, 0.0, scale)
-        scale_word = tl.where(is_marked, _bfloat16_nearest(middle), _bfloat16_nearest(scale))
+        scale_word = tl.where(is_marked, bfloat16_nearest(middle), bfloat16_nearest(scale))
         tl.store(parameters + 2 * block, tl.where(is_marked, 0x7FC0, low_word).to(tl.int16))
         tl.store(parameters + 2 * block + 1, scale_word.to(tl.int16))
     inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, tl.where(scale == 0.0, 1.0, scale)))
@@ -240,6 +240,6 @@ def _unpack(
     special = tl.where(code == 1, float("nan"), tl.where(code == 2, float("inf"), float("-inf")))
     values = tl.where(is_marked, tl.where(code == 0, values, special), values)
     if IS_BFLOAT16:
-        tl.store(out + start + at, _bfloat16_nearest(values).to(tl.int16), mask=is_inside)
+        tl.store(out + start + at, bfloat16_nearest(values).to(tl.int16), mask=is_inside)
     else:
         tl.store(out + start + at, values.to(out.dtype.element_ty), mask=is_inside)

@@ -1,13 +1,17 @@
 """Codes for devices that nobody waits for: the bits of the CPU's, and what becomes of NaN and infinities."""
 
+import contextlib
 import math
+import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedmef_fx import Config, transform
 from fedmef_fx.packing import BlockCode, BlockwiseTensor, GradientBits, blockwise, using_backend
 from fedmef_fx.packing.bit_planes import pack_planes, planes_nbytes, unpack_planes
 from fedmef_fx.packing.bitmap import _pack_on_device, _unpack_on_device
@@ -178,20 +182,40 @@ def test_the_compiler_takes_codes_whole():
     assert torch.equal(compiled(x), there_and_back(x))
 
 
+@contextlib.contextmanager
+def not_waiting():
+    """Where the host must not wait for the device."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits():
+    config = Config(density=0.5, weight_storage="dense")
+    layers = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 8, 3), nn.ReLU()
+    model = transform(nn.Sequential(*layers), config).cuda().train()
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    model(x).sum().backward()  # the first step compiles
+    with not_waiting():
+        model(x).sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_a_gpu_gives_the_bits_of_the_cpu_and_is_not_waited_for(code):
     x = torch.randn(70_000)
     reference = BlockwiseTensor.encode(x, code, key=3)
     on_gpu = x.cuda()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with not_waiting():
         kept = BlockwiseTensor.encode(on_gpu, code, key=3)
         decoded = kept.unpack()
         GradientBits.of(on_gpu > 0).apply(on_gpu)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     if code.levels == "range":  # means are added up in another order there
         assert torch.equal(kept.codes.cpu(), reference.codes)
         assert torch.equal(decoded.cpu(), reference.unpack())

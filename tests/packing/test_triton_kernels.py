@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedmef_fx.errors import ConfigError
-from fedmef_fx.packing import BlockCode, BlockwiseTensor, blockwise, fused, using_backend
+from fedmef_fx.packing import BlockCode, BlockwiseTensor, blockwise, fused, triton_choice, using_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = 0x89AB_CDEF_1234_5678
@@ -88,9 +88,9 @@ def test_operations_take_what_kernels_do_not(monkeypatch):
     with using_backend("numpy"):
         assert fused.fused_kernels(torch.randn(3), code) is None
     on_gpu = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32})()
-    monkeypatch.setenv(fused.TRITON_VARIABLE, "0")
+    monkeypatch.setenv(triton_choice.TRITON_VARIABLE, "0")
     assert fused.fused_kernels(on_gpu, code) is None
-    monkeypatch.setenv(fused.TRITON_VARIABLE, "no")
+    monkeypatch.setenv(triton_choice.TRITON_VARIABLE, "no")
     with pytest.raises(ConfigError, match="got 'no'"):
         fused.fused_kernels(on_gpu, code)
     assert fused.fused_kernels(on_gpu, BlockCode(bits=2, levels="centroids")) is None
@@ -99,7 +99,7 @@ def test_operations_take_what_kernels_do_not(monkeypatch):
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fedmef_fx.packing import triton_kernels
+from fedmef_fx.packing import triton_bits, triton_kernels
 
 def compiled(kernel, constants, **types):
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
@@ -114,6 +114,14 @@ for bits, is_bfloat16 in ((2, False), (3, True), (8, False)):
     unpack = compiled(triton_kernels._unpack, constants, codes="*u8", parameters=parameters, out=x, numel="i64")
     for text in (pack.asm["ptx"], unpack.asm["ptx"]):
         assert "fma" not in text and "div.full" not in text, (bits, text)
+
+for is_bfloat16 in (False, True):
+    x = "*i16" if is_bfloat16 else "*fp32"
+    constants = {"IS_BFLOAT16": is_bfloat16, "BYTES": 128}
+    bounds = constants | {"HAS_LOW": True, "HAS_HIGH": is_bfloat16}
+    compiled(triton_bits._clamp_bits, bounds, x=x, out=x, bitmap="*u8", numel="i64", low="fp32", high="fp32")
+    mask = constants | {"HAS_SCALE": is_bfloat16}
+    compiled(triton_bits._mask_by_bits, mask, bitmap="*u8", grad=x, out=x, numel="i64", scale="fp32")
 """
 
 
