@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export.results import EVERYTHING, Wanted
+from fedmef_fx.export.sizes import Sizes, VaryingSize, read_sizes
 
 __all__ = ["ExampleCall", "Examples", "evaluating", "read_examples", "result_of", "run"]
 
@@ -36,27 +37,30 @@ class Examples:
         call: The arguments as given.
         signature: Of the model's forward.
         batch_size: Size of dimension 0 of the first tensor; None where it has no dimensions.
-        sizes: Names of further sizes that vary, by argument and dimension.
+        sizes: Further sizes that vary, by argument and dimension.
         wanted: Which of the model's results count.
     """
 
     call: ExampleCall
     signature: inspect.Signature
     batch_size: int | None
-    sizes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
+    sizes: Sizes = dataclasses.field(default_factory=dict)
     wanted: Wanted = EVERYTHING
 
     def is_batched(self, tensor: Tensor) -> bool:
         """Whether dimension 0 of an example is the batch: it has the size of the first tensor's."""
         return tensor.dim() > 0 and tensor.shape[0] == self.batch_size
 
-    def random(self, batch_size: int | None, *, generator: torch.Generator, longer: int = 0) -> ExampleCall:
+    def random(
+        self, batch_size: int | None, *, generator: torch.Generator, longer: int = 0, traced: bool = False
+    ) -> ExampleCall:
         """Random arguments like the examples: same mean and deviation, integers within the same range.
 
         Args:
             batch_size: Size of the batch; None for the examples' own.
             generator: On the CPU.
-            longer: Added to every other size that varies.
+            longer: Added to every other size that varies, in what it is a multiple of.
+            traced: Whether the call is for tracing, which takes a size that is small for a constant.
 
         Returns:
             Arguments that share no tensor with each other or with the examples.
@@ -67,8 +71,8 @@ class Examples:
             shape = list(example.shape)
             if batch_size is not None and self.is_batched(example):
                 shape[0] = batch_size
-            for dim in varying.get(id(example), ()):
-                shape[dim] += longer
+            for dim, size in varying.get(id(example), {}).items():
+                shape[dim] = size.grown(shape[dim], longer, size.traced if traced else 0)
             return _random_like(example, tuple(shape), generator)
 
         return ExampleCall(*pytree.tree_map_only(Tensor, one, (self.call.args, self.call.kwargs)))
@@ -76,17 +80,25 @@ class Examples:
     def dynamic_shapes(self) -> dict[str, Any]:
         """What `torch.export` is told about sizes: dimension 0 of batched inputs varies, the rest does not."""
         batch = torch.export.Dim("batch")
-        named = {name: torch.export.Dim(name) for dims in self.sizes.values() for name in dims.values()}
+        roots = {size.name: size for dims in self.sizes.values() for size in dims.values()}
+        named = {name: torch.export.Dim(name, min=size.least, max=size.most) for name, size in roots.items()}
         shapes: dict[str, Any] = pytree.tree_map(
             lambda leaf: {0: batch} if isinstance(leaf, Tensor) and self.is_batched(leaf) else None, self.arguments()
         )
         for argument, dims in self.sizes.items():
-            shapes[argument] = {**(shapes[argument] or {}), **{dim: named[name] for dim, name in dims.items()}}
+            shapes[argument] = {
+                **(shapes[argument] or {}),
+                **{dim: _multiple(named[size.name], size) for dim, size in dims.items()},
+            }
         return shapes
 
     def arguments(self) -> dict[str, Any]:
         """The arguments by name."""
         return dict(self.signature.bind(*self.call.args, **self.call.kwargs).arguments)
+
+
+def _multiple(root: Any, size: VaryingSize) -> Any:
+    return root if size.multiple == 1 else size.multiple * root
 
 
 def _random_like(example: Tensor, shape: tuple[Any, ...], generator: torch.Generator) -> Tensor:
@@ -121,7 +133,7 @@ def read_examples(
         model: The model.
         inputs: Positional arguments of a call.
         kwargs: Its keyword arguments.
-        sizes: Names of sizes that vary besides the batch, by argument and dimension.
+        sizes: Sizes that vary besides the batch, by argument and dimension: "length", or "32*height" for multiples.
         wanted: Which of the model's results count.
         where: Name of the call, for errors.
 
@@ -147,14 +159,13 @@ def read_examples(
     tensors = call.tensors()
     if not tensors:
         raise ConfigError(f"{where}: got no tensor among the example inputs; expected e.g. example_inputs=(x,)")
-    examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, sizes or {}, wanted)
-    _check_sizes(examples)
-    return examples
+    examples = Examples(call, signature, tensors[0].shape[0] if tensors[0].dim() else None, wanted=wanted)
+    return dataclasses.replace(examples, sizes=_checked_sizes(examples, sizes or {}))
 
 
-def _check_sizes(examples: Examples) -> None:
-    arguments = examples.arguments()
-    for argument, dims in examples.sizes.items():
+def _checked_sizes(examples: Examples, texts: Mapping[str, Mapping[int, str]]) -> Sizes:
+    arguments, sizes = examples.arguments(), {}
+    for argument, dims in read_sizes(texts).items():
         value = arguments.get(argument)
         if not isinstance(value, Tensor):
             tensors = [name for name, one in arguments.items() if isinstance(one, Tensor)]
@@ -162,18 +173,34 @@ def _check_sizes(examples: Examples) -> None:
                 f"export_onnx: dynamic_sizes names {argument!r}, which is no tensor argument; expected one of "
                 f"{', '.join(map(repr, tensors))}"
             )
-        for dim, name in dims.items():
-            allowed = range(1 if examples.is_batched(value) else 0, value.dim())
-            if type(dim) is not int or dim not in allowed or not str(name).isidentifier() or name == "batch":
-                raise ConfigError(
-                    f"export_onnx: dynamic_sizes[{argument!r}] holds {dim!r}: {name!r}; expected a dimension in "
-                    f"{list(allowed)} and a name other than 'batch', e.g. {{{argument!r}: {{1: 'length'}}}}"
-                )
-            if value.shape[dim] < 2:
-                raise ConfigError(
-                    f"export_onnx: dimension {dim} of {argument!r} has size {value.shape[dim]} in the example; "
-                    "expected at least 2 of a size that varies, as 0 and 1 are taken for constants"
-                )
+        first = 1 if examples.is_batched(value) else 0
+        sizes[argument] = {
+            dim: _checked_size(argument, dim, size, value, allowed=range(first, value.dim()), text=texts[argument][dim])
+            for dim, size in dims.items()
+        }
+    return sizes
+
+
+def _checked_size(
+    argument: str, dim: int, size: VaryingSize | None, value: Tensor, *, allowed: range, text: object
+) -> VaryingSize:
+    if type(dim) is not int or dim not in allowed or size is None:
+        raise ConfigError(
+            f"export_onnx: dynamic_sizes[{argument!r}] holds {dim!r}: {text!r}; expected a dimension in "
+            f"{list(allowed)} and a name other than 'batch', e.g. {{{argument!r}: {{1: 'length'}}}}, or '32*height' "
+            "for a size that is a multiple of 32"
+        )
+    if value.shape[dim] % size.multiple or not value.shape[dim]:
+        raise ConfigError(
+            f"export_onnx: dynamic_sizes[{argument!r}] holds {dim!r}: {text!r}, and the example has size "
+            f"{value.shape[dim]} there; expected a multiple of {size.multiple}"
+        )
+    if value.shape[dim] < 2:
+        raise ConfigError(
+            f"export_onnx: dimension {dim} of {argument!r} has size {value.shape[dim]} in the example; "
+            "expected at least 2 of a size that varies, as 0 and 1 are taken for constants"
+        )
+    return size
 
 
 @contextlib.contextmanager

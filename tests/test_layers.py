@@ -43,7 +43,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-EXPORTS_ROOMS = ["results", "examples", "freeze", "compact", "onnx", "training"]
+EXPORTS_ROOMS = ["results", "sizes", "examples", "freeze", "compact", "onnx", "training"]
 
 
 def _sources() -> dict[str, str]:

@@ -23,6 +23,7 @@ from fedmef_fx.export.onnx.parity import FLOAT32_TOLERANCE
 from fedmef_fx.export.onnx.shrink import share_equal, shrink_quantizers
 from fedmef_fx.export.onnx.strip import strip
 from fedmef_fx.export.onnx.write import LARGEST_FILE_BYTES, stored_bytes
+from fedmef_fx.export.sizes import Sizes
 
 __all__ = ["BuildPlan", "Built", "build"]
 
@@ -44,14 +45,14 @@ class BuildPlan:
         quantize: Likewise.
         uses_slim: Whether onnxslim simplifies the graph.
         is_frozen: Whether the model is a frozen graph, in which no BatchNorm may be left that could be folded.
-        sizes: Names of sizes that vary besides the batch, by input and dimension.
+        sizes: Sizes that vary besides the batch, by input and dimension.
     """
 
     weights: StoredWeights
     quantize: str | None
     uses_slim: bool
     is_frozen: bool
-    sizes: Mapping[str, Mapping[int, str]]
+    sizes: Sizes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

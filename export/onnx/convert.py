@@ -18,12 +18,14 @@ from torch.utils import _pytree as pytree
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
+from fedmef_fx.export.onnx.possible_sizes import changed_sizes, possible_sizes
 from fedmef_fx.export.results import Wanted, output_name
 
 __all__ = ["Converted", "convert"]
 
 _EXPORTER_LOG: Final = "torch.onnx._internal.exporter"
 _SEED: Final = 0
+_TRIES: Final = 5  # of tracing with other sizes that vary
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,23 +69,47 @@ def convert(model: nn.Module, examples: Examples, *, dynamic_batch: bool, optimi
     if dynamic_batch and examples.batch_size is None:
         notices.append("fixed sizes: the first example input has no dimensions, so there is no batch dimension")
     for want in wants:
-        # torch.export takes sizes 0 and 1 for constants.
-        batch_size = None if want.batch_size is None else max(want.batch_size, 2)
-        call = want.random(batch_size, generator=torch.Generator().manual_seed(_SEED))
         try:
-            converted = _convert(model, want, call, dynamic=True, optimize=optimize)
+            converted = _in_possible_sizes(model, want, optimize=optimize)
         except ExportError as error:
             reason = str(error).removeprefix("export_onnx: ")
             fixed = [f"batch size {want.batch_size}"] if not want.sizes else sorted(_size_names(want))
             notices.append(f"fixed {', '.join(fixed)}, as a varying one fails: {reason}")
         else:
-            return dataclasses.replace(converted, examples=want, notices=tuple(notices))
+            return dataclasses.replace(converted, notices=(*notices, *changed_sizes(want, converted.examples)))
     converted = _convert(model, examples, examples.call, dynamic=False, optimize=optimize)
     return dataclasses.replace(converted, notices=tuple(notices))
 
 
 def _size_names(examples: Examples) -> set[str]:
-    return {name for dims in examples.sizes.values() for name in dims.values()}
+    return {size.name for dims in examples.sizes.values() for size in dims.values()}
+
+
+def _in_possible_sizes(model: nn.Module, want: Examples, *, optimize: bool) -> Converted:
+    """Trace and translate with the sizes that vary, or with what torch.export lets vary of them.
+
+    Raises:
+        ExportError: What failed with the sizes as they were wanted.
+    """
+    tries, tried = [want], [want.sizes]
+    first: ExportError | None = None
+    while tries:
+        examples = tries.pop(0)
+        try:
+            return _convert(model, examples, _traced_call(examples), dynamic=True, optimize=optimize)
+        except ExportError as error:
+            first = first or error
+            tries = possible_sizes(model, examples, str(error.__cause__)) if len(tried) < _TRIES else tries
+            tries = [other for other in tries if other.sizes not in tried]
+            tried += [other.sizes for other in tries[:1]]
+    assert first is not None  # noqa: S101 -- the first try is always made
+    raise first
+
+
+def _traced_call(examples: Examples) -> ExampleCall:
+    # torch.export takes sizes 0 and 1 for constants.
+    batch_size = None if examples.batch_size is None else max(examples.batch_size, 2)
+    return examples.random(batch_size, generator=torch.Generator().manual_seed(_SEED), traced=True)
 
 
 def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic: bool, optimize: bool) -> Converted:

@@ -71,7 +71,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
             left out.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
-            name are equal.
+            name are equal. `{"x": {2: "32*height", 3: "32*width"}}` are multiples of 32; where a model takes only such
+            sizes and they are not named, they are found out, and the report says so.
         outputs: Which of the model's results the file has, by key, field or position ("output_0"); None for all but
             caches of keys and values, which are written when they are named: `outputs=["logits", "past_key_values"]`.
         verify: Compare the file with the model on several batches and batch sizes before it takes its name.
@@ -138,7 +139,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         quantize,
         uses_slim=optimize == "onnxslim",
         is_frozen=isinstance(plain, fx.GraphModule),
-        sizes=examples.sizes,
+        sizes=converted.examples.sizes,
     )
     built = build(converted, plan, calibration, clock)
     check_format(built.proto, runtime_target)

@@ -4,20 +4,23 @@ Names of nodes and tensors stay: profilers and quantization tools refer to them.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
+from fedmef_fx.export.sizes import Sizes
+
 __all__ = ["strip"]
 
+_WORD: Final = re.compile(r"\b[A-Za-z_]\w*\b")
 
-def strip(model: onnx.ModelProto, sizes: Mapping[str, Mapping[int, str]] | None = None) -> None:
+
+def strip(model: onnx.ModelProto, sizes: Sizes | None = None) -> None:
     """Strip a model in place, and name the sizes that vary.
 
     Args:
         model: The model.
-        sizes: Names of sizes by input and dimension; any other that varies is the batch.
+        sizes: Sizes by input and dimension; any other that varies is the batch.
     """
     _clear(model)
     for function in model.functions:
@@ -53,15 +56,16 @@ def _strip_nodes(nodes: Any) -> None:
                 _strip_graph(graph)
 
 
-def _name_sizes(graph: onnx.GraphProto, sizes: Mapping[str, Mapping[int, str]]) -> None:
+def _name_sizes(graph: onnx.GraphProto, sizes: Sizes) -> None:
     """The exporter calls sizes `s31` or the like; results may have products of them."""
     names: dict[str, str] = {}
     for value in graph.input:
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.dim_param:
-                names.setdefault(dim.dim_param, sizes.get(value.name, {}).get(index, "batch"))
+            size = sizes.get(value.name, {}).get(index)
+            for word in _WORD.findall(dim.dim_param):  # one: 32*s31
+                names.setdefault(word, "batch" if size is None else size.name)
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if not dim.dim_param:
                 continue  # setting it would erase the number
-            dim.dim_param = re.sub(r"\b[A-Za-z_]\w*\b", lambda word: names.get(word[0], word[0]), dim.dim_param)
+            dim.dim_param = _WORD.sub(lambda word: names.get(word[0], word[0]), dim.dim_param)
