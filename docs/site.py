@@ -22,17 +22,45 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {
     "fedmef_fx": ["fedmef_fx", "fedmef_fx.checkpoint.hub"],
-    "federated": ["fedmef_fx.federated", "fedmef_fx.federated.flower"],
-    "passes": ["fedmef_fx.passes"],
+    "results": [
+        "fedmef_fx.sparse_model.transformation:Coverage PrunableParameter",
+        "fedmef_fx.records.memory_plan",
+        "fedmef_fx.measure.report",
+        "fedmef_fx.inspection",
+        "fedmef_fx.fitting",
+        "fedmef_fx.fitting.sensitivity:LayerSensitivity",
+        "fedmef_fx.export.compact.report:CompactLayer",
+        "fedmef_fx.export.onnx.report:Parity Runtime",
+        "fedmef_fx.export.onnx.file_records",
+        "fedmef_fx.export.onnx.manifest:Manifest ManifestTensor",
+        "fedmef_fx.export.onnx.unpack:UnpackedFile",
+        "fedmef_fx.export.training.report:DeviceCheck",
+    ],
+    "federated": [
+        "fedmef_fx.federated",
+        "fedmef_fx.federated.flower",
+        "fedmef_fx.federated.objective:Evaluated",
+        "fedmef_fx.federated.messages:Report",
+        "fedmef_fx.federated.methods.policies:Adjustment AfterRound Opening",
+        "fedmef_fx.federated.demo",
+    ],
+    "passes": [
+        "fedmef_fx.passes",
+        "fedmef_fx.graph.operators.operator:Operator",
+        "fedmef_fx.graph.signature:Signature AnyTensors",
+        "fedmef_fx.sparse_model.transformation:Transformation",
+    ],
     "training": [
+        "fedmef_fx.training.adjustment",
         "fedmef_fx.training.clipping",
         "fedmef_fx.training.distributed",
         "fedmef_fx.sparse_model.optimizer_state",
     ],
+    "sparsity": ["fedmef_fx.sparsity"],
     "models": ["fedmef_fx.models", "fedmef_fx.data"],
     "errors": ["fedmef_fx.errors"],
 }
-"""Page of the reference -> the modules whose public names it lists."""
+"""Page of the reference -> the modules whose public names it lists, or `module:Name Name` for some of them."""
 
 _PAGES_OF = {
     r"\.\./examples": "recipes.md",
@@ -55,14 +83,27 @@ def on_files(files: Files, *, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links to what pages are made of lead to these pages; on a code host they lead to the files."""
-    for source, page in _PAGES_OF.items():
-        markdown = re.sub(rf"\]\({source}\)", rf"]({page})", markdown)
-    return markdown
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Let links to what pages are made of lead to these pages, and name other files; a code host follows both."""
+    for source, target in _PAGES_OF.items():
+        markdown = re.sub(rf"\]\({source}\)", rf"]({target})", markdown)
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+
+    def named(link: re.Match[str]) -> str:
+        path = (folder / link[2]).resolve()
+        has_page = path.suffix == ".md" and path.is_relative_to(ROOT / "docs")
+        return link[0] if has_page or not path.is_file() else f"`{path.relative_to(ROOT)}`"
+
+    return re.sub(r"(?<!!)\[([^\[\]]+)\]\(([^()\s#:]+)\)", named, markdown)
 
 
-def public_names(module: str) -> list[str]:
+def public_names(listed: str) -> tuple[str, list[str]]:
+    """A module and what it exports, or what of it is listed."""
+    module, _, names = listed.partition(":")
+    return module, names.split() or exported(module)
+
+
+def exported(module: str) -> list[str]:
     """What a module exports."""
     path = ROOT.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -75,10 +116,10 @@ def public_names(module: str) -> list[str]:
 def _reference(package: Any, page: str, modules: list[str], listed: set[str]) -> str:
     """A page of what modules export; what another page has, and modules that have a page, are left out."""
     parts = [f"# {page}\n"]
-    for module in modules:
+    for module, names in map(public_names, modules):
         if len(modules) > 1:
             parts.append(f"`{module}`\n")
-        for name in public_names(module):
+        for name in names:
             member = package[f"{module}.{name}".removeprefix("fedmef_fx.")]
             if member.is_module or member.canonical_path in listed:
                 continue
