@@ -56,3 +56,8 @@ def test_workflows_call_what_is_there(name: str) -> None:
     assert set(re.findall(r"make \S+=\S+ ([a-z-]+)", text)) <= known
     for workflow in re.findall(r"uses: \./(\S+)", text):
         assert (ROOT / workflow).is_file()
+
+
+def test_ci_also_runs_what_needs_other_environments() -> None:
+    called = set(re.findall(r"make PYTHON=python ([a-z-]+)", _text(".github/workflows/ci.yml")))
+    assert called == {"test", "test-ecosystem", "test-flower", "docs"}
