@@ -23,6 +23,7 @@ class FakeGrid:
         self.forgetful: set[int] = set()
         self.broken: set[int] = set()
         self.trains = 0
+        self.queries = 0
         self._waiting: dict[str, Message] = {}
 
     @staticmethod
@@ -39,16 +40,13 @@ class FakeGrid:
             message.metadata.__dict__["_message_id"] = identity
             message.metadata.__dict__["_src_node_id"] = 1
             self._waiting[identity] = message
+            self.queries += message.metadata.message_type.startswith("query")
             identities.append(identity)
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = [self._answer(identity) for identity in list(message_ids)]
         return [reply for reply in replies if reply is not None]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        del timeout
-        return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, identity: str) -> Message | None:
         node = self._waiting[identity].metadata.dst_node_id

@@ -1,5 +1,6 @@
 """Rounds over a grid: the results of `run`, and nodes that fail, hang, vanish or forget."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ pytest.importorskip("flwr")
 
 import torch
 from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 from grids import FakeGrid
 from torch.utils.data import Dataset, TensorDataset
 from toys import blobs, small_network
@@ -222,6 +225,63 @@ def test_numbers_that_nobody_has_are_waited_for() -> None:
         _served(FakeGrid(_app(_data(2)), 2), 3, wait_s=0.1)
 
 
+def test_nodes_may_take_their_time_to_say_who_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmef_fx.federated.flower.nodes._PAUSE_S", 0.0)
+    data = _data(2)
+    grid = FakeGrid(_app(data), 2)
+    grid.silent, pull, looks = {100, 101}, grid.pull_messages, 0
+
+    def pulled(identities: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        grid.silent = {100, 101} if looks < 5 else {101} if looks < 9 else set()
+        return pull(identities)
+
+    grid.pull_messages = pulled  # type: ignore[method-assign]  # for this test
+    _assert_same(_served(grid, 2), _run(data))
+    assert grid.queries == 2
+
+
+def test_nodes_that_do_not_answer_are_told_of() -> None:
+    grid = FakeGrid(_app(_data(2)), 2)
+    grid.silent = {101}
+    with pytest.raises(RoundError, match=r"client 1\. Start .*nodes that were asked and have not answered: 1"):
+        _served(grid, 2, wait_s=0.0)
+
+
+def test_of_two_nodes_with_a_number_the_second_stands_in_for_the_first() -> None:
+    data = _data(2)
+    grid = FakeGrid(_app(data), 3)
+    grid.contexts[102].node_config["partition-id"] = 0
+
+    class _Vanishing(Strategy):
+        def select(self, round_index: int, clients: int, *, seed: int) -> list[int]:
+            grid.gone = {100} if round_index else set()
+            return list(range(clients))
+
+    found = _served(grid, 2, strategy=_Vanishing())
+    assert [record.clients for record in found.rounds] == [(0, 1)] * 3
+    assert found.failures == []
+
+
+def test_a_node_whose_data_changed_is_told_of() -> None:
+    grid = FakeGrid(_app(data := _data(2)), 2)
+
+    class _Swapping(Strategy):
+        def select(self, round_index: int, clients: int, *, seed: int) -> list[int]:
+            if round_index == 1:
+                data[1] = blobs(30, seed=3)
+                grid.gone = {101}
+            return list(range(clients))
+
+        def after_round(self, record: Any, server: Any) -> None:
+            grid.gone = set()
+
+    found = _served(grid, 2, strategy=_Swapping())
+    gone = "died: no node of this client is connected"
+    assert found.failures == [(1, 1, gone), (2, 1, f"{gone}; a node said: client 1 has 30 samples; it had 9 before")]
+
+
 @pytest.mark.parametrize("options", [{"clients": 0}, {"clients": 2, "rounds": 0}])
 def test_arguments_that_cannot_be_used(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"flower\.serve: (clients|rounds): got 0"):
@@ -240,3 +300,18 @@ def test_other_peoples_checkpoints_are_refused(tmp_path: Any) -> None:
     _served(grid, 2, checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match="method"):
         _served(grid, 2, checkpoint_dir=tmp_path, method="static-random")
+
+
+def test_a_simulation_that_ends_by_itself_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+
+    def crashing(server_app: ServerApp, client_app: ClientApp, **_: Any) -> None:
+        grid = FakeGrid(client_app, 2)
+        grid.silent = {100, 101}
+        context = Context(0, 0, {}, RecordDict(), {})
+        threading.Thread(target=server_app, args=(grid, context), daemon=True).start()
+        raise RuntimeError("no room for Ray's objects")
+
+    monkeypatch.setattr("fedmef_fx.federated.flower.simulation.run_simulation", crashing)
+    with pytest.raises(RoundError, match=r"simulation has ended: no room for Ray's objects"):
+        _run(_data(2), engine="flower-simulation")

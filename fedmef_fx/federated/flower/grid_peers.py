@@ -44,7 +44,8 @@ class GridPeers:
         """As `Peers.send`."""
         node = self._nodes.of(client)
         if node is None:
-            self._done.append(Reply(client=client, seconds=0.0, reason="died: no node of this client is connected"))
+            told = "; ".join(filter(None, ["died: no node of this client is connected", self._nodes.complaints()]))
+            self._done.append(Reply(client=client, seconds=0.0, reason=told))
             return
         run, round_index = self._about()
         content = packed(message, run=run, round=round_index)

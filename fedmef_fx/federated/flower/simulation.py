@@ -3,7 +3,7 @@
 import queue
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -68,7 +68,7 @@ class Simulation:
             ) from error
         self._path = str(path)
         self._thread.start()
-        nodes = Nodes(self._wait_for(self._grid), clients=self._clients)
+        nodes = Nodes(_WatchedGrid(self._wait_for(self._grid), self._check), clients=self._clients)
         try:
             nodes.wait(timeout_s=None, are_own=True)
         except BaseException:
@@ -105,11 +105,16 @@ class Simulation:
             try:
                 return grids.get(timeout=_LOOK_S)
             except queue.Empty:
-                if not self._thread.is_alive():
-                    raise RoundError(
-                        f"federated.run: engine='flower-simulation': Flower's simulation ended before it began: "
-                        f"{self._error!s:.200}"
-                    ) from self._error
+                self._check()
+
+    def _check(self) -> None:
+        """Whoever waits for nodes would wait for ever once the simulation has ended."""
+        if not self._thread.is_alive():
+            cause = self._error if self._error is None else self._error.__cause__ or self._error
+            raise RoundError(
+                f"federated.run: engine='flower-simulation': Flower's simulation has ended: {cause!s:.200}. "
+                "Flower's log, which is shown above, says what it did last"
+            ) from self._error
 
     def _run(self) -> None:
         app = ServerApp()
@@ -133,6 +138,31 @@ class Simulation:
             )
         except BaseException as error:  # shown where it is waited for
             self._error = error
+
+
+class _WatchedGrid:
+    """A grid; each look at it checks that there is still somebody behind it."""
+
+    def __init__(self, grid: Any, check: Callable[[], None]) -> None:
+        self._grid, self._check = grid, check
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As Flower's."""
+        self._check()
+        nodes: Iterable[int] = self._grid.get_node_ids()
+        return nodes
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As Flower's."""
+        self._check()
+        identities: Iterable[str] = self._grid.push_messages(messages)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As Flower's."""
+        self._check()
+        replies: Iterable[Message] = self._grid.pull_messages(message_ids)
+        return replies
 
 
 def _client_app(path: str, state_dir: Path | None) -> ClientApp:
