@@ -13,6 +13,7 @@ from fedmef_fx.graph.emit import program_of
 from fedmef_fx.measure.live import tensors_in
 from fedmef_fx.module_tree import duplicate_of
 from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.ops.random_numbers import seeded
 from fedmef_fx.packing.bit_planes import BITS
 from fedmef_fx.packing.bitmap import bitmap_nbytes
 from fedmef_fx.records.memory_plan import Level
@@ -103,10 +104,8 @@ class PlannedModel:
         sizes = [(0, torch.float32)] * len(copies)
         for i, module in enumerate(copies):
             module.register_forward_pre_hook(_note_size(sizes, i))
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         args, kwargs = self._sample
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+        with seeded(0):
             _surrogate(copied(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]  # torch's own
         if len(set(levels)) == 1:
             estimators = [module.estimator for module in copies if isinstance(module, PackActivation)]

@@ -53,7 +53,7 @@ def _layer_graphs(module: nn.Module) -> dict[GraphMode, fx.Graph]:
     row = operator_of_module(module)
     if isinstance(row, Layer) and row.transposed:  # has an optional argument
         return capture_graphs(module)
-    tracer = BaseTracer()
+    tracer = BaseTracer(autowrap_modules=())  # replacing each function of `math` takes longer than the rest
     tracer.prepare(module)
     graph = tracer.trace(module)
     for node in graph.nodes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmef_fx.errors import CaptureError
+from fedmef_fx.ops.random_numbers import seeded
 
 __all__ = ["ChangedAttributeError", "attributes_of", "fixed_seed", "restored", "settle", "unchanged"]
 
@@ -95,11 +96,9 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 @contextlib.contextmanager
 def fixed_seed(seed: int = _SEED) -> Iterator[None]:
     """A block in which all random numbers follow a seed; afterwards the generators are as they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state(legacy=False)
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed):
             random.seed(seed)
             np.random.seed(seed)
             yield
@@ -168,8 +167,9 @@ class _Snapshot:
             return
         if draws:
             raise CaptureError(f"{kind}: forward draws random numbers that do not become graph nodes")
-        same_numpy = str(np.random.get_state(legacy=False)) == str(self.numpy_state)
-        if random.getstate() != self.python_state or not same_numpy:
+        if random.getstate() != self.python_state or not _same_state(
+            np.random.get_state(legacy=False), self.numpy_state
+        ):
             raise CaptureError(
                 f"{kind}: forward uses Python's or NumPy's random numbers; a graph would repeat one draw forever. Use "
                 "torch's random functions on the input's device"
@@ -223,6 +223,13 @@ def _same(left: object, right: object) -> bool:
     if isinstance(left, set):
         return left == right
     return isinstance(left, int | float | str | bool | tuple) and left == right
+
+
+def _same_state(left: object, right: object) -> bool:
+    """Whether two states of NumPy's generator are equal: dictionaries of arrays and numbers."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same_state(left[key], right[key]) for key in left)
+    return np.array_equal(left, right)  # type: ignore[arg-type]  # takes anything
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -34,7 +34,10 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
     with _LOCK, contextlib.ExitStack() as stack:
         # Read by the thread whose turn it is: before that, they may be what another capture has set.
         dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-        only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        if deterministic:  # switching imports torch's compiler, which takes longer than many a capture
+            only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(torch.use_deterministic_algorithms, mode=True, warn_only=only_warns)
+            torch.use_deterministic_algorithms(mode=False)
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_saving_as_usual())
@@ -46,12 +49,10 @@ def neutral_surroundings(model: nn.Module | None = None) -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         try:
-            torch.use_deterministic_algorithms(mode=False)
             torch.set_default_dtype(_dtype_of(model))
             yield
         finally:
             torch.set_default_dtype(dtype)
-            torch.use_deterministic_algorithms(deterministic, warn_only=only_warns)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@
 import math
 import threading
 from collections.abc import Collection
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,13 +39,17 @@ class BaseTracer(fx.Tracer):
 
     Attributes:
         looks_inside: Whether the composite modules of torch.nn (attention, transformer layers) are traced through.
+
+    Args:
+        own_hooks: Identities of hooks that count as a part of the model.
+        autowrap_modules: Modules whose functions take proxies while a trace goes on.
     """
 
     proxy_buffer_attributes = True
     looks_inside = False
 
-    def __init__(self, *, own_hooks: Collection[int] = ()) -> None:
-        super().__init__(autowrap_modules=(math,))
+    def __init__(self, *, own_hooks: Collection[int] = (), autowrap_modules: tuple[ModuleType, ...] = (math,)) -> None:
+        super().__init__(autowrap_modules=autowrap_modules)  # type: ignore[arg-type]  # torch means any number of them
         self._own_hooks = own_hooks
         self._thread = threading.get_ident()
         self._names: dict[int, str] = {}

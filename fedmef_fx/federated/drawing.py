@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedmef_fx.federated.seeds import derive_seed
+from fedmef_fx.ops.random_numbers import seeded
 
 __all__ = ["drawing_from"]
 
@@ -34,8 +35,7 @@ def drawing_from(seed: int, device: torch.device, *owners: object) -> Iterator[N
     states = [_state(generator) for generator in generators]
     python, numbers = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            torch.manual_seed(seed)
+        with seeded(seed, devices, device_type="cuda" if device.type == "cpu" else device.type):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             for place, generator in enumerate(generators):

@@ -67,13 +67,13 @@ class _Snapshot:
         interfaces: Per graph the placeholders, and whether it returns something.
         keys: Names in the state dict.
         training: Training flag per module name.
-        texts: The graphs as text.
+        nodes: What each node of a graph is, by its name.
     """
 
     interfaces: dict[fx.Graph, tuple[str, ...]]
     keys: frozenset[str]
     training: dict[str, bool]
-    texts: dict[fx.Graph, str]
+    nodes: dict[fx.Graph, dict[str, tuple[object, ...]]]
 
     @classmethod
     def of(cls, program: Program) -> "_Snapshot":
@@ -85,7 +85,7 @@ class _Snapshot:
             },
             keys=frozenset(program.model.state_dict()),
             training={name: module.training for name, module in program.model.named_modules()},
-            texts={graph: str(graph) for graph in graphs},
+            nodes={graph: {n.name: (n.op, n.target, n.args, n.kwargs) for n in graph.nodes} for graph in graphs},
         )
 
 
@@ -189,14 +189,17 @@ def _attributes_of(node: fx.Node) -> list[fx.Node]:
 
 def _inserted_nodes_have_provenance(before: _Snapshot, _: _Snapshot, program: Program, __: PassResult) -> Iterator[str]:
     for _region, _mode, graph in program.graphs():
-        text = before.texts.get(graph, "")
+        old = before.nodes.get(graph, {})
         for node in graph.nodes:
-            if node.op != "output" and f"%{node.name} " not in text and provenance(node) is None:
+            if node.op != "output" and node.name not in old and provenance(node) is None:
                 yield f"node {node.name} has no provenance"
 
 
 def _report_is_truthful(before: _Snapshot, after: _Snapshot, _: Program, result: PassResult) -> Iterator[str]:
-    changed = before.texts != after.texts
+    # Lists, because the order of nodes counts.
+    changed = [(g, list(n.items())) for g, n in before.nodes.items()] != [
+        (g, list(n.items())) for g, n in after.nodes.items()
+    ]
     if changed and not result.modified:
         yield "the graph changed, but the result says that nothing was rewritten"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fedmef_fx.ops.random_numbers import seeded
 from fedmef_fx.records.calls import CallRecord
 
 __all__ = ["record_calls"]
@@ -34,10 +35,8 @@ def record_calls(
     sources = _Sources()
     sources.set((args, kwargs), {_MODEL})
     handles = [handle for path in modules for handle in _watch(model.get_submodule(path), path, sources)]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), sources:
-            torch.manual_seed(_SEED)
+        with seeded(_SEED), torch.no_grad(), sources:
             out = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ from fedmef_fx.graph.signature import Call
 from fedmef_fx.inspection.calls import record_calls
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.module_tree import duplicate_of
+from fedmef_fx.ops.random_numbers import seeded
 from fedmef_fx.records.graphs import TensorRecord
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, is_transformed
 
@@ -143,14 +144,14 @@ class _Calls:
         Raises:
             ConfigError: It fails.
         """
-        torch.manual_seed(_SEED)
         paths = dict.fromkeys(region.path for region in self._program.regions)
         owners = {path: self._duplicate.get_submodule(path) for path in paths}
         own = {path: owner.__dict__.get("forward") for path, owner in owners.items()}
         for path, owner in owners.items():
             owner.__dict__["forward"] = self._forward(path, owner, owner.forward)
         try:
-            return self._duplicate(*args, **kwargs)
+            with seeded(_SEED):
+                return self._duplicate(*args, **kwargs)
         except ConfigError:
             raise
         except Exception as error:

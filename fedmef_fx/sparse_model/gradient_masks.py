@@ -71,14 +71,13 @@ def keep_masks(model: nn.Module, *, runs_python: bool) -> None:
         model.get_submodule(path).register_forward_pre_hook(attach_own_gradient_masks)
     if transformation.guarded:
         model.register_forward_pre_hook(attach_gradient_masks)
-        attach_gradient_masks(model)
+        _attach_all(model)
     elif any(prunable.masked for prunable in prunables.values()):
         model.register_forward_pre_hook(hold_masks)
-        hold_masks(model)
+        _hold_all(model)
 
 
-@uncompiled
-def hold_masks(model: nn.Module, _: Any = None) -> None:
+def _hold_all(model: nn.Module, _: Any = None) -> None:
     """Let the masks of a transformed model hold from now on."""
     if is_traced():
         return
@@ -90,8 +89,7 @@ def hold_masks(model: nn.Module, _: Any = None) -> None:
     check_copy(model, transformation, transformation.prunable)
 
 
-@uncompiled
-def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
+def _attach_all(model: nn.Module, _: Any = None) -> None:
     """Prepare the masked parameters of a transformed model for a call of it."""
     refuse_tracers(model)
     if is_traced():  # its parameters stand in for the model's
@@ -99,11 +97,15 @@ def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
     transformation = _known(model)
     for owner, leaf in _present(model, transformation.guarded):
         _attach(owner, leaf)
-    hold_masks(model)
+    _hold_all(model)
     for owner, leaf in _present(model, transformation.bare):
         parameter, mask = owner._parameters.get(leaf), owner._buffers.get(mask_name(leaf))
         if isinstance(parameter, nn.Parameter) and mask is not None and not has_no_values(parameter):
             clear_masked(parameter, mask)
+
+
+# As hooks. Whatever is uncompiled imports torch's compiler when it is first called, which takes a second.
+hold_masks, attach_gradient_masks = uncompiled(_hold_all), uncompiled(_attach_all)
 
 
 def _present(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
