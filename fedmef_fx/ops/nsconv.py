@@ -17,6 +17,7 @@ w / (|w| sqrt(N)) for equal weights. EPS bounds the amplification of a kernel th
 that was just grown, by 1,000. (NF-Nets use 1e-4, which small depthwise kernels reach at initialisation.)
 """
 
+from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -29,7 +30,9 @@ from fedmef_fx.ops.backward import differentiable_once
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
 from fedmef_fx.packing import backend
+from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.tracers import is_traced, weights_as_constants
+from fedmef_fx.packing.triton_choice import triton_module
 
 __all__ = [
     "DEGENERATE",
@@ -106,6 +109,11 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
         over = rows.fan_in if statistics == "all" else None
         limits = (g, EPS, DEGENERATE**2)
         return Columns(*native_rows.statistics(values, rows.lengths, gain, limits=limits, fan_in=over).unbind())
+    kernels = _on_gpu(rows, values)
+    if kernels is not None:
+        limits, over_all = (g, EPS, DEGENERATE**2), statistics == "all"
+        found = kernels.statistics(values, _mask_of(rows), gain, limits=limits, over_all=over_all)
+        return Columns(*found.unsqueeze(-1).unbind())
     base = rows.active(values)
     number = rows.counts(values)
     counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
@@ -137,6 +145,10 @@ def standardized(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     """w_hat, in the form of `rows`; a new tensor."""
     if _is_native(rows, values):
         return native_rows.scaled_values(values, rows.lengths, torch.stack(columns))
+    kernels = _on_gpu(rows, values)
+    if kernels is not None:
+        scaled: Tensor = kernels.scaled_values(values, _mask_of(rows), torch.stack(columns))
+        return scaled
     base, scale = centred(values, rows, columns), rows.spread(columns.scale)
     return base * scale if is_traced() else base.mul_(scale)
 
@@ -164,6 +176,10 @@ def standardize_backward(
     """
     if _is_native(rows, values) and grad.dtype == values.dtype:
         return native_rows.gradients(values, grad, rows.lengths, torch.stack(columns), g=g)
+    kernels = _on_gpu(rows, values)
+    if kernels is not None and grad.dtype == values.dtype:
+        both: tuple[Tensor, Tensor] = kernels.gradients(values, _mask_of(rows), grad, torch.stack(columns), g=g)
+        return both
     base = centred(values, rows, columns)
     inner = rows.inner(grad, base)  # b is 0 where masked: no mask on grad needed
     result = rows.active(grad)
@@ -178,6 +194,18 @@ def _is_native(rows: Rows, values: Tensor) -> TypeGuard[SegmentRows]:
     """Whether there is a native kernel for such rows and values."""
     is_known = isinstance(rows, SegmentRows) and values.device.type == "cpu" and values.dtype in _NATIVE_DTYPES
     return is_known and backend().name == "native"
+
+
+def _on_gpu(rows: Rows, values: Tensor) -> ModuleType | None:
+    """The kernels for dense rows on a GPU; None where operations of torch do."""
+    is_known = isinstance(rows, DenseRows) and values.device.type == "cuda" and values.dtype == torch.float32
+    if not is_known or is_traced() or has_no_values(values):
+        return None
+    return triton_module("fedmef_fx.ops.triton_rows")
+
+
+def _mask_of(rows: Rows) -> Tensor | None:
+    return rows.mask if isinstance(rows, DenseRows) else None
 
 
 class KernelForm(NamedTuple):

@@ -188,7 +188,7 @@ def backend_for(x: Tensor) -> Backend:
 def _kernels_for(x: Tensor) -> Backend:
     if x.device.type == "cpu":
         return backend()
-    kernels = triton_module("triton_bits") if x.device.type == "cuda" else None
+    kernels = triton_module("fedmef_fx.packing.triton_bits") if x.device.type == "cuda" else None
     return _load("torch") if kernels is None else _triton(kernels)
 
 

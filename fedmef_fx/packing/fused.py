@@ -35,4 +35,4 @@ def fused_kernels(x: Tensor, code: BlockCode) -> ModuleType | None:
         return native_blocks if is_served else None
     if x.device.type != "cuda" or x.dtype not in _DTYPES:
         return None
-    return triton_module("triton_kernels")
+    return triton_module("fedmef_fx.packing.triton_kernels")

@@ -19,7 +19,10 @@ TRITON_VARIABLE: Final = "FEDMEF_FX_TRITON"
 
 
 def triton_module(name: str) -> ModuleType | None:
-    """A module of this package that imports Triton; None where it is not wanted or not there.
+    """A module with kernels in Triton; None where it is not wanted or not there.
+
+    Args:
+        name: The module, in full.
 
     Raises:
         ConfigError: Another value in the environment than 0 and 1.
@@ -34,4 +37,4 @@ def triton_module(name: str) -> ModuleType | None:
 def _imported(name: str) -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module(f"fedmef_fx.packing.{name}")
+    return importlib.import_module(name)

@@ -99,6 +99,7 @@ def test_operations_take_what_kernels_do_not(monkeypatch):
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from fedmef_fx.ops import triton_rows
 from fedmef_fx.packing import triton_bits, triton_kernels
 
 def compiled(kernel, constants, **types):
@@ -122,6 +123,15 @@ for is_bfloat16 in (False, True):
     compiled(triton_bits._clamp_bits, bounds, x=x, out=x, bitmap="*u8", numel="i64", low="fp32", high="fp32")
     mask = constants | {"HAS_SCALE": is_bfloat16}
     compiled(triton_bits._mask_by_bits, mask, bitmap="*u8", grad=x, out=x, numel="i64", scale="fp32")
+
+for has_mask in (False, True):
+    constants = {"HAS_MASK": has_mask, "PART": 64}
+    rows = {"values": "*fp32", "mask": "*u8" if has_mask else "*fp32", "rows": "i32", "fan_in": "i32"}
+    rows["columns"] = "*fp32"
+    limits = {"gain": "*fp32", "g": "fp32", "eps": "fp32", "degenerate": "fp32"}
+    compiled(triton_rows._statistics, constants | {"IS_OVER_ALL": has_mask}, **rows | limits)
+    compiled(triton_rows._scale, constants, **rows, out="*fp32")
+    compiled(triton_rows._gradients, constants, **rows, grad="*fp32", out="*fp32", out_gain="*fp32", g="fp32")
 """
 
 
