@@ -4,6 +4,7 @@ One handle per tensor serves everything that reads it.
 """
 
 import operator
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,12 +17,14 @@ from fedmef_fx.graph.program import Region
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.norms import compressed_norm
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 from fedmef_fx.packing.bit_planes import Bits
+from fedmef_fx.packing.noise import noise_key
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["add_keeping_site", "handle_of"]
+__all__ = ["add_keeping_site", "add_noise_site", "handle_of", "noise_seed"]
 
 _Recipe: TypeAlias = tuple[Callable[..., Any], tuple[Argument, ...], dict[str, Argument]]
 
@@ -59,11 +62,27 @@ def handle_of(region: Region, x: fx.Node, *, by: str) -> fx.Node | None:
 
 def add_keeping_site(region: Region, mode: GraphMode, x: fx.Node, *, by: str, bits: Bits = 8) -> fx.Node:
     """Keep x in few bits, from where it is made."""
-    target = add_site(region, x.name if mode == "both" else f"{x.name}_{mode}", KeepActivation(bits))
+    name = x.name if mode == "both" else f"{x.name}_{mode}"
+    target = add_site(region, name, KeepActivation(bits, seed=noise_seed(region, name)))
     with x.graph.inserting_after(x):
         node = x.graph.call_module(target, (x,))
     set_provenance(node, by=by, origin=x.name)
     return node
+
+
+def add_noise_site(region: Region, mode: GraphMode, node: fx.Node, *, by: str) -> fx.Node:
+    """A node that gives the key of the noise with which a node's result is rounded."""
+    name = node.name if mode == "both" else f"{node.name}_{mode}"
+    target = add_site(region, name, NoiseSite(noise_seed(region, name)))
+    with node.graph.inserting_before(node):
+        key = node.graph.call_module(target)
+    set_provenance(key, by=by, origin=node.name)
+    return key
+
+
+def noise_seed(region: Region, name: str, seed: int = 0) -> int:
+    """What tells the noise of one place in a model from that of others."""
+    return noise_key(seed, zlib.crc32(region.full_name(name).encode()))
 
 
 def _kept_result(x: fx.Node, *, by: str) -> fx.Node:

@@ -34,7 +34,7 @@ from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_tensors
 from fedmef_fx.passes._compressible import Compression, compression_of
-from fedmef_fx.passes._handles import add_keeping_site, handle_of
+from fedmef_fx.passes._handles import add_keeping_site, add_noise_site, handle_of
 from fedmef_fx.passes._pruned_layers import prunable_layers
 from fedmef_fx.passes._shrinkable import shrinkable
 from fedmef_fx.records.graphs import GraphMode
@@ -143,7 +143,8 @@ class CompressSaved:
             args: tuple[Argument, ...] = (*compression.call(handles), *extra)
             options = compression.options
             if compression.keeps_result and bits != 8:
-                options = {**options, "bits": bits}
+                made.append(add_noise_site(region, mode, node, by=self.name))
+                options = {**options, "bits": bits, "key": made[-1]}
             result = new = graph.call_function(compression.op, args, options)
             if compression.keeps_result:
                 result = graph.call_function(operator.getitem, (new, 0))

@@ -14,7 +14,6 @@ Refused: ignored layers; geometry that is not static; asymmetric `padding="same"
 """
 
 import dataclasses
-import zlib
 from typing import Any, ClassVar, Literal
 
 from torch import fx
@@ -27,8 +26,7 @@ from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.packing.bit_planes import Bits
 from fedmef_fx.packing.block_code import BlockCode, Levels, Rounding
-from fedmef_fx.packing.noise import noise_key
-from fedmef_fx.passes._handles import add_keeping_site, handle_of
+from fedmef_fx.passes._handles import add_keeping_site, handle_of, noise_seed
 from fedmef_fx.passes._pruned_layers import match_layer, prune_layer
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import PassResult, Refusal
@@ -137,7 +135,7 @@ class PruneActivations:
             interval=self.threshold_interval,
             value_dtype=self.packed_dtype,
             code=code,
-            seed=noise_key(self.seed, zlib.crc32(region.full_name(name).encode())),
+            seed=noise_seed(region, name, self.seed),
         )
         target = add_site(region, name, site)
         with x.graph.inserting_after(x):

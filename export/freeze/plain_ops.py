@@ -14,8 +14,8 @@ from torch import fx
 from fedmef_fx.graph.nodes import operator_at
 from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Region
-from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
-from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.ops.keeping import recomputed, remasked
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.smooth import compressed_result
 
 __all__ = ["restore_plain_ops"]
@@ -56,5 +56,5 @@ def _serves_backward(region: Region, node: fx.Node) -> bool:
     pair = node.args[0] if node.target is operator.getitem else None
     if node.target is compressed_result or (isinstance(pair, fx.Node) and pair.target is compressed_result):
         return True
-    is_site = isinstance(region.module(node), KeepActivation | PackActivation)
+    is_site = isinstance(region.module(node), NoiseSite)
     return is_site or node.target in (recomputed, remasked)

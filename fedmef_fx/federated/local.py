@@ -28,7 +28,7 @@ from fedmef_fx.federated.reports import Findings, findings_of, readjusted_midway
 from fedmef_fx.federated.seeds import derive_seed
 from fedmef_fx.federated.state import ModelState, read_state
 from fedmef_fx.measure.meter import SavedTensors
-from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.training.clipping import clip_gradients
 from fedmef_fx.training.extrusion import Extrusion
@@ -89,7 +89,7 @@ def train_locally(
     if hooks is not None:
         options = _own_options(hooks, options, task, client=client, samples=data.samples)
     for module in model.modules():
-        if isinstance(module, PackActivation):
+        if isinstance(module, NoiseSite):
             module.reset(draws=seed % 2**32)
     model.train()
     with drawing_from(seed, device, data.data):

@@ -1,13 +1,14 @@
 """Sites and handles of tensors that are kept in few bits for the backward of the operations that read them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops.named import NAMED
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import BlockCode, BlockwiseTensor, KeptTensor, why_dense
 from fedmef_fx.packing.bit_planes import Bits
@@ -15,17 +16,30 @@ from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["KeepActivation", "encoded", "recomputed", "remasked", "value_of"]
 
+_SMALL_BLOCK: Final = 64
 
-def encoded(x: Tensor, bits: Bits = 8) -> tuple[BlockwiseTensor | None, str]:
-    """A tensor in few bits, or None and the reason: it would take no fewer bytes, or has no such format."""
+
+def encoded(x: Tensor, bits: Bits = 8, *, key: int | None = None) -> tuple[BlockwiseTensor | None, str]:
+    """A tensor in few bits, or None and the reason: it would take no fewer bytes, or has no such format.
+
+    Below 8 bits blocks are small, and rounding is stochastic: the errors of the nearest codes add up over the steps,
+    and a transformer stops learning.
+
+    Args:
+        x: Any shape.
+        bits: How many.
+        key: Of the noise of stochastic rounding; None for nearest.
+    """
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return None, f"keeps dense: {x.dtype} has no {bits}-bit form"
     code = BlockCode(bits)
+    if bits < 8:
+        code = BlockCode(bits, block=_SMALL_BLOCK, rounding="nearest" if key is None else "stochastic")
     reason = why_dense(code.nbytes(x.numel(), x.dtype), x.numel(), x.dtype)
-    return (None, reason) if reason else (BlockwiseTensor.encode(x.detach(), code), "")
+    return (None, reason) if reason else (BlockwiseTensor.encode(x.detach(), code, key=key), "")
 
 
-class KeepActivation(nn.Module):
+class KeepActivation(NoiseSite):
     """Keeps an activation in few bits for the backward of everything that reads it.
 
     Attributes:
@@ -35,8 +49,8 @@ class KeepActivation(nn.Module):
 
     bits: Bits = 8  # that of a model that was pickled when there were no others
 
-    def __init__(self, bits: Bits = 8) -> None:
-        super().__init__()
+    def __init__(self, bits: Bits = 8, *, seed: int = 0) -> None:
+        super().__init__(seed)
         self.bits = bits
         self.reason = ""
 
@@ -44,8 +58,13 @@ class KeepActivation(nn.Module):
         """Encode x, of any shape; None where no gradient is recorded or the bits would not save memory."""
         if not torch.is_grad_enabled() or is_traced():
             return None
-        kept, self.reason = encoded(x, self.bits)
+        kept, self.reason = encoded(x, self.bits, key=self.noise.next_key() if self.is_stateful else None)
         return kept
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether it rounds at random."""
+        return self.bits < 8
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -1,16 +1,16 @@
 """The site where an activation is packed: one per pruned tensor of a graph, shared by all layers that read it."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedmef_fx.ops.noise_site import NoiseSite, SiteState
 from fedmef_fx.ops.relu import rectified
 from fedmef_fx.packing import (
     BlockCode,
     BlockwiseTensor,
     KeptTensor,
-    NoiseStream,
     PackedTensor,
     RectifiedTensor,
     ThresholdEstimator,
@@ -19,16 +19,13 @@ from fedmef_fx.packing import (
 from fedmef_fx.packing.layout import has_no_values
 from fedmef_fx.packing.tracers import is_traced
 
-__all__ = ["PackActivation", "SiteState"]
-
-SiteState: TypeAlias = tuple[float, int, bool, float | None, int]
-"""The state of the estimator, and the draws of the noise."""
+__all__ = ["PackActivation"]
 
 _SHARE_OF_POSITIVES = 0.5
 """What a ReLU is expected to let through before it was seen."""
 
 
-class PackActivation(nn.Module):
+class PackActivation(NoiseSite):
     """Keeps an activation for the backward of the layers that read it: its largest part, in few bits, or both.
 
     Without a sparsity all of it is coded. Of the result of a ReLU, whose mask is kept anyway, only the positive part is
@@ -55,13 +52,12 @@ class PackActivation(nn.Module):
         code: BlockCode | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         self.value_dtype: Literal["same", "bfloat16", "float16"] = value_dtype
         self.reason = ""
         self.activation_sparsity = activation_sparsity
         self.code = code
         self.estimator = ThresholdEstimator(kept_target=1.0 - activation_sparsity, sample=sample, interval=interval)
-        self.noise = NoiseStream(seed)
 
     def forward(self, x: Tensor) -> KeptTensor | None:
         """Pack x, of any shape; None where no gradient is recorded, x is not floating point, or x takes fewer bytes.
@@ -100,11 +96,6 @@ class PackActivation(nn.Module):
             return packed.coded(self.code, key=None if self.code.rounding == "nearest" else self.noise.next_key())
         return packed if self.value_dtype == "same" else packed.narrowed(getattr(torch, self.value_dtype))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a pickle; one from before there were codes has no noise."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.noise = state.get("noise", NoiseStream(0))
-
     @property
     def state(self) -> SiteState:
         """All that the next call depends on."""
@@ -116,13 +107,9 @@ class PackActivation(nn.Module):
         self.estimator.state, self.noise.draws = (threshold, calls, has_drifted, kept), draws
 
     def reset(self, *, draws: int = 0) -> None:
-        """Forget everything: what follows depends on nothing that came before.
-
-        Args:
-            draws: Where the noise goes on from.
-        """
+        """See `NoiseSite.reset`."""
         self.estimator.reset()
-        self.noise.draws = draws
+        super().reset(draws=draws)
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

@@ -36,19 +36,19 @@ class _Activation(Function):
 class _Result(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, function: str, bits: Bits, options: dict[str, Any]
+        ctx: Any, x: Tensor, function: str, bits: Bits, key: int | None, options: dict[str, Any]
     ) -> tuple[Tensor, KeptTensor | None]:
         out = NAMED[function].function(x, **options)
-        kept, _ = encoded(out, bits)
+        kept, _ = encoded(out, bits, key=key)
         ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
         ctx.save_for_backward(out if kept is None else None)
         return out, kept
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None, None]:
         out = value_of(taken(ctx, "kept"), *ctx.saved_tensors)
-        return NAMED[ctx.function].derivative(grad, out, **ctx.options).to(ctx.dtype), None, None, None
+        return NAMED[ctx.function].derivative(grad, out, **ctx.options).to(ctx.dtype), None, None, None, None
 
 
 @overridable
@@ -71,13 +71,16 @@ def compressed_activation(x: Tensor, kept: KeptTensor | None, *, function: str, 
 
 
 @overridable
-def compressed_result(x: Tensor, *, function: str, bits: Bits = 8, **options: Any) -> tuple[Tensor, KeptTensor | None]:
+def compressed_result(
+    x: Tensor, *, function: str, bits: Bits = 8, key: int | None = None, **options: Any
+) -> tuple[Tensor, KeptTensor | None]:
     """A function whose backward needs its result, which it keeps in few bits.
 
     Args:
         x: Any shape.
         function: Its name, that of its row: "softmax", "tanh", ...
         bits: In how many the result is kept.
+        key: Of the noise of stochastic rounding; None for nearest.
         **options: Its options in torch: `dim` and `dtype` of the softmaxes.
 
     Returns:
@@ -86,5 +89,5 @@ def compressed_result(x: Tensor, *, function: str, bits: Bits = 8, **options: An
     """
     if not needs_backward(x):
         return NAMED[function].function(x, **options), None
-    result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, bits, options)  # type: ignore[no-untyped-call]  # torch's
+    result: tuple[Tensor, KeptTensor | None] = _Result.apply(x, function, bits, key, options)  # type: ignore[no-untyped-call]  # torch's
     return result

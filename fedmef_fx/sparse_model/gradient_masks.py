@@ -77,8 +77,7 @@ def keep_masks(model: nn.Module, *, runs_python: bool) -> None:
         _hold_all(model)
 
 
-def _hold_all(model: nn.Module, _: Any = None) -> None:
-    """Let the masks of a transformed model hold from now on."""
+def _hold_all(model: nn.Module) -> None:
     if is_traced():
         return
     transformation = _known(model)
@@ -89,8 +88,7 @@ def _hold_all(model: nn.Module, _: Any = None) -> None:
     check_copy(model, transformation, transformation.prunable)
 
 
-def _attach_all(model: nn.Module, _: Any = None) -> None:
-    """Prepare the masked parameters of a transformed model for a call of it."""
+def _attach_all(model: nn.Module) -> None:
     refuse_tracers(model)
     if is_traced():  # its parameters stand in for the model's
         return
@@ -104,8 +102,17 @@ def _attach_all(model: nn.Module, _: Any = None) -> None:
             clear_masked(parameter, mask)
 
 
-# As hooks. Whatever is uncompiled imports torch's compiler when it is first called, which takes a second.
-hold_masks, attach_gradient_masks = uncompiled(_hold_all), uncompiled(_attach_all)
+# The hooks. Whatever is uncompiled imports torch's compiler when it is first called, which takes a second.
+@uncompiled
+def hold_masks(model: nn.Module, _: Any = None) -> None:
+    """Let the masks of a transformed model hold from now on."""
+    _hold_all(model)
+
+
+@uncompiled
+def attach_gradient_masks(model: nn.Module, _: Any = None) -> None:
+    """Prepare the masked parameters of a transformed model for a call of it."""
+    _attach_all(model)
 
 
 def _present(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmef_fx.errors import CheckpointError
-from fedmef_fx.ops.pack_activation import PackActivation, SiteState
+from fedmef_fx.ops.noise_site import NoiseSite, SiteState
 from fedmef_fx.sparse_model.transformation import CHILD_NAME, Transformation, transformation_of
 
 __all__ = [
@@ -111,7 +111,8 @@ def _state_of(row: list[float]) -> SiteState:
     return threshold, round(calls), drifted > 0, None if kept < 0 else kept, round(draws)
 
 
-def _sites(module: nn.Module, path: str) -> dict[int, PackActivation]:
+def _sites(module: nn.Module, path: str) -> dict[int, NoiseSite]:
     """The places in a module by the checksums of their names in the model, in order."""
     named = ((".".join(filter(None, (path, name))), child) for name, child in module.named_modules())
-    return {zlib.crc32(name.encode()): child for name, child in named if isinstance(child, PackActivation)}
+    sites = ((name, child) for name, child in named if isinstance(child, NoiseSite) and child.is_stateful)
+    return {zlib.crc32(name.encode()): child for name, child in sites}

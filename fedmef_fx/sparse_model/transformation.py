@@ -18,7 +18,7 @@ from fedmef_fx.sparse_model.optimizer_state import watch_optimizers
 from fedmef_fx.sparse_model.prunable import PrunableParameter, Tier, WeightChannels
 
 if TYPE_CHECKING:
-    from fedmef_fx.ops.pack_activation import SiteState
+    from fedmef_fx.ops.noise_site import SiteState
     from fedmef_fx.records.graphs import GraphRecord
 
 __all__ = [

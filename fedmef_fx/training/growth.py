@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.ops.gradient_collector import Collector, collecting
-from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.sparse_model.masks import MaskedParameter
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparse_model.transformation import transformation_of
@@ -191,7 +191,7 @@ def unchanged(model: nn.Module, parameters: Mapping[str, MaskedParameter]) -> It
         for name, buffer in module.named_buffers(recurse=False)
         if id(buffer) not in masks
     ]
-    sites = [(module, module.state) for module in model.modules() if isinstance(module, PackActivation)]
+    sites = [(module, module.state) for module in model.modules() if isinstance(module, NoiseSite)]
     devices = {parameter.parameter.device for parameter in parameters.values()} - {torch.device("cpu")}
     device_type = next((device.type for device in devices), "cuda")
     try:

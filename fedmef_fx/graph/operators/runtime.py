@@ -20,6 +20,7 @@ from fedmef_fx.ops.dropout import BitDropout, bit_dropout
 from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.norms import compressed_batch_norm, compressed_batch_norm_module, compressed_norm
 from fedmef_fx.ops.nsconv import channel_affine, nsconv_weight
 from fedmef_fx.ops.pack_activation import PackActivation
@@ -110,7 +111,7 @@ def _adaptive_avg_pool(node: fx.Node) -> PlainCall:
 
 
 def _named(node: fx.Node) -> PlainCall:
-    options = {name: value for name, value in node.kwargs.items() if name not in ("function", "bits")}
+    options = {name: value for name, value in node.kwargs.items() if name not in ("function", "bits", "key")}
     return named(str(node.kwargs["function"])).function, (node.args[0],), options
 
 
@@ -187,5 +188,6 @@ ROWS: Final = (
     _op(sign_relu, _relu),
     Operator(name="fedmef_fx.BitDropout", modules=(BitDropout,), kind="dropout", keeps="nothing"),
     Operator(name="fedmef_fx.KeepActivation", modules=(KeepActivation,), keeps="nothing"),
+    Operator(name="fedmef_fx.NoiseSite", modules=(NoiseSite,), keeps="nothing"),
     Operator(name="fedmef_fx.PackActivation", modules=(PackActivation,), keeps="nothing"),
 )
