@@ -12,7 +12,13 @@ from torch.nn import functional as F
 import fedmef_fx
 from fedmef_fx import Config, transform
 from fedmef_fx.errors import CheckpointError
-from fedmef_fx.sparse_model.thresholds import set_thresholds, thresholds, thresholds_from_json, thresholds_to_json
+from fedmef_fx.sparse_model.thresholds import (
+    THRESHOLDS,
+    set_thresholds,
+    thresholds,
+    thresholds_from_json,
+    thresholds_to_json,
+)
 
 Storage = Literal["dense", "packed"]
 
@@ -57,6 +63,28 @@ def test_it_goes_on_bit_for_bit(tmp_path: Path, way: str, storage: Storage) -> N
     for each in (model, resumed):
         _steps(each, 6, shift=0.3)
     assert all(map(torch.equal, _weights(model), _weights(resumed)))
+
+
+def _mixer() -> nn.Sequential:
+    """Keeps inputs of a norm and of a GELU, and the result of a softmax."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3), nn.Flatten(2), nn.LayerNorm(36), nn.Linear(36, 32), nn.GELU(), nn.Linear(32, 16)]
+    return nn.Sequential(*layers, nn.Softmax(1), nn.Flatten(), nn.Linear(1024, 4))
+
+
+def test_what_is_saved_in_few_bits_is_rounded_as_without_the_break(tmp_path: Path) -> None:
+    config = Config(density=0.3, activation_sparsity=0.0, saved_precision="int4")
+    model = transform(_mixer(), config)
+    _steps(model, 2)
+    fedmef_fx.save(model, tmp_path / "m.safetensors")
+    resumed, other = fedmef_fx.load(tmp_path / "m.safetensors", _mixer()), transform(_mixer(), config)
+    other.load_state_dict({**model.state_dict(), THRESHOLDS: thresholds(other)})
+    before = torch.random.get_rng_state()
+    for each in (model, resumed, other):
+        _steps(each, 3, shift=0.3)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing of the caller's is drawn
+    assert all(map(torch.equal, _weights(model), _weights(resumed)))
+    assert not all(map(torch.equal, _weights(model), _weights(other)))
 
 
 class _Block(nn.Module):
