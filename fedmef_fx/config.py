@@ -17,7 +17,7 @@ from fedmef_fx.packing.bit_planes import BITS, Bits
 from fedmef_fx.packing.block_code import Levels, Rounding
 from fedmef_fx.sparsity.granularity import parse_granularity
 
-__all__ = ["SAVED_BITS", "Config", "is_ignored"]
+__all__ = ["SAVED_BITS", "Config", "check_config", "is_ignored"]
 
 SAVED_BITS: Final[Mapping[str, Bits]] = MappingProxyType({"int8": 8, "int4": 4, "int2": 2})
 """Bits per element of the values of `Config.saved_precision` but "exact"."""
@@ -377,6 +377,19 @@ class Config:
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
         return cls(**({**_FORMER, **fields} if is_stored else fields))
+
+
+def check_config(config: object, *, where: str) -> None:
+    """Whether something can stand where a function takes `config: Config | None`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(config, Config | None):
+        raise ConfigError(
+            f"{where}: config: got {config!r:.80}; expected a fedmef_fx.Config, e.g. Config(density=0.1), or None; "
+            "fields in a dictionary become one with Config(**fields)"
+        )
 
 
 def is_ignored(patterns: Iterable[str | type], name: str, module: nn.Module) -> bool:

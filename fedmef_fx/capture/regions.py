@@ -223,7 +223,10 @@ def _working_modes(model: nn.Module, call: Call, originals: Originals) -> tuple[
 
 def _describe(call: Call) -> str:
     def one(value: object) -> str:
-        return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        if isinstance(value, Tensor):
+            return f"{value.dtype}{list(value.shape)}"
+        shape = getattr(value, "shape", None)
+        return f"{value!r:.80}" if shape is None else f"{type(value).__name__}{list(shape)}, which is no torch.Tensor"
 
     return ", ".join(f"{name}={one(value)}" for name, value in call.arguments.items())
 

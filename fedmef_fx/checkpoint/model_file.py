@@ -134,6 +134,11 @@ def load(
         CheckpointError: No checkpoint, a damaged one, a newer format, or one of another architecture or configuration.
             The model is as it was. Or the file needs passes that are not there; the message names them.
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"load: got {type(path).__name__} as path and {type(model).__name__} as model; expected a file and a "
+            "torch.nn.Module, e.g. fedmef_fx.load('model.safetensors', model)"
+        )
     model = uncompiled_model(model)
     tensors, metadata = read_file(Path(path))
     config = _config(metadata)

@@ -30,6 +30,11 @@ def sample_count(dataset: Any) -> int:
     Raises:
         DataError: It has no length.
     """
+    if isinstance(dataset, str | bytes):
+        raise DataError(
+            f"got {type(dataset).__name__} as data; expected a data set of samples, e.g. "
+            "TensorDataset(images, labels); fedmef_fx.data.load_digits() gives two"
+        )
     if not isinstance(dataset, Sized):
         raise DataError(
             f"{type(dataset).__name__} has no length; expected a map-style data set with __len__, a "

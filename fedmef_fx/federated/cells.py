@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from fedmef_fx.config import Config
+from fedmef_fx.config import Config, check_config
 from fedmef_fx.errors import CheckpointError, ConfigError, FedmefError
 from fedmef_fx.federated.comparison import MethodComparison
 from fedmef_fx.federated.engine import run
@@ -95,6 +95,7 @@ def compare_methods(  # noqa: PLR0913  # the options of `run`, and what is compa
         >>> found = compare_methods(digits_cnn, clients, ["fedmef", "fedavg"], rounds=5, test=test)  # doctest: +SKIP
         >>> found.save("curves.png")  # doctest: +SKIP
     """
+    check_config(config, where="compare_methods")
     contenders = _contenders(methods)
     _check_seeds(seeds)
     runs: dict[str, dict[int, History]] = {contender.label: {} for contender in contenders}

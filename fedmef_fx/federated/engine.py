@@ -24,6 +24,7 @@ from fedmef_fx.federated.objective import LossFunction, Metric, Objective, objec
 from fedmef_fx.federated.playing import Table, play
 from fedmef_fx.federated.preparing import (
     check_clients,
+    check_list,
     example_of,
     network_on,
     own_strategy,
@@ -126,6 +127,7 @@ def run(  # noqa: PLR0913  # the options of a whole run, all but the data by key
         >>> [record.round_index for record in history.rounds]
         [0, 1]
     """
+    check_list(clients)
     training = LocalTraining.of(training)
     progress = progress_of(progress, rounds=rounds)
     method = method_of(method)

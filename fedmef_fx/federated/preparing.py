@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
 
-from fedmef_fx.config import Config
+from fedmef_fx.config import Config, check_config
 from fedmef_fx.errors import CheckpointError, ConfigError, FedmefError
 from fedmef_fx.federated.batches import Collate
 from fedmef_fx.federated.checkpoint import clear_leftovers
@@ -27,6 +28,7 @@ from fedmef_fx.transformation.transform import transform
 
 __all__ = [
     "check_clients",
+    "check_list",
     "example_of",
     "network_on",
     "own_strategy",
@@ -39,6 +41,11 @@ __all__ = [
 
 def own_strategy(strategy: Strategy | None, clients_per_round: int | None, *, clients: int) -> Strategy:
     """The strategy, with the number of clients of a round in it."""
+    if not isinstance(strategy, Strategy | None):
+        raise ConfigError(
+            f"federated.run: strategy: got {strategy!r:.80}; expected a federated.Strategy(...). Methods, such as "
+            "'fedavg', are named by method="
+        )
     strategy = copy.copy(strategy) if strategy is not None else Strategy()
     if strategy.minimum > clients > 0:
         raise ConfigError(
@@ -53,6 +60,16 @@ def own_strategy(strategy: Strategy | None, clients_per_round: int | None, *, cl
         )
     strategy.clients_per_round = clients_per_round
     return strategy
+
+
+def check_list(clients: object) -> None:
+    """Whether clients are a list, or a sequence of one's own: one data set in the place of many has a length, too."""
+    is_list = isinstance(clients, Sized) and hasattr(clients, "__getitem__")
+    if not is_list or isinstance(clients, str | bytes | Mapping | Dataset | DataLoader | Tensor):
+        raise ConfigError(
+            f"federated.run: clients: got {type(clients).__name__}; expected a list of data sets, one per client, e.g. "
+            "[Subset(dataset, part.tolist()) for part in fedmef_fx.data.dirichlet_partition(labels, clients=10)]"
+        )
 
 
 def check_clients(
@@ -109,6 +126,7 @@ def prepared(
     model: nn.Module, config: Config | None, method: Method, *, example: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """A transformed copy of the model that fits the method, traced with an example where there is one."""
+    check_config(config, where="federated.run")
     if not is_transformed(model):
         network = transform(model, method.configure(config or Config()), example_kwargs=example)
         if method.opening is not None:

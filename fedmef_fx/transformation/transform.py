@@ -12,7 +12,7 @@ from torch import nn
 from fedmef_fx.budget.layer_sparsity import apply_layer_levels
 from fedmef_fx.budget.planner import plan_memory
 from fedmef_fx.capture import capture_model, duplicate_of, leaf_regions, neutral_surroundings, ordinary_tensors
-from fedmef_fx.config import Config
+from fedmef_fx.config import Config, check_config
 from fedmef_fx.display.stages import stage
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.emit import emit, program_of, recompile
@@ -96,6 +96,7 @@ def transform(
         >>> round(fedmef_fx.density(sparse), 2)
         0.5
     """
+    check_config(config, where="transform")
     config = config or Config()
     own_passes = (*parse_passes(config.passes), *parse_passes(passes))
     config = config.replace(passes=())  # from here on they are objects
