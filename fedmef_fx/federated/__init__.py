@@ -4,7 +4,15 @@
 bytes and know nothing of how these travel.
 """
 
-from fedmef_fx.federated.aggregation import Aggregator, CoordinateMedian, Krum, NormClipping, TrimmedMean, WeightedMean
+from fedmef_fx.federated.aggregation import (
+    Aggregator,
+    CoordinateMedian,
+    Krum,
+    MeanAroundMedian,
+    NormClipping,
+    TrimmedMean,
+    WeightedMean,
+)
 from fedmef_fx.federated.callbacks import Callback, EarlyStopping, KeepBest
 from fedmef_fx.federated.cells import Contender, compare_methods
 from fedmef_fx.federated.client import Client
@@ -46,6 +54,7 @@ __all__ = [
     "Limits",
     "LocalRound",
     "LocalTraining",
+    "MeanAroundMedian",
     "Method",
     "MethodComparison",
     "ModelState",

@@ -24,6 +24,7 @@ __all__ = [
     "Aggregator",
     "CoordinateMedian",
     "Krum",
+    "MeanAroundMedian",
     "NormClipping",
     "TrimmedMean",
     "WeightedMean",
@@ -80,8 +81,7 @@ class TrimmedMean(Aggregator):
     trim: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.trim, bool) or not isinstance(self.trim, int | float) or not 0 <= self.trim < 0.5:
-            raise ConfigError(f"TrimmedMean.trim: got {self.trim!r}; expected a number in [0, 0.5)")
+        _check_share("TrimmedMean.trim", self.trim)
 
     @property
     def fewest(self) -> int:
@@ -91,9 +91,58 @@ class TrimmedMean(Aggregator):
     def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
         """See `Aggregator.combine`."""
         del sent
-        count = math.ceil(self.trim * len(updates))
-        count = min(count, (len(updates) - 1) // 2)
+        count = _left_out(self.trim, len(updates))
         return [_reduced(self, updates, lambda terms: terms[count : len(terms) - count].mean(0))]
+
+
+def _check_share(name: str, share: float) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 0.5:
+        raise ConfigError(f"{name}: got {share!r}; expected a number in [0, 0.5)")
+
+
+def _left_out(share: float, clients: int) -> int:
+    """How many of some clients a share is: at least one, and fewer than half."""
+    return min(math.ceil(share * clients), (clients - 1) // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanAroundMedian(Aggregator):
+    """Of each coordinate, the mean of the values nearest to the median; clients count alike (Xie et al. 2018).
+
+    Wrong values mostly lie on one side. A trimmed mean cuts as much off at the other, where the clients are that have
+    most to say of a coordinate, and slows training down where labels are skewed; here only the farthest values go.
+
+    Attributes:
+        faulty: Share of the clients that may be wrong and is left out, in [0, 0.5); at least one where it is > 0.
+    """
+
+    faulty: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_share("MeanAroundMedian.faulty", self.faulty)
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        return 3 if self.faulty else 1
+
+    def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
+        """See `Aggregator.combine`."""
+        del sent
+        count = _left_out(self.faulty, len(updates))
+        return [_reduced(self, updates, functools.partial(_around_median, count=count))]
+
+
+def _around_median(terms: Tensor, *, count: int) -> Tensor:
+    """The mean without the `count` values farthest from the median; of two that are as far, the lower one stays."""
+    kept = len(terms) - count
+    median = _median(terms)
+    first = torch.zeros_like(median, dtype=torch.int64)  # of what is kept: it lies side by side, as terms are sorted
+    for gone in range(count):
+        last = first + (len(terms) - 1 - gone)
+        low, high = terms.gather(0, first[None])[0], terms.gather(0, last[None])[0]
+        first += median - low > high - median
+    return terms.gather(0, first + torch.arange(kept).unsqueeze(1)).mean(0)
 
 
 @dataclasses.dataclass(frozen=True)

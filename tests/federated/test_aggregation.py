@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from fedmef_fx.federated import (
     CoordinateMedian,
     Krum,
     LocalTraining,
+    MeanAroundMedian,
     NormClipping,
     Strategy,
     TrimmedMean,
@@ -32,7 +35,14 @@ from fedmef_fx.federated.wire import decode_broadcast, decode_update, encode_upd
 from fedmef_fx.sparsity.sparse_gradient import SparseGradient
 
 SENT = ModelState(0, {"w": torch.ones(2, dtype=torch.bool)}, {"w": torch.zeros(2)}, {"b": torch.zeros(1)})
-ALL: list[Aggregator] = [WeightedMean(), TrimmedMean(0.2), CoordinateMedian(), NormClipping(1.0), Krum(1)]
+ALL: list[Aggregator] = [
+    WeightedMean(),
+    TrimmedMean(0.2),
+    MeanAroundMedian(0.2),
+    CoordinateMedian(),
+    NormClipping(1.0),
+    Krum(1),
+]
 
 
 def _update(client: int, *values: float, steps: int = 0, grown: dict[int, float] | None = None) -> Update:
@@ -69,6 +79,32 @@ def test_the_trimmed_mean_by_hand(sent: ModelState) -> None:
     assert found.samples == 15
     # A small share of few clients still leaves out one at either end.
     assert torch.equal(_single(TrimmedMean(0.01).combine(updates, sent)).values["w"], found.values["w"])
+
+
+def test_the_mean_around_the_median_by_hand(sent: ModelState) -> None:
+    pairs = [(1.0, 5.0), (2.0, 9.0), (3.0, 1.0), (90.0, 3.0), (5.0, 4.0)]
+    updates = [_update(c, *pair, steps=c) for c, pair in enumerate(pairs)]
+    found = _single(MeanAroundMedian(0.2).combine(updates, sent))
+    assert torch.equal(found.values["w"], torch.tensor([2.75, 3.25]))  # of 1 2 3 5, and of 1 3 4 5
+    assert torch.equal(_single(MeanAroundMedian(0).combine(updates, sent)).values["w"], torch.tensor([20.2, 4.4]))
+
+
+@given(values=st.lists(st.integers(-50, 50), min_size=3, max_size=9), share=st.floats(0, 0.49))
+def test_what_is_left_out_is_what_is_farthest_from_the_median(values: list[int], share: float) -> None:
+    sent = dataclasses.replace(SENT, dense={"b": torch.zeros(1), "steps": torch.tensor(0)})
+    updates = [_update(c, float(value), 0.0) for c, value in enumerate(values)]
+    found = _single(MeanAroundMedian(share).combine(updates, sent)).values["w"][0]
+    median = statistics.median(values)
+    count = min(math.ceil(share * len(values)), (len(values) - 1) // 2)
+    near = sorted(values, key=lambda value: (abs(value - median), value))[: len(values) - count]
+    assert float(found) == pytest.approx(statistics.mean(near), abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregator", [TrimmedMean, MeanAroundMedian])
+@pytest.mark.parametrize("share", [0.5, -0.1, True, "0.1", float("nan")])
+def test_shares_are_checked(aggregator: type[Aggregator], share: object) -> None:
+    with pytest.raises(ConfigError, match=r"expected a number in \[0, 0\.5\)"):
+        aggregator(share)  # type: ignore[call-arg]  # which takes one
 
 
 def test_the_median_by_hand(sent: ModelState) -> None:
@@ -150,7 +186,13 @@ def _flipped(after: Tensor, before: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("aggregator", "learns"),
-    [(WeightedMean(), False), (TrimmedMean(0.2), True), (CoordinateMedian(), True), (Krum(1, keep=None), True)],
+    [
+        (WeightedMean(), False),
+        (TrimmedMean(0.2), True),
+        (MeanAroundMedian(0.2), True),
+        (CoordinateMedian(), True),
+        (Krum(1, keep=None), True),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_one_client_in_five_that_flips_its_update(

@@ -160,7 +160,12 @@ def _assert_simulated_alike(network: torch.nn.Module, data: list[Any], **options
     assert _fields(found) == _fields(expected)
 
 
+# Ray leaves files open and says what will change in it.
+RAY_WARNS = pytest.mark.filterwarnings("default")
+
+
 @pytest.mark.slow
+@RAY_WARNS
 def test_simulation_of_many_clients_gives_what_one_process_gives() -> None:
     pytest.importorskip("ray")
     data = [blobs(8 + index, seed=index) for index in range(20)]
@@ -171,6 +176,7 @@ def test_simulation_of_many_clients_gives_what_one_process_gives() -> None:
 
 
 @pytest.mark.slow
+@RAY_WARNS
 def test_simulation_on_digits_gives_what_one_process_gives() -> None:
     pytest.importorskip("ray")
     digits, test = load_digits()
