@@ -25,7 +25,7 @@ DOCS := .venv-docs
 EXECUTORCH := executorch flatbuffers pandas python-dateutil pytz ruamel.yaml sympy tabulate torchao tzdata
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slow test-native test-ecosystem test-flower lint format bench docs docs-images clean
+.PHONY: help install demo test test-all test-fast test-slow test-native test-ecosystem test-flower lint format bench docs docs-images clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,9 +41,12 @@ demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a m
 	$(BIN)/fedmef-fx demo
 
 # Threads that wait by spinning slow each other down many times over when another process wants a core.
-test test-fast test-slow test-ecosystem test-flower: export OMP_WAIT_POLICY ?= passive
+test test-all test-fast test-slow test-ecosystem test-flower: export OMP_WAIT_POLICY ?= passive
 
-test: lint  ## Check style and types, then run every test; PYTEST_ARGS='-k masks' narrows it down
+test: $(INSTALLED)  ## Check style and types, and run every test; PYTEST_ARGS='-k masks' narrows it down
+	@$(MAKE) --no-print-directory -j2 lint test-all
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## Run only the tests that take a few seconds at most

@@ -1,7 +1,11 @@
 """What every test shares: hypothesis profiles, a fixed torch seed, and the reasons for which tests are skipped."""
 
+import contextlib
+import copy
+import functools
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,24 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     gc.enable()
     gc.set_threshold(5000, 10, 10)  # rarer than by default: torch.fx makes very many small objects
+    if "onnxruntime" in sys.modules:  # some test may export
+        with contextlib.suppress(ImportError, AttributeError):  # torch's own names, which may change
+            _read_translations_once()
+
+
+def _read_translations_once() -> None:
+    """Have torch's exporter read how operators become ONNX once per process: half the time of a small export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry  # noqa: PLC0415 -- only where a test exports
+
+    made = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*arguments: object, **options: object) -> ONNXRegistry:
+        known = made(*arguments, **options)
+        registry = copy.copy(known)  # exports add to theirs
+        registry.functions = {target: list(translations) for target, translations in known.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[method-assign,assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,7 @@
 """The built distributions hold what the repository holds, and the two linked packages have one import name each."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ NOT_IN_SDIST = (".ci/", ".gitignore")
 PACKAGE_OF_FOLDER = {folder: package for package, folder in SETUPTOOLS["package-dir"].items()}
 
 
-def _run(*command: str, cwd: Path) -> str:
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)  # noqa: S603  # fixed commands
+def _run(*command: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
+    result = subprocess.run(  # noqa: S603  # fixed commands
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -57,8 +61,16 @@ def distributions(repository_files: list[str], tmp_path_factory: pytest.TempPath
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
     output = tmp_path_factory.mktemp("dist")
-    # Without isolation, because that would download setuptools.
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source), cwd=output)
+    # Without isolation, because that would download setuptools; and without optimising kernels that nobody runs.
+    compiler = find_compiler()
+    environment = dict(os.environ)
+    if compiler is not None and os.name == "posix":
+        quick = tmp_path_factory.mktemp("compiler") / "cc"
+        quick.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@" -O0\n', encoding="utf-8")
+        quick.chmod(0o755)
+        environment["CC"] = str(quick)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source)]
+    _run(*build, cwd=output, environment=environment)
     (sdist,) = output.glob("*.tar.gz")
     (wheel,) = output.glob("*.whl")
     with tarfile.open(sdist) as packed, zipfile.ZipFile(wheel) as archive:

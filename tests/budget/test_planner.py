@@ -137,10 +137,9 @@ def relative_error(pruned: nn.Module, model: nn.Module, x: Tensor, config: Confi
     return float((gradients(pruned, x) - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("share", [0.1, 0.7])
-def test_the_error_is_the_one_that_training_has(images: Tensor, share: float) -> None:
+def test_the_error_is_the_one_that_training_has(images: Tensor) -> None:
     model = network()
-    sparse, plan = planned(model, between(model, images, share), KEEP, images)
+    sparse, plan = planned(model, between(model, images, 0.4), KEEP, images)
     assert plan.settings["weight_storage"] == "packed"
     assert plan.gradient_error > 0
     assert relative_error(sparse, model, images, KEEP) == pytest.approx(plan.gradient_error, rel=0.01)
@@ -247,9 +246,9 @@ def test_single_layers() -> None:
             Config(layer_sparsity=bad, weight_storage="dense")  # type: ignore[arg-type]  # on purpose
 
 
-@pytest.mark.slow
-def test_resnet18_within_its_budget() -> None:
+def test_a_residual_network_within_its_budget() -> None:
     model, x, packed = resnet18(), torch.randn(4, 3, 32, 32), Config(weight_storage="packed")
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
     budget = between(model, x, 0.4, packed)
     sparse, plan = planned(model, budget, packed, x)
     assert plan.gradient_error > 0

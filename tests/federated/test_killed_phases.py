@@ -21,7 +21,7 @@ from fedmef_fx.federated.engines import in_turn
 from fedmef_fx.files import atomic
 
 torch.set_num_threads(1)
-ROUNDS = 4
+ROUNDS = 3
 
 class Remembering(Strategy):
     def after_training(self, local):

@@ -101,18 +101,18 @@ def _file_operations(monkeypatch: pytest.MonkeyPatch, *, fail_at: int) -> Callab
 def test_continues_when_killed_between_any_two_file_operations(
     start: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = start(None, rounds=3)
+    expected = start(None, rounds=2)
     with monkeypatch.context() as patch:
         operations = _file_operations(patch, fail_at=0)
-        start(tmp_path / "count", rounds=3)
-    assert operations() >= 3 * 4
+        start(tmp_path / "count", rounds=2)
+    assert operations() >= 2 * 4
     for fail_at in range(1, operations() + 1):
         directory = tmp_path / str(fail_at)
         with monkeypatch.context() as patch:
             _file_operations(patch, fail_at=fail_at)
             with pytest.raises(_KilledError):
-                start(directory, rounds=3)
-        _assert_same(start(directory, rounds=3), expected)
+                start(directory, rounds=2)
+        _assert_same(start(directory, rounds=2), expected)
         assert [path.name for path in directory.iterdir()] == [FILE_NAME]
 
 
@@ -134,7 +134,7 @@ def train(directory):
     clients = [blobs(size, seed=seed) for seed, size in enumerate([24, 9, 17])]
     training = LocalTraining(batch_size=8, learning_rate=0.02)
     config = Config(density=0.3, adjustment_interval=2)
-    return run(small_network(), clients, config, rounds=12, training=training, checkpoint_dir=directory).model
+    return run(small_network(), clients, config, rounds=8, training=training, checkpoint_dir=directory).model
 
 def killed_after(seconds, directory):
     child = os.fork()
@@ -149,7 +149,7 @@ def killed_after(seconds, directory):
     return not finished
 
 whole, killed = Path(sys.argv[1]) / "whole", Path(sys.argv[1]) / "killed"
-while kills < 12 and killed_after(moments.uniform(0.05, 0.5), killed):
+while kills < 6 and killed_after(moments.uniform(0.05, 0.5), killed):
     kills += 1
 expected, found = train(whole).state_dict(), train(killed).state_dict()
 assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fedmef_fx
+
 HOSTILE_NAMES = [
     'quote"quote',
     "new\nline",
@@ -144,3 +146,10 @@ class Encoder(nn.Module):
             if x.abs().max() > 100:  # what torch.fx cannot know while it traces
                 x = x / 100
         return self.classifier(self.pooler(x)[0][:, -1])
+
+
+def forms() -> str:
+    """All that an inspection of a transformed model is written as."""
+    torch.manual_seed(0)
+    inspection = fedmef_fx.inspect(fedmef_fx.transform(two_convolutions()), (torch.ones(2, 1, 8, 8),))
+    return f"{inspection} {inspection.to_json()} {inspection.to_dot()}"

@@ -237,7 +237,7 @@ def test_the_name_of_the_implementation_that_is_gone_still_works() -> None:
         assert backend().name == backend("numba").name == "native"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("numpy", "numpy"), ("quick", "expected 'auto'")])
+@pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("quick", "expected 'auto'")])
 def test_the_environment_chooses(value: str, expected: str) -> None:
     code = "import fedmef_fx.packing as m; print(m.backend().name)"
     environment = os.environ | {ENVIRONMENT_VARIABLE: value}
