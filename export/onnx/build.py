@@ -16,6 +16,7 @@ from fedmef_fx.export.onnx.codecs.tensor import EncodedTensor
 from fedmef_fx.export.onnx.convert import Converted
 from fedmef_fx.export.onnx.encode import StoredWeights, apply_encoding, encode, round_weights, zero_is_positive
 from fedmef_fx.export.onnx.entropy import EntropyBounds, entropy_bounds
+from fedmef_fx.export.onnx.int8_records import LayerPrecision
 from fedmef_fx.export.onnx.manifest import Manifest, ManifestTensor
 from fedmef_fx.export.onnx.names import drop_defaults, shorten_names
 from fedmef_fx.export.onnx.origins import readers_of
@@ -46,6 +47,8 @@ class BuildPlan:
         uses_slim: Whether onnxslim simplifies the graph.
         is_frozen: Whether the model is a frozen graph, in which no BatchNorm may be left that could be folded.
         sizes: Sizes that vary besides the batch, by input and dimension.
+        calibration_method: As for `export_onnx`.
+        float32_layers: Likewise; None for those that int8 costs most.
     """
 
     weights: StoredWeights
@@ -53,6 +56,8 @@ class BuildPlan:
     uses_slim: bool
     is_frozen: bool
     sizes: Sizes
+    calibration_method: str = "minmax"
+    float32_layers: Sequence[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Built:
         bounds: The least that the weights can take.
         tolerance: Largest difference from the model that is allowed, relative to an output; None for any.
         notices: What was done otherwise than asked for.
+        layers: How each operator of a quantized graph computes.
     """
 
     proto: ModelProto
@@ -81,6 +87,7 @@ class Built:
     bounds: EntropyBounds
     tolerance: float | None
     notices: tuple[str, ...]
+    layers: tuple[LayerPrecision, ...] = ()
 
     @property
     def opset(self) -> int:
@@ -117,8 +124,13 @@ def build(converted: Converted, plan: BuildPlan, calibration: Sequence[ExampleCa
         from fedmef_fx.export.onnx.quantize_int8 import quantize_int8  # noqa: PLC0415 -- slow to import
 
         with clock.stage("quantize"):
-            proto, notices = quantize_int8(plain, calibration)
-            built = dataclasses.replace(built, proto=proto, bounds=entropy_bounds(proto, {}), notices=tuple(notices))
+            result = quantize_int8(
+                plain, calibration, method=plan.calibration_method, float32_layers=plan.float32_layers
+            )
+            bounds = entropy_bounds(result.proto, {})
+            built = dataclasses.replace(
+                built, proto=result.proto, bounds=bounds, notices=result.notices, layers=result.layers
+            )
     if plan.weights != "dense":
         with clock.stage("encode"):
             built = _encoded(built, plan, nodes)

@@ -31,6 +31,7 @@ __all__ = ["export_onnx"]
 
 Weights = Literal["dense", "packed", "packed-int16", "packed-fp16"]
 Quantize = Literal["int8"] | None
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Optimize = Literal["none", "onnxscript", "onnxslim"]
 _LOGGER: Final = logging.getLogger(__name__)
 _QUANTIZATIONS: Final = (None, "int8")
@@ -45,6 +46,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     weights: Weights = "dense",
     quantize: Quantize = None,
     calibration_data: Iterable[Any] | None = None,
+    calibration_method: CalibrationMethod = "minmax",
+    float32_layers: Sequence[str] | Literal["auto"] = "auto",
     dynamic_batch: bool = True,
     dynamic_sizes: Mapping[str, Mapping[int, str]] | None = None,
     outputs: Sequence[str] | None = None,
@@ -69,6 +72,11 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         calibration_data: For "int8": inputs like those the model will see, from which the ranges of its activations
             are taken. Each is a tensor, or a tuple of the arguments of a call; or a `DataLoader`, whose labels are
             left out.
+        calibration_method: How a range is taken from them: "minmax", all values; "percentile", all but one in ten
+            thousand; "entropy", the range that keeps most of what the values tell. Try another where outliers stretch
+            the ranges.
+        float32_layers: Layers that "int8" leaves in float32: names, as the report's `layers` has them; "auto", the
+            costliest ones if int8 changes outputs on calibration data by more than 5 % of their spread; () for none.
         dynamic_batch: Let the batch size vary. A model that cannot gets a fixed one, and the report says so.
         dynamic_sizes: Further sizes that vary, by argument and dimension: `{"tokens": {1: "length"}}`. Sizes of one
             name are equal. `{"x": {2: "32*height", 3: "32*width"}}` are multiples of 32; where a model takes only such
@@ -101,6 +109,11 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
     """
     _check_option("weights", weights, get_args(Weights))
     _check_option("quantize", quantize, _QUANTIZATIONS)
+    _check_option("calibration_method", calibration_method, get_args(CalibrationMethod))
+    if isinstance(float32_layers, str) and float32_layers != "auto":
+        raise ConfigError(
+            f"export_onnx: got float32_layers={float32_layers!r}; expected 'auto' or names, e.g. [{float32_layers!r}]"
+        )
     _check_option("optimize", optimize, get_args(Optimize))
     from fedmef_fx.export.onnx.targets import check_format, read_target  # noqa: PLC0415 -- imports onnx
 
@@ -140,6 +153,8 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         uses_slim=optimize == "onnxslim",
         is_frozen=isinstance(plain, fx.GraphModule),
         sizes=converted.examples.sizes,
+        calibration_method=calibration_method,
+        float32_layers=None if float32_layers == "auto" else tuple(float32_layers),
     )
     built = build(converted, plan, calibration, clock)
     check_format(built.proto, runtime_target)
@@ -177,6 +192,7 @@ def export_onnx(  # noqa: PLR0913 -- one call with options that name themselves
         plain_nodes=built.plain_nodes,
         tensors=built.manifest.tensors,
         runtime=runtime,
+        layers=built.layers,
     )
 
 

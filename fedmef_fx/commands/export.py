@@ -46,6 +46,14 @@ class Quantize(StrEnum):
     INT8 = "int8"
 
 
+class CalibrationMethod(StrEnum):
+    """How the range of an activation is taken."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+
+
 class Optimize(StrEnum):
     """What simplifies the graph."""
 
@@ -73,11 +81,20 @@ def export(  # noqa: PLR0913 -- one parameter per option
         Path | None,
         typer.Option(metavar="FILE", help="Inputs like those to come: an array [samples, ...] as .npy, or .npz."),
     ] = None,
+    calibration_method: Annotated[
+        CalibrationMethod, typer.Option(help="How ranges are taken from them; the other two leave out what is rare.")
+    ] = CalibrationMethod.MINMAX,
+    float32_layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A layer that int8 leaves in float32; may be repeated.", show_default="the costliest"
+        ),
+    ] = None,
     optimize: Annotated[Optimize, typer.Option(help="What simplifies the graph.")] = Optimize.ONNXSCRIPT,
     dynamic_size: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIM=NAME", help="A further size of the input that varies, e.g. 1=length; may be repeated."
+            metavar="DIM=NAME", help="A further size that varies, e.g. 1=length, 2=32*height; may be repeated."
         ),
     ] = None,
     dynamic_batch: Annotated[
@@ -108,6 +125,8 @@ def export(  # noqa: PLR0913 -- one parameter per option
             example_inputs=(x,),
             weights=weights.value,
             calibration_data=samples,
+            calibration_method=calibration_method.value,
+            float32_layers=float32_layer or "auto",
             dynamic_batch=dynamic_batch,
             dynamic_sizes={argument: sizes} if sizes else None,
             verify=verify,
