@@ -59,6 +59,7 @@ def test_as_dict_survives_json() -> None:
         "plain_nodes": 0,
         "tensors": [],
         "runtime": None,
+        "layers": [],
     }
 
 
