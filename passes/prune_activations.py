@@ -6,6 +6,8 @@ Rules
 2. x is packed, or put in a code of few bits, right after it is made, by one `PackActivation` site that all layers
    reading x share. Where `compress-saved` keeps x already, or x is a cheap function of what it keeps, the layers take
    that instead.
+3. Convolutions, sums and products with a number write over what they read, where nothing else does
+   (`passes/_reused_memory.py`).
 
 Not packed, with the reason: an x that stays dense anyway because another node keeps it (the layer then keeps that same
 tensor, at no cost and with exact gradients), and inputs of the model, which its caller holds.
@@ -28,6 +30,7 @@ from fedmef_fx.packing.bit_planes import Bits
 from fedmef_fx.packing.block_code import BlockCode, Levels, Rounding
 from fedmef_fx.passes._handles import add_keeping_site, handle_of, noise_seed
 from fedmef_fx.passes._pruned_layers import match_layer, prune_layer
+from fedmef_fx.passes._reused_memory import reuse_memory
 from fedmef_fx.records.graphs import GraphMode
 from fedmef_fx.records.passes import PassResult, Refusal
 
@@ -82,6 +85,7 @@ class PruneActivations:
                     refusals.append(x)
                 rewrites.append(region.full_name(node.name))
                 self._rewrite(region, mode, node, geometry, x if isinstance(x, fx.Node) else None, packed)
+            reuse_memory(region, graph, by=self.name)
         return PassResult(self.name, tuple(rewrites), tuple(dict.fromkeys(refusals)))
 
     def _match(self, region: Region, node: fx.Node) -> dict[str, Any] | Refusal:

@@ -25,7 +25,7 @@ FOLDER_VARIABLE: Final = "FEDMEF_FX_KERNELS"
 """Environment variable that names another folder with compiled kernels, such as those with sanitizers."""
 
 _ISAS: Final = ("baseline", "avx2", "avx512")
-_ABI: Final = 2
+_ABI: Final = 3
 _TYPES: Final = {
     "i": ctypes.c_int,
     "n": ctypes.c_int64,
@@ -51,7 +51,7 @@ _SIGNATURES: Final = {
     "pack_blocks": "ipniniwnppi:n",
     "unpack_blocks": "ippinpni",
     "pack_marked": "ippnniniwppi:n",
-    "unpack_marked": "ipppinpnni",
+    "unpack_marked": "ipppinpnnni",
     "mark_equal": "ipwpni",
     "fill_marked": "ipwpn",
     "fill_at": "ipnwp",

@@ -12,6 +12,7 @@ from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import BlockCode, BlockwiseTensor, KeptTensor, why_dense
 from fedmef_fx.packing.bit_planes import Bits
+from fedmef_fx.packing.codecs import KeptWhole
 from fedmef_fx.packing.tracers import is_traced
 
 __all__ = ["KeepActivation", "encoded", "recomputed", "remasked", "value_of"]
@@ -72,7 +73,7 @@ class KeepActivation(NoiseSite):
         return ", ".join(filter(None, (few, self.reason)))
 
 
-class _Recomputed:
+class _Recomputed(KeptWhole):
     """The result of a function of a kept tensor, computed again whenever it is needed: it takes no bytes of its own."""
 
     __slots__ = ("_args", "_function", "_kept", "_kwargs")
@@ -118,7 +119,7 @@ def remasked(weight: Tensor, mask: Tensor) -> KeptTensor:
     return _Recomputed(_Alive(weight), _masked, (mask,), {})
 
 
-class _Alive:
+class _Alive(KeptWhole):
     """A tensor of the model, as it is."""
 
     __slots__ = ("_tensor",)

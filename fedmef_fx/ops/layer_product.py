@@ -10,6 +10,7 @@ from torch import Tensor
 from fedmef_fx.ops.effective_weight import Recipe, StoredWeight, effective_weight, effective_weight_backward
 from fedmef_fx.ops.packed_weight import active_values, active_values_backward
 from fedmef_fx.ops.sparse_ways import MakeWay
+from fedmef_fx.packing.sample_parts import KeptSamples, samples_together
 
 __all__ = ["DenseProduct", "Layer", "LayerProduct", "SparseProduct", "sparse_way"]
 
@@ -21,7 +22,7 @@ class Layer(Protocol):
         """The layer's result."""
 
     def parameter_gradients(
-        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
+        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of the dense weight and the bias, from that of the result; exact in x."""
 
@@ -31,6 +32,9 @@ class Layer(Protocol):
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Gradient of the bias."""
 
+    def keeps_shape(self, x_shape: torch.Size, weight_shape: torch.Size) -> bool:
+        """Whether the result of an input has its shape, and each sample's part in it depends on that sample alone."""
+
     def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
         """How it computes from so many active weights alone; None where a dense product is faster."""
 
@@ -38,17 +42,32 @@ class Layer(Protocol):
 class LayerProduct(Protocol):
     """A layer with its stored weight."""
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's result."""
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
+        """The layer's result.
 
-    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        Args:
+            x: The input.
+            bias: Of the layer.
+            inplace: Whether it may be written over the input, which has its shape; then that may be returned.
+        """
+
+    def gradients(self, grad: Tensor, x: Tensor | KeptSamples, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """Gradients of the weight that is multiplied by, and of the bias, from that of the result; exact in x."""
 
     def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the stored weight, exactly 0 where masked, and of gain, from that of `gradients`."""
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
-        """Gradient of an input of some shape."""
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
+        """Gradient of an input of some shape.
+
+        Args:
+            grad: That of the result.
+            x_shape: Of the input.
+            inplace: Whether it may be written over `grad`, which has its shape; then that may be returned.
+        """
+
+    def add_input_gradient(self, grad: Tensor, total: Tensor) -> None:
+        """Add the gradient of the input to another one, of a layer of which samples do not meet."""
 
 
 def sparse_way(layer: Layer, stored: StoredWeight, x: Tensor, dtype: torch.dtype) -> MakeWay | None:
@@ -88,11 +107,14 @@ class DenseProduct:
         # A linear layer's dense weight and dense gradient never live together.
         self._weight = made if is_remade else functools.cache(made)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
         """See `LayerProduct.forward`."""
-        return self._layer.forward(x, self._weight(), bias)
+        if not inplace:
+            return self._layer.forward(x, self._weight(), bias)
+        weight = self._weight()
+        return _over(x, lambda some: self._layer.forward(some, weight, bias), least=weight.numel())
 
-    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, grad: Tensor, x: Tensor | KeptSamples, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.gradients`; that of the dense weight."""
         return self._layer.parameter_gradients(grad, x, self._weight, has_bias=has_bias)
 
@@ -100,9 +122,36 @@ class DenseProduct:
         """See `LayerProduct.stored_gradients`."""
         return effective_weight_backward(self._stored, gradient, recipe=self._recipe)
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
         """See `LayerProduct.input_gradient`."""
-        return self._layer.input_gradient(grad, x_shape, self._weight())
+        if not inplace:
+            return self._layer.input_gradient(grad, x_shape, self._weight())
+        weight = self._weight()
+        return _over(grad, lambda some: self._layer.input_gradient(some, some.shape, weight), least=weight.numel())
+
+    def add_input_gradient(self, grad: Tensor, total: Tensor) -> None:
+        """See `LayerProduct.add_input_gradient`."""
+        weight = self._weight()
+        _add_parts(grad, total, lambda own, shape: self._layer.input_gradient(own, shape, weight), least=weight.numel())
+
+
+def _over(batch: Tensor, function: Callable[[Tensor], Tensor], *, least: int) -> Tensor:
+    """A function of samples, written over these a few at a time; a new tensor for a small batch."""
+    together = samples_together(batch.shape, least=least)
+    if together >= batch.shape[0]:
+        return function(batch)
+    for part in torch.split(batch, together):
+        part.copy_(function(part))
+    return batch
+
+
+def _add_parts(
+    grad: Tensor, total: Tensor, gradient: Callable[[Tensor, torch.Size], Tensor], *, least: int = 0
+) -> None:
+    """Add the gradient of samples to another one, a few at a time."""
+    together = samples_together(total.shape, least=least)
+    for part, own in zip(torch.split(total, together), torch.split(grad, together), strict=True):
+        part.add_(gradient(own, part.shape))
 
 
 class SparseProduct:
@@ -117,11 +166,11 @@ class SparseProduct:
         self._options: dict[str, Any] = {"shape": shape, "recipe": recipe}
         self._weight = way(active_values(*self._given, **self._options), bitmap)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
         """See `LayerProduct.forward`."""
-        return self._weight.forward(x, bias)
+        return self._weight.forward(x, bias, inplace=True) if inplace else self._weight.forward(x, bias)
 
-    def gradients(self, grad: Tensor, x: Tensor, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    def gradients(self, grad: Tensor, x: Tensor | KeptSamples, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.gradients`; that of the active values, [active]."""
         return self._weight.weight_gradient(grad, x), self._layer.bias_gradient(grad) if has_bias else None
 
@@ -129,6 +178,12 @@ class SparseProduct:
         """See `LayerProduct.stored_gradients`."""
         return active_values_backward(*self._given, grad=gradient, **self._options)
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
         """See `LayerProduct.input_gradient`."""
+        if inplace:
+            return self._weight.input_gradient(grad, x_shape, inplace=True)
         return self._weight.input_gradient(grad, x_shape)
+
+    def add_input_gradient(self, grad: Tensor, total: Tensor) -> None:
+        """See `LayerProduct.add_input_gradient`."""
+        _add_parts(grad, total, self._weight.input_gradient)

@@ -5,139 +5,27 @@ is approximate (exact when nothing was dropped) while the gradients of the input
 weight is made again in backward instead of being kept.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recipe_of
+from fedmef_fx.ops.layer_maps import ConvolutionGeometry, LinearMap
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, sparse_way
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
 from fedmef_fx.ops.overridable import overridable
-from fedmef_fx.ops.sparse_convolution import Geometry
-from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, linear_way
+from fedmef_fx.ops.shared_gradient import SharedGradient, Turns
 from fedmef_fx.packing import KeptTensor
+from fedmef_fx.packing.sample_parts import KeptSamples
 from fedmef_fx.packing.tracers import is_traced, weights_as_constants
 
 __all__ = ["ConvolutionGeometry", "pruned_convolution", "pruned_linear"]
-
-
-class ConvolutionGeometry(NamedTuple):
-    """A convolution without its weight, of 1 to 3 spatial dimensions."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of x, [N, in, *size]."""
-        result: Tensor = torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
-        return result
-
-    def parameter_gradients(
-        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weight and the bias; exact in x. torch asks for the weight, for its shape."""
-        gradients = self._backward(grad, x, weight(), (False, True, has_bias))
-        return gradients[1], gradients[2] if has_bias else None
-
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        """Gradient of the input; x itself is not needed, only its shape."""
-        if grad.is_contiguous() and grad.numel() >= x_shape.numel():
-            # torch wants an x and never looks at its values. One without memory of its own would be copied to some.
-            stand_in = grad.view(-1)[: x_shape.numel()].view(x_shape)
-            result: Tensor = self._backward(grad, stand_in, weight, (True, False, False))[0]
-            return result
-        return self._convolve_back(grad, x_shape, weight)
-
-    def _convolve_back(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        """The same as a convolution: transposed for an ordinary one, ordinary for a transposed one."""
-        rest = tuple(
-            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-            for size, out, stride, padding, dilation, kernel in zip(
-                x_shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
-            )
-        )
-        output_padding = (0,) * len(rest) if self.transposed else rest
-        result: Tensor = torch.convolution(
-            grad,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            not self.transposed,
-            output_padding,
-            self.groups,
-        )
-        return result
-
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """Gradient of the bias."""
-        return grad.sum(dim=[0, *range(2, grad.dim())])
-
-    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
-        """How it computes from so many active weights alone; None where a dense product is faster."""
-        if self.transposed or self.groups != 1:
-            return None
-        return convolution_way(x, active, weight_shape, Geometry(self.stride, self.padding, self.dilation))
-
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
-        return torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            [grad.shape[1]],
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-            which,
-        )
-
-
-class _Linear:
-    """x W^T + b over the last dimension."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def parameter_gradients(
-        self, grad: Tensor, x: Tensor, weight: Callable[[], Tensor], *, has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        return grad_weight, self.bias_gradient(grad) if has_bias else None
-
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
-        return grad @ weight
-
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
-        return linear_way(x, active, weight_shape)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -145,11 +33,27 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(x.device.type) or weight.dtype
 
 
+class Reuse(NamedTuple):
+    """Whose memory a layer may write its results to.
+
+    Attributes:
+        input: The input's, which nothing else reads.
+        gradient: That of the gradient of its result.
+        shared: Where its gradient of the input meets that of the input's only other reader.
+        turns: Who of the two that alone read the gradient of its result comes last.
+    """
+
+    input: bool = False
+    gradient: bool = False
+    shared: SharedGradient | None = None
+    turns: Turns | None = None
+
+
 class _PrunedLayer(Function):
     """A layer whose backward runs on a packed input and on a weight made anew."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 -- torch gives them by place
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -158,9 +62,10 @@ class _PrunedLayer(Function):
         packed: KeptTensor | None,
         layer: Layer,
         stored: StoredWeight,
+        reuse: Reuse,
     ) -> Tensor:
         dtype = _compute_dtype(x, weight)
-        ctx.layer = layer
+        ctx.layer, ctx.reuse = layer, reuse if any(ctx.needs_input_grad) else Reuse()
         computed = x if autocast_dtype(x.device.type) is None else x.to(dtype)
         if any(ctx.needs_input_grad):
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -173,7 +78,11 @@ class _PrunedLayer(Function):
             ctx.recipe = recipe_of(stored)
             ctx.way = sparse_way(layer, stored, computed, dtype)
             product = _product(ctx, stored, dtype)
-            out = product.forward(computed, None if bias is None else bias.to(dtype))
+            may_write = ctx.reuse.input and computed is x and not (packed is None and ctx.reads_input)
+            inplace = may_write and _can_take_over(layer, x, stored)
+            out = product.forward(computed, None if bias is None else bias.to(dtype), inplace=inplace)
+        if out is x:
+            ctx.mark_dirty(x)
         # Linear layers give a view for inputs of three or more dimensions, which nothing could change in place.
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
@@ -185,18 +94,39 @@ class _PrunedLayer(Function):
         product = _product(ctx, stored, grad.dtype)
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.reads_input:
-            dense = taken(ctx, "packed").unpack().reshape(ctx.x_shape) if x is None else x
-            dense = dense.to(grad.dtype)
+            kept = KeptSamples(taken(ctx, "packed"), ctx.x_shape, grad.dtype) if x is None else x.to(grad.dtype)
+            kept = kept.whole() if isinstance(kept, KeptSamples) and grad.device.type != "cpu" else kept
             del x
-            gradient, grad_bias = product.gradients(grad, dense, has_bias=ctx.needs_input_grad[3])
-            del dense
+            gradient, grad_bias = product.gradients(grad, kept, has_bias=ctx.needs_input_grad[3])
+            del kept
             grad_weight, grad_gain = product.stored_gradients(gradient)
             del gradient
-        if ctx.needs_input_grad[0]:
-            grad_input = product.input_gradient(grad, ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[3] and grad_bias is None:
             grad_bias = ctx.layer.bias_gradient(grad)
-        return grad_input, grad_weight, grad_gain, grad_bias, None, None, None
+        if ctx.needs_input_grad[0]:  # last, as it may be written over that of the result
+            grad_input = _input_gradient(ctx, product, grad, stored)
+        return grad_input, grad_weight, grad_gain, grad_bias, None, None, None, None
+
+
+def _input_gradient(ctx: Any, product: LayerProduct, grad: Tensor, stored: StoredWeight) -> Tensor | None:
+    """Gradient of the input; None where it was added to that of the input's other reader."""
+    shared = ctx.reuse.shared if grad.dtype == ctx.x_dtype and grad.device.type == "cpu" else None
+    total = None if shared is None else shared.take()
+    if total is not None:
+        product.add_input_gradient(grad, total)
+        return None
+    is_ours = ctx.reuse.gradient or (ctx.reuse.turns is not None and ctx.reuse.turns.is_last())
+    inplace = is_ours and grad.shape == ctx.x_shape and _can_take_over(ctx.layer, grad, stored)
+    result = product.input_gradient(grad, ctx.x_shape, inplace=inplace).to(ctx.x_dtype)
+    if shared is not None:
+        shared.leave(result)
+    return result
+
+
+def _can_take_over(layer: Layer, batch: Tensor, stored: StoredWeight) -> bool:
+    """Whether what a layer makes of a batch could be written over it, sample by sample."""
+    is_plain = batch.device.type == "cpu" and batch.is_contiguous()
+    return is_plain and layer.keeps_shape(batch.shape, stored.shape)
 
 
 def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct:
@@ -207,7 +137,14 @@ def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct
     return DenseProduct(ctx.layer, stored, ctx.recipe, dtype, is_remade=is_collecting)
 
 
-def _apply(layer: Layer, x: Tensor, packed: KeptTensor | None, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+def _apply(
+    layer: Layer,
+    x: Tensor,
+    packed: KeptTensor | None,
+    bias: Tensor | None,
+    stored: StoredWeight,
+    reuse: Reuse = Reuse(),  # noqa: B008 -- it is immutable
+) -> Tensor:
     if x.is_complex() or stored.weight.is_complex():  # nothing here compresses complex numbers
         return layer.forward(x, effective_weight(stored), bias)
     if not x.is_floating_point():
@@ -218,7 +155,7 @@ def _apply(layer: Layer, x: Tensor, packed: KeptTensor | None, bias: Tensor | No
     if is_traced():
         return _recorded(layer, x, bias, stored)
     result: Tensor = _PrunedLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        x, stored.weight, stored.gain, bias, packed, layer, stored
+        x, stored.weight, stored.gain, bias, packed, layer, stored, reuse
     )
     return result
 
@@ -251,6 +188,10 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     g: float = 1.0,
     statistics: Statistics = "active",
     packed_shape: tuple[int, ...] | None = None,
+    inplace: bool = False,
+    inplace_gradient: bool = False,
+    shared: SharedGradient | None = None,
+    turns: Turns | None = None,
 ) -> Tensor:
     """A convolution of 1 to 3 dimensions that keeps `packed` instead of x for its backward.
 
@@ -270,6 +211,10 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
         g: Gain of the nonlinearity that follows an NSConv.
         statistics: Of an NSConv.
         packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
+        inplace: The result may be written over x, where it has its shape. Only for an x that nothing else reads.
+        inplace_gradient: Backward may write over the gradient of the result. Only for one that nothing else reads.
+        shared: Where the gradient of x meets that of its only other reader, if that is a convolution as well.
+        turns: As `inplace_gradient` for a gradient that just two convolutions read: the last one may write over it.
 
     Returns:
         [N, out, *size]; the gradient of weight is exactly 0 where masked.
@@ -284,7 +229,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == dims + 1:  # without a batch dimension; the packed elements are the same
         return _apply(geometry, x.unsqueeze(0), packed, bias, stored).squeeze(0)
-    return _apply(geometry, x, packed, bias, stored)
+    return _apply(geometry, x, packed, bias, stored, Reuse(inplace, inplace_gradient, shared, turns))
 
 
 @overridable
@@ -321,4 +266,4 @@ def pruned_linear(
     """
     shape = None if packed_shape is None else torch.Size(packed_shape)
     stored = StoredWeight(weight, gain, mask, KernelForm(g, statistics=statistics), shape)
-    return _apply(_Linear(), x, packed, bias, stored)
+    return _apply(LinearMap(), x, packed, bias, stored)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.ops.sparse_matrix import Rows, SparseMatrix, SparseRows
+from fedmef_fx.packing.sample_parts import KeptSamples, samples_of
 
 __all__ = ["PackedMatrix", "has_long_rows"]
 
@@ -36,22 +37,26 @@ class PackedMatrix:
     def __init__(self, values: Tensor, bitmap: Tensor, shape: torch.Size) -> None:
         self._matrix = SparseMatrix.of(values, bitmap, rows=shape[0], width=shape[1])
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
         """The convolution of x, [N, in, *size]: [N, out, *size]."""
+        del inplace  # each product reads all channels
         pixels = _pixels(x)
         return _product(self._matrix.by_rows(pixels.shape[2]), self._matrix.rows, x, pixels, bias)
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
         """Gradient of the input, [N, in, *size], from that of the result, [N, out, *size]."""
+        del inplace
         pixels = _pixels(grad)
         matrix = self._matrix.by_columns(x_shape[1], pixels.shape[2])
         return _product(matrix, x_shape[1], grad, pixels, None)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, grad: Tensor, x: Tensor | KeptSamples) -> Tensor:
         """Gradient of the values, [active], from that of the result and what was kept of the input."""
-        left, right = Rows.of(_pixels(grad)), Rows.of(_pixels(x))
         out = torch.zeros_like(self._matrix.values)
-        self._matrix.by_rows(right.distance).add_inner_products(left, right, out)
+        for part, some in samples_of(x):
+            left, right = Rows.of(_pixels(grad[part])), Rows.of(_pixels(some))
+            self._matrix.by_rows(right.distance).add_inner_products(left, right, out)
+            del some, right  # or they would live until the next ones are there
         return out
 
 

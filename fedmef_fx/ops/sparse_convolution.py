@@ -25,6 +25,7 @@ from fedmef_fx.native import call, threads_for
 from fedmef_fx.ops.sparse_matrix import Rows, SparseMatrix
 from fedmef_fx.packing.backend_native import FORMATS
 from fedmef_fx.packing.layout import has_no_values
+from fedmef_fx.packing.sample_parts import KeptSamples, samples_of
 
 __all__ = ["Geometry", "PackedConvolution", "RowLayout", "room_for_copies", "row_layout"]
 
@@ -149,35 +150,38 @@ class PackedConvolution:
         self._matrix = SparseMatrix.of(values, bitmap, rows=shape[0], width=shape[1:].numel())
         self._shape, self._geometry = shape, geometry
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of x, [N, in, height, width]."""
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
+        """The convolution of x, [N, in, height, width], over x where that is allowed: images are laid out first."""
         images = self._images(x.shape)
         matrix = self._matrix.placed(_tensor(images.places, x), images.pixels.count)
-        out = x.new_empty(x.shape[0], self._shape[0], *images.layout.out_size)
+        out = x if inplace else x.new_empty(x.shape[0], self._shape[0], *images.layout.out_size)
         for part in images.parts:
             matrix.multiply(images.pixels.lay_out(x[part]), images.results.of(out[part]), bias)
             images.results.take_back(out[part])
         return out
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
-        """Gradient of the input, of its shape, from that of the result."""
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
+        """Gradient of the input, of its shape, from that of the result, and over that where it is allowed."""
         images = self._images(x_shape)
         layout, grad = images.layout, grad.contiguous()
         tables = (_tensor(table, grad) for table in (layout.plane, layout.shift))
         matrix = self._matrix.by_columns(images.pixels.count, images.distance, *tables)
-        grad_x = grad.new_empty(x_shape)
+        grad_x = grad if inplace else grad.new_empty(x_shape)
         for part in images.parts:
             matrix.multiply(images.results.lay_out(grad[part]), images.pixels.of(grad_x[part]))
             images.pixels.take_back(grad_x[part])
         return grad_x
 
-    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, grad: Tensor, x: Tensor | KeptSamples) -> Tensor:
         """Gradient of the values, [active], from that of the result and what was kept of the input."""
-        images, grad, x = self._images(x.shape), grad.contiguous(), x.detach().contiguous()
-        matrix = self._matrix.placed(_tensor(images.places, x), images.pixels.count)
+        images, grad = self._images(x.shape), grad.contiguous()
+        matrix = self._matrix.placed(_tensor(images.places, grad), images.pixels.count)
         out = torch.zeros_like(matrix.values)
-        for part in images.parts:
-            matrix.add_inner_products(images.results.lay_out(grad[part]), images.pixels.lay_out(x[part]), out)
+        for place, some in samples_of(x, multiple=images.together):
+            decoded, own = some.detach().contiguous(), grad[place]
+            for part in images.parts[: -(-len(own) // images.together)]:
+                matrix.add_inner_products(images.results.lay_out(own[part]), images.pixels.lay_out(decoded[part]), out)
+            del some, decoded  # or they would live until the next ones are there
         return out
 
     def _images(self, x_shape: torch.Size) -> "_Images":
@@ -205,7 +209,8 @@ class _Images:
         pixels: The side of the input.
         results: The side of the result.
         distance: From one row to the next.
-        parts: Which images are taken together.
+        together: How many images are taken together.
+        parts: Which.
     """
 
     def __init__(
@@ -213,7 +218,7 @@ class _Images:
     ) -> None:
         most = max(1, min(_BUFFER, room_for_copies(shape, x_shape)) // layout.image_size(shape))
         together = -(-x_shape[0] // -(-x_shape[0] // most))  # all parts of about the same size
-        self.layout, self.distance = layout, _whole_vectors(together * layout.size)
+        self.layout, self.distance, self.together = layout, _whole_vectors(together * layout.size), together
         # Where no tensor has values, memory is being predicted: the first part takes what each of the others does.
         images = together if has_no_values(like) else x_shape[0]
         self.parts = [slice(start, start + together) for start in range(0, images, together)]

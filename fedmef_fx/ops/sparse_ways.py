@@ -22,6 +22,7 @@ from fedmef_fx.ops.pointwise import PackedMatrix, has_long_rows
 from fedmef_fx.ops.sparse_convolution import Geometry, PackedConvolution, room_for_copies, row_layout
 from fedmef_fx.ops.sparse_linear import PackedLinear
 from fedmef_fx.packing import backend
+from fedmef_fx.packing.sample_parts import KeptSamples
 
 __all__ = ["MakeWay", "SparseWay", "convolution_way", "linear_way"]
 
@@ -38,13 +39,13 @@ _FEWEST_RESULTS: Final = 16
 class SparseWay(Protocol):
     """A layer's weight as active values that need no dense form."""
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's result."""
+    def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
+        """The layer's result; with `inplace` it may be written over x, which then has its shape."""
 
-    def input_gradient(self, grad: Tensor, x_shape: torch.Size) -> Tensor:
-        """Gradient of an input of some shape, from that of the result."""
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, *, inplace: bool = False) -> Tensor:
+        """Gradient of an input of some shape, from that of the result; `inplace` as of `forward`."""
 
-    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, grad: Tensor, x: Tensor | KeptSamples) -> Tensor:
         """Gradient of the values, [active], from that of the result and what was kept of the input."""
 
 

@@ -137,26 +137,37 @@ class BlockwiseTensor:
     def unpack(self) -> Tensor:
         """The decoded tensor, in the shape, dtype, device and memory order of the encoded one."""
         # The view comes last: compilers refuse to write through views with strides of their own.
-        flat = self.codes.new_empty(self.layout.numel, dtype=self.dtype)
+        flat = self.unpack_part(0, self.layout.numel)
+        if self.kinds is not None:
+            restore_kinds(self.kinds, flat)
+        return flat.as_strided(self.layout.shape, self.layout.stride)
+
+    def unpack_part(self, start: int, stop: int) -> Tensor:
+        """See `KeptTensor.unpack_part`; without the exceptions."""
+        flat = self.codes.new_empty(stop - start, dtype=self.dtype)
+        codes, ranges = self.codes[self.code.codes_nbytes(start) :], self.ranges[start // self.code.block :]
         fused = None if self.has_exceptions else fused_for(flat, self.code)
         if not is_traced() and has_no_values(flat):
             announce_temporary(0 if fused is not None else _decoding_nbytes(flat, self.code))
         elif fused is not None:
-            fused.unpack_blocks(self.codes, self.code, self.ranges, flat)
+            fused.unpack_blocks(codes, self.code, ranges, flat)
         else:
-            self._unpack_by_operations(flat)
-        return flat.as_strided(self.layout.shape, self.layout.stride)
+            self._unpack_by_operations(codes, ranges, flat)
+        return flat
 
-    def _unpack_by_operations(self, flat: Tensor) -> None:
+    def _unpack_by_operations(self, all_codes: Tensor, all_ranges: Tensor, flat: Tensor) -> None:
         step, is_marked = _chunk_elements(flat, self.code), marks_exceptions(flat)
         for start in range(0, flat.numel(), step):
-            codes, ranges = self.codes[self.code.codes_nbytes(start) :], self.ranges[start // self.code.block :]
+            codes, ranges = all_codes[self.code.codes_nbytes(start) :], all_ranges[start // self.code.block :]
             if self.has_exceptions:
                 unpack_wide(codes, self.code, ranges, flat[start : start + step])
             else:
                 unpack_blocks(codes, self.code, ranges, flat[start : start + step], is_marked=is_marked)
-        if self.kinds is not None:
-            restore_kinds(self.kinds, flat)
+
+    @property
+    def part_grain(self) -> int:
+        """See `KeptTensor.part_grain`: a block, where there are no exceptions, of which the numbers are not known."""
+        return 0 if self.has_exceptions else self.code.block
 
     @property
     def has_exceptions(self) -> bool:

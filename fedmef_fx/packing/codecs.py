@@ -13,10 +13,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedmef_fx.errors import FedmefError
 from fedmef_fx.packing.bitmap import bitmap_nbytes
 from fedmef_fx.packing.block_code import EIGHT_BITS, BlockCode
+from fedmef_fx.packing.layout import MemoryLayout
 
-__all__ = ["Codec", "KeptTensor", "codec_nbytes", "why_dense"]
+__all__ = ["Codec", "KeptTensor", "KeptWhole", "codec_nbytes", "why_dense"]
 
 Codec = Literal["exact", "packed", "blockwise", "bits"]
 
@@ -27,9 +29,44 @@ class KeptTensor(Protocol):
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the kept one."""
 
+    def unpack_part(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) in the order of memory, flat; only from multiples of `part_grain` on."""
+
+    @property
+    def part_grain(self) -> int:
+        """At whose multiples parts may begin that are decoded by themselves; 0 where only the whole can be."""
+
+    @property
+    def layout(self) -> MemoryLayout | None:
+        """Shape and memory order of the kept tensor; None where it is not known."""
+
     @property
     def nbytes(self) -> int:
         """Bytes that are kept for this tensor alone."""
+
+
+class KeptWhole:
+    """Base of kept tensors of which no part can be decoded by itself."""
+
+    __slots__ = ()
+
+    @property
+    def part_grain(self) -> int:
+        """See `KeptTensor.part_grain`."""
+        return 0
+
+    @property
+    def layout(self) -> MemoryLayout | None:
+        """See `KeptTensor.layout`."""
+        return None
+
+    def unpack_part(self, start: int, stop: int) -> Tensor:
+        """See `KeptTensor.unpack_part`.
+
+        Raises:
+            FedmefError: Always.
+        """
+        raise FedmefError(f"{type(self).__name__}: got a part, [{start}, {stop}); expected the whole: call unpack()")
 
 
 def codec_nbytes(

@@ -47,18 +47,38 @@ def encode_marked(
     return BlockwiseTensor.encode(backend_for(flat).gather(bitmap, flat), code, key=key)
 
 
-def unpack_marked(values: BlockwiseTensor, bitmap: Tensor, out: Tensor) -> None:
+def unpack_marked(values: BlockwiseTensor, bitmap: Tensor, out: Tensor, *, numel: int, start: int = 0) -> None:
     """Decode to the marked elements of a tensor, and write 0 to the others.
 
     Args:
         values: What `encode_marked` made, or a code of the elements that the bitmap marks.
         bitmap: uint8 `[ceil(n / 8)]`.
-        out: `[n]`, contiguous, of the dtype of the values.
+        out: Contiguous, of the dtype of the values: the elements from `start` on, or some of them.
+        numel: n.
+        start: A multiple of `marked_grain`, which only 0 is where that is 0; then `out` is `[n]`.
     """
-    if values.has_exceptions or fused_for(out, values.code) is not native_blocks:
+    if marked_grain(values) == 0:
         backend_for(out).unpack(bitmap, values.unpack(), out=out)
     elif not has_no_values(out):
-        native_blocks.unpack_marked(values.codes, values.code, values.ranges, values.shape.numel(), bitmap, out)
+        native_blocks.unpack_marked(
+            values.codes, values.code, values.ranges, values.shape.numel(), bitmap, out, numel=numel, start=start
+        )
+
+
+def marked_grain(values: BlockwiseTensor) -> int:
+    """The `part_grain` of marked elements in a code: a word of the bitmap, where the kernels in C decode."""
+    is_native = not values.has_exceptions and fused_for(values.codes, values.code) is native_blocks
+    return native_blocks.WORD if is_native else 0
+
+
+def places_within(places: Tensor, start: int, stop: int) -> Tensor:
+    """Those of the places that `places_of` found that lie in [start, stop), counted from start, a multiple of 8."""
+    if places.dtype == torch.uint8:
+        return places[start // 8 : bitmap_nbytes(stop)]
+    if has_no_values(places):
+        return places
+    first, last = torch.searchsorted(places, torch.tensor([start, stop], dtype=places.dtype)).tolist()
+    return places[first:last] - start
 
 
 def places_of(value: float, flat: Tensor) -> Tensor | None:

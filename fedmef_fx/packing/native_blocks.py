@@ -12,10 +12,13 @@ from fedmef_fx.packing.backend_native import FORMATS
 from fedmef_fx.packing.bitmap import check_bitmap
 from fedmef_fx.packing.block_code import BlockCode
 
-__all__ = ["LARGEST_BLOCK", "count_marked", "pack_blocks", "pack_marked", "unpack_blocks", "unpack_marked"]
+__all__ = ["LARGEST_BLOCK", "WORD", "count_marked", "pack_blocks", "pack_marked", "unpack_blocks", "unpack_marked"]
 
 LARGEST_BLOCK: Final = 4096
 """Elements of a block that kernels have room for."""
+
+WORD: Final = 64
+"""Elements of a bitmap that kernels look at together."""
 
 
 def pack_blocks(
@@ -83,12 +86,22 @@ def pack_marked(
         False where a marked element is not finite, or a range overflows.
     """
     _check(code, codes, parameters, x, numel=count)
-    _check_count(bitmap, count, x)
+    _check_count(bitmap, count, x.numel())
     arguments = (code.bits, code.block, int(key is not None), key or 0, codes, parameters, threads_for(x.numel()))
     return not call("pack_marked", FORMATS[x.dtype], bitmap, x, x.numel(), count, *arguments)
 
 
-def unpack_marked(codes: Tensor, code: BlockCode, parameters: Tensor, count: int, bitmap: Tensor, out: Tensor) -> None:
+def unpack_marked(
+    codes: Tensor,
+    code: BlockCode,
+    parameters: Tensor,
+    count: int,
+    bitmap: Tensor,
+    out: Tensor,
+    *,
+    numel: int | None = None,
+    start: int = 0,
+) -> None:
     """Decode what `pack_marked` coded to the marked elements, and write 0 to the others.
 
     Args:
@@ -97,21 +110,31 @@ def unpack_marked(codes: Tensor, code: BlockCode, parameters: Tensor, count: int
         parameters: As of `unpack_blocks`, of `count` elements.
         count: Number of marked elements.
         bitmap: uint8 `[ceil(n / 8)]`.
-        out: `[n]`, contiguous.
+        out: Contiguous; the elements from `start` on, or some of them.
+        numel: n; None for what `out` has.
+        start: A multiple of `WORD`.
+
+    Raises:
+        ValueError: The bitmap marks another number of elements, or `out` does not lie within them.
     """
+    size = out.numel()
+    numel = size if numel is None else numel
     _check(code, codes, parameters, out, numel=count)
-    _check_count(bitmap, count, out)
-    arguments = (codes, parameters, code.bits, code.block, out, out.numel(), count, threads_for(out.numel()))
-    call("unpack_marked", FORMATS[out.dtype], bitmap, *arguments)
+    _check_count(bitmap, count, numel)
+    if start < 0 or start % WORD or start + size > numel:
+        raise ValueError(f"native blocks: got elements [{start}, {start + size}); expected some of {numel}")
+    before = call("count", bitmap, start) if start else 0
+    arguments = (codes, parameters, code.bits, code.block, out, size, before, count, threads_for(size))
+    call("unpack_marked", FORMATS[out.dtype], bitmap[start // 8 :], *arguments)
 
 
-def _check_count(bitmap: Tensor, count: int, elements: Tensor) -> None:
+def _check_count(bitmap: Tensor, count: int, numel: int) -> None:
     """Refuse a bitmap that marks another number of elements.
 
     Raises:
         ValueError: It does.
     """
-    marked = count_marked(bitmap, elements.numel())
+    marked = count_marked(bitmap, numel)
     if marked != count:
         raise ValueError(f"native blocks: got codes of {count} elements; expected one per set bit, that is {marked}")
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.packing.backends import backend_for, meta_backend
+from fedmef_fx.packing.bitmap import bitmap_nbytes, count_bits
 from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.blockwise import BlockwiseTensor
-from fedmef_fx.packing.layout import MemoryLayout
-from fedmef_fx.packing.marked_elements import unpack_marked
+from fedmef_fx.packing.layout import MemoryLayout, has_no_values
+from fedmef_fx.packing.marked_elements import marked_grain, unpack_marked
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["PackedTensor"]
@@ -73,12 +74,27 @@ class PackedTensor:
 
     def unpack(self) -> Tensor:
         """The dense tensor, in the shape, dtype, device and memory order of the packed one."""
-        flat = self.bitmap.new_empty(self.layout.numel, dtype=self.dtype)
+        return self.unpack_part(0, self.layout.numel).as_strided(self.layout.shape, self.layout.stride)
+
+    def unpack_part(self, start: int, stop: int) -> Tensor:
+        """See `KeptTensor.unpack_part`."""
+        flat = self.bitmap.new_empty(stop - start, dtype=self.dtype)
         if isinstance(self.values, Tensor):
-            backend_for(flat).unpack(self.bitmap, self.values.to(self.dtype), out=flat)
+            part, values = self.bitmap[start // 8 : bitmap_nbytes(stop)], self.values
+            if stop - start < self.layout.numel and not has_no_values(part):
+                before = count_bits(self.bitmap[: start // 8].numpy())
+                values = values[before : before + count_bits(part.numpy())]
+            backend_for(flat).unpack(part, values.to(self.dtype), out=flat)
         else:
-            unpack_marked(self.values, self.bitmap, flat)
-        return flat.as_strided(self.layout.shape, self.layout.stride)
+            unpack_marked(self.values, self.bitmap, flat, numel=self.layout.numel, start=start)
+        return flat
+
+    @property
+    def part_grain(self) -> int:
+        """See `KeptTensor.part_grain`; on the CPU, where counting bits makes nobody wait."""
+        if not isinstance(self.values, Tensor):
+            return marked_grain(self.values)
+        return 8 if self.bitmap.device.type == "cpu" else 0
 
     def narrowed(self, dtype: torch.dtype) -> "PackedTensor":
         """The same with values of 16 bits, rounded; `unpack` restores the dtype of the packed tensor.

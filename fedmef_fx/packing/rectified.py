@@ -19,7 +19,14 @@ from fedmef_fx.packing.block_code import BlockCode
 from fedmef_fx.packing.blockwise import BlockwiseTensor
 from fedmef_fx.packing.gradient_bits import GradientBits
 from fedmef_fx.packing.layout import MemoryLayout, has_no_values
-from fedmef_fx.packing.marked_elements import encode_marked, fill_places, places_of, unpack_marked
+from fedmef_fx.packing.marked_elements import (
+    encode_marked,
+    fill_places,
+    marked_grain,
+    places_of,
+    places_within,
+    unpack_marked,
+)
 from fedmef_fx.packing.registry import announce
 
 __all__ = ["RectifiedTensor"]
@@ -97,12 +104,21 @@ class RectifiedTensor:
         if self.slope:
             flat = self.values.unpack()
             backend_for(flat).mask_by_bits(self.bits.bitmap, flat, out=flat, scale_off=-self.slope)
-        else:
-            flat = self.values.codes.new_empty(self.layout.numel, dtype=self.values.dtype)
-            unpack_marked(self.values, self.bits.bitmap, flat)
+            return flat.as_strided(self.layout.shape, self.layout.stride)
+        return self.unpack_part(0, self.layout.numel).as_strided(self.layout.shape, self.layout.stride)
+
+    def unpack_part(self, start: int, stop: int) -> Tensor:
+        """See `KeptTensor.unpack_part`; of what has no slope."""
+        flat = self.values.codes.new_empty(stop - start, dtype=self.values.dtype)
+        unpack_marked(self.values, self.bits.bitmap, flat, numel=self.layout.numel, start=start)
         if self.at_bound is not None:
-            fill_places(self.at_bound, self.high, flat)
-        return flat.as_strided(self.layout.shape, self.layout.stride)
+            fill_places(places_within(self.at_bound, start, stop), self.high, flat)
+        return flat
+
+    @property
+    def part_grain(self) -> int:
+        """See `KeptTensor.part_grain`."""
+        return 0 if self.slope else marked_grain(self.values)
 
     @property
     def kept(self) -> float:

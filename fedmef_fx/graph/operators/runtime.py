@@ -17,6 +17,7 @@ from fedmef_fx.graph.operators.norms import Norm
 from fedmef_fx.graph.operators.operator import Operator, PlainCall, named
 from fedmef_fx.graph.operators.products import Layer
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
+from fedmef_fx.ops.in_place import added, scaled
 from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
@@ -27,6 +28,7 @@ from fedmef_fx.ops.pack_activation import PackActivation
 from fedmef_fx.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 from fedmef_fx.ops.products import compressed_attention, compressed_matmul, compressed_mul
 from fedmef_fx.ops.relu import sign_relu
+from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 from fedmef_fx.ops.smooth import compressed_activation, compressed_result
 
 __all__ = ["ROWS"]
@@ -168,6 +170,8 @@ def _layer(op: Callable[..., Any], plain: Callable[[fx.Node], PlainCall]) -> Lay
 ROWS: Final = (
     _layer(pruned_convolution, _convolution),
     _layer(pruned_linear, _linear),
+    _op(added, lambda node: (operator.add, node.args, {}), kind="add"),
+    _op(scaled, lambda node: (operator.mul, node.args, {}), kind="mul"),
     _op(adaptive_avg_pool, _adaptive_avg_pool),
     _op(avg_pool, _avg_pool),
     _op(bit_dropout, _dropout, kind="dropout"),
@@ -185,7 +189,9 @@ ROWS: Final = (
     Operator(name="fedmef_fx.nsconv_weight", functions=(nsconv_weight,)),
     _op(recomputed),
     _op(remasked),
+    _op(shared_gradient),
     _op(sign_relu, _relu),
+    _op(turns),
     Operator(name="fedmef_fx.BitDropout", modules=(BitDropout,), kind="dropout", keeps="nothing"),
     Operator(name="fedmef_fx.KeepActivation", modules=(KeepActivation,), keeps="nothing"),
     Operator(name="fedmef_fx.NoiseSite", modules=(NoiseSite,), keeps="nothing"),

@@ -130,13 +130,17 @@ EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *
     return atomic_load(&has_exceptions);
 }
 
-/* Decode what `fedmef_pack_marked` coded to where the bitmap says, and write 0 elsewhere. */
+/* Decode what `fedmef_pack_marked` coded to where the bitmap says, and write 0 elsewhere.
+ *
+ * Of `count` codes the first `before` belong to elements in front of the bitmap's first one.
+ */
 EXPORT void fedmef_unpack_marked(int format, const uint8_t *marks, uint8_t *codes, void *parameters, int bits,
-                                 int64_t block, void *out, int64_t all, int64_t count, int threads) {
+                                 int64_t block, void *out, int64_t all, int64_t before, int64_t count, int threads) {
     struct coded work = {.out = out,
                          .marks = marks,
                          .codes = codes,
                          .parameters = parameters,
+                         .number = before,
                          .count = count,
                          .block = block,
                          .all = all,

@@ -74,7 +74,7 @@ static void NAME(pack_marked)(const void *argument, int64_t first, int64_t last)
 static void NAME(unpack_marked)(const void *argument, int64_t first, int64_t last) {
     const struct coded *work = argument;
     STORED values[MOST_BLOCK + WORD_BITS];
-    const int64_t before = count_bits(work->marks, first);
+    const int64_t before = work->number + count_bits(work->marks, first);
     int64_t block = before / work->block, next = 0, ready = 0;
     const int64_t skipped = before - block * work->block;
     for (int64_t at = first; at < last; at += WORD_BITS) {

@@ -1,0 +1,149 @@
+"""What layers compute with a dense weight, and its gradients: convolutions of 1 to 3 dimensions, and linear layers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmef_fx.ops.sparse_convolution import Geometry
+from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, linear_way
+from fedmef_fx.packing.sample_parts import KeptSamples, samples_of
+
+__all__ = ["ConvolutionGeometry", "LinearMap"]
+
+
+class ConvolutionGeometry(NamedTuple):
+    """A convolution without its weight, of 1 to 3 spatial dimensions."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of x, [N, in, *size]."""
+        result: Tensor = torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return result
+
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight and the bias; exact in x. torch asks for the weight, for its shape.
+
+        Of a large batch a few samples are decoded at a time.
+        """
+        dense, total = weight(), list[Tensor]()
+        for part, some in samples_of(x, least=dense.numel()):
+            gradients = self._backward(grad[part], some, dense, (False, True, has_bias))[1 : 3 if has_bias else 2]
+            total = [a.add_(b) for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+            del some  # or it would live until the next one is there
+        return total[0], total[1] if has_bias else None
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """Gradient of the input; x itself is not needed, only its shape."""
+        if grad.is_contiguous() and grad.numel() >= x_shape.numel():
+            # torch wants an x and never looks at its values. One without memory of its own would be copied to some.
+            stand_in = grad.view(-1)[: x_shape.numel()].view(x_shape)
+            result: Tensor = self._backward(grad, stand_in, weight, (True, False, False))[0]
+            return result
+        return self._convolve_back(grad, x_shape, weight)
+
+    def _convolve_back(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """The same as a convolution: transposed for an ordinary one, ordinary for a transposed one."""
+        rest = tuple(
+            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, out, stride, padding, dilation, kernel in zip(
+                x_shape[2:], grad.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
+            )
+        )
+        output_padding = (0,) * len(rest) if self.transposed else rest
+        result: Tensor = torch.convolution(
+            grad,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            not self.transposed,
+            output_padding,
+            self.groups,
+        )
+        return result
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the bias."""
+        return grad.sum(dim=[0, *range(2, grad.dim())])
+
+    def keeps_shape(self, x_shape: torch.Size, weight_shape: torch.Size) -> bool:
+        """Whether the result has the shape of the input."""
+        if self.transposed or weight_shape[0] != x_shape[1] or weight_shape[1] * self.groups != x_shape[1]:
+            return False
+        axes = zip(weight_shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return all(s == 1 and 2 * padding == dilation * (kernel - 1) for kernel, s, padding, dilation in axes)
+
+    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
+        """How it computes from so many active weights alone; None where a dense product is faster."""
+        if self.transposed or self.groups != 1:
+            return None
+        return convolution_way(x, active, weight_shape, Geometry(self.stride, self.padding, self.dilation))
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [grad.shape[1]],
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            which,
+        )
+
+
+class LinearMap:
+    """x W^T + b over the last dimension."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's result."""
+        return F.linear(x, weight, bias)
+
+    def parameter_gradients(
+        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the weight and the bias; exact in x."""
+        x = x.whole() if isinstance(x, KeptSamples) else x
+        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_weight, self.bias_gradient(grad) if has_bias else None
+
+    def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
+        """Gradient of an input of some shape."""
+        return grad @ weight
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the bias."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def keeps_shape(self, x_shape: torch.Size, weight_shape: torch.Size) -> bool:
+        """False: nothing writes over the inputs of linear layers."""
+        return False
+
+    def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
+        """How it computes from so many active weights alone; None where a dense product is faster."""
+        return linear_way(x, active, weight_shape)
