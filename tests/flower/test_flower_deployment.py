@@ -22,7 +22,7 @@ from toys import blobs, small_network
 from fedmef_fx import Config
 from fedmef_fx.commands.flower_app import files_of
 from fedmef_fx.data import dirichlet_partition, load_digits
-from fedmef_fx.federated import History, LocalTraining, Strategy, run
+from fedmef_fx.federated import History, LocalRound, LocalTraining, Strategy, run
 from fedmef_fx.models import digits_cnn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +149,13 @@ def _fields(history: History) -> list[dict[str, Any]]:
     return [record.to_dict() | {"seconds": 0} for record in history.rounds]
 
 
+class _Niceness(Strategy):
+    """Clients say at which priority they run: behind other programs, a simulation would not get on."""
+
+    def after_training(self, local: LocalRound) -> None:
+        local.metrics["niceness"] = float(os.nice(0))
+
+
 def _assert_simulated_alike(network: torch.nn.Module, data: list[Any], **options: Any) -> None:
     found = run(network, data, engine="flower-simulation", parallel=2, **options)
     expected = run(network, data, **options)
@@ -171,7 +178,7 @@ def test_simulation_of_many_clients_gives_what_one_process_gives() -> None:
     data = [blobs(8 + index, seed=index) for index in range(20)]
     training, config = LocalTraining(batch_size=8, learning_rate=0.02), Config(density=0.3, adjustment_interval=2)
     _assert_simulated_alike(
-        small_network(), data, config=config, training=training, rounds=3, strategy=Strategy(clients_per_round=4)
+        small_network(), data, config=config, training=training, rounds=3, strategy=_Niceness(clients_per_round=4)
     )
 
 

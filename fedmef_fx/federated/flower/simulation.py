@@ -27,6 +27,8 @@ from fedmef_fx.federated.flower.parcels import QUERY, TRAIN, packed
 __all__ = ["Simulation"]
 
 _LOOK_S: Final = 1.0
+# Ray gives its workers the niceness 15. With other work on the machine they hardly run then: a minute becomes an hour.
+_RAY: Final = {"worker_niceness": 0}
 
 
 class Simulation:
@@ -132,7 +134,7 @@ class Simulation:
                 _client_app(self._path, self._state_dir),
                 num_supernodes=self._clients,
                 backend_config={
-                    "init_args": {"num_cpus": cores, "include_dashboard": False},
+                    "init_args": {"num_cpus": cores, "include_dashboard": False, "_system_config": _RAY},
                     "client_resources": {"num_cpus": 1},
                 },
             )
