@@ -31,6 +31,7 @@ REFERENCE = {
         "fedmef_fx.fitting.sensitivity:LayerSensitivity",
         "fedmef_fx.export.compact.report:CompactLayer",
         "fedmef_fx.export.onnx.report:Parity Runtime",
+        "fedmef_fx.export.onnx.int8_records:LayerPrecision",
         "fedmef_fx.export.onnx.file_records",
         "fedmef_fx.export.onnx.manifest:Manifest ManifestTensor",
         "fedmef_fx.export.onnx.unpack:UnpackedFile",
