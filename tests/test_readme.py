@@ -1,6 +1,8 @@
 """The README's Python runs as it stands there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,11 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "model.safetensors").stat().st_size > 0
     assert (tmp_path / "model.html").stat().st_size > 0
     assert len(names["history"].rounds) == 2  # type: ignore[attr-defined]  # made by the last block
+
+
+def test_all_commands_are_named() -> None:
+    command = [sys.executable, "-m", "fedmef_fx", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603  # our own program
+    listed = re.findall(r"^  ([a-z-]+)  ", shown.partition("Commands:")[2], flags=re.MULTILINE)
+    (named,) = re.findall(r"`fedmef-fx ([a-z-]+(?:\s*\|\s*[a-z-]+)+)`", README.read_text(encoding="utf-8"))
+    assert re.split(r"\s*\|\s*", named) == listed
