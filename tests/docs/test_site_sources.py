@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from fedmef_fx import Config
+from fedmef_fx.transformation.recipe import passes_of
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 SCRIPTS = [*sorted((ROOT / "docs" / "tutorials").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
@@ -90,6 +93,12 @@ def test_what_pages_and_examples_import_has_a_page() -> None:
     names = {(module, name) for module, name in names if name and _source(f"{module}.{name}") is None}
     assert len(names) > 30
     assert {(module, name) for module, name in names if name not in LISTED} == set()
+
+
+def test_the_guide_names_all_passes_in_their_order() -> None:
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition("| pass | rewrite |")[2]
+    named = re.findall(r"^\| `([a-z-]+)` \|", text.partition("\n\n")[0], flags=re.MULTILINE)
+    assert named == [step.name for step in passes_of(Config(saved_precision="int8"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
