@@ -32,6 +32,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.freeze()
     gc.enable()
     gc.set_threshold(5000, 10, 10)  # rarer than by default: torch.fx makes very many small objects
     if "onnxruntime" in sys.modules:  # some test may export

@@ -119,14 +119,14 @@ def test_calibration_samples_of_a_wrong_shape() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of it in half of its rounds."""
-    short = dataclasses.replace(demo_settings(seed=0), rounds=5)
+    """The whole of it in a third of its rounds."""
+    short = dataclasses.replace(demo_settings(seed=0), rounds=3)
     for module in ("fedmef_fx.federated.demo", "fedmef_fx.commands.demo"):
         monkeypatch.setattr(importlib.import_module(module), "demo_settings", lambda *, seed: short)
     data = json_of("demo", "--output", "out")
-    assert data["rounds"] == 5
-    assert data["test_accuracy"] >= 0.93
-    assert data["test_accuracy_dense"] >= 0.93
+    assert data["rounds"] == 3
+    assert data["test_accuracy"] >= 0.88
+    assert data["test_accuracy_dense"] >= 0.88
     assert data["onnx_accuracy"] == pytest.approx(data["test_accuracy"], abs=0.003)
     assert data["parity"] < 1e-4
     assert data["bytes_up"] < data["bytes_up_dense"]

@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from fedmef_fx import __version__
-from fedmef_fx.cli import COMMANDS
+from fedmef_fx.cli import COMMANDS, app
 from tests.cli.program import invoke
 
 PROGRAM = [sys.executable, "-m", "fedmef_fx"]
@@ -58,7 +59,6 @@ def test_the_module_runs_as_a_program() -> None:
 @pytest.mark.parametrize(
     ("words", "count", "expected"),
     [
-        ("fedmef-fx in", 1, ["inspect"]),
         ("fedmef-fx ", 1, list(COMMANDS)),
         ("fedmef-fx inspect --vi", 2, ["--view"]),
         ("fedmef-fx inspect --view t", 3, ["text", "table"]),
@@ -67,5 +67,11 @@ def test_the_module_runs_as_a_program() -> None:
     ],
 )
 def test_a_shell_completes_commands_options_and_choices(words: str, count: int, expected: list[str]) -> None:
-    result = _run(_FEDMEF_FX_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(count))
+    asked = {"_FEDMEF_FX_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    result = CliRunner().invoke(app, [], prog_name="fedmef-fx", env=asked)
     assert result.stdout.split() == expected
+
+
+def test_the_program_completes() -> None:
+    result = _run(_FEDMEF_FX_COMPLETE="complete_bash", COMP_WORDS="fedmef-fx in", COMP_CWORD="1")
+    assert result.stdout.split() == ["inspect"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import fedmef_fx.graph.operators  # noqa: F401 -- its rows say what the names mean, as where a graph runs
 from fedmef_fx.errors import FedmefError
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.keeping import KeepActivation, recomputed
