@@ -16,6 +16,7 @@ from fedmef_fx.graph.operations import operation_of
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.keeping import recomputed, remasked
 from fedmef_fx.ops.noise_site import NoiseSite
+from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 from fedmef_fx.ops.smooth import compressed_result
 
 __all__ = ["restore_plain_ops"]
@@ -57,4 +58,4 @@ def _serves_backward(region: Region, node: fx.Node) -> bool:
     if node.target is compressed_result or (isinstance(pair, fx.Node) and pair.target is compressed_result):
         return True
     is_site = isinstance(region.module(node), NoiseSite)
-    return is_site or node.target in (recomputed, remasked)
+    return is_site or node.target in (recomputed, remasked, shared_gradient, turns)

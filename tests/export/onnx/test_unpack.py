@@ -29,6 +29,14 @@ def model() -> nn.Module:
     return fedmef_fx.transform(digits_cnn(), Config(density=0.2))
 
 
+@pytest.fixture(scope="module")
+def packed_file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its packed file, which nobody changes."""
+    path = tmp_path_factory.mktemp("packed") / "packed.onnx"
+    export_onnx(model, path, example_inputs=(X,), weights="packed", verify=False)
+    return path
+
+
 def _run(path: Path) -> list[Any]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return list(session.run(None, {session.get_inputs()[0].name: X.numpy()}))
@@ -79,13 +87,13 @@ def test_weights_have_the_names_and_bits_of_a_dense_export(model: nn.Module, tmp
         assert unpacked[name].tobytes() == exported[name].tobytes()
 
 
-def _rewritten(path: Path, change: Callable[[ModelProto], None]) -> Path:
+def _rewritten(path: Path, folder: Path, change: Callable[[ModelProto], None]) -> Path:
     """The file with a change and a digest that fits it."""
     proto = onnx.load(path)
     digest = next(entry for entry in proto.metadata_props if entry.key == "fedmef_fx.sha256")
     proto.metadata_props.remove(digest)
     change(proto)
-    hostile = path.with_name("hostile.onnx")
+    hostile = folder / "hostile.onnx"
     hostile.write_bytes(seal(proto.SerializeToString()))
     return hostile
 
@@ -150,10 +158,9 @@ def _reads_beyond_a_table(proto: ModelProto) -> None:
     ],
 )
 def test_hostile_decoders_are_refused_before_they_run(
-    model: nn.Module, tmp_path: Path, change: Callable[[ModelProto], None], message: str
+    packed_file: Path, tmp_path: Path, change: Callable[[ModelProto], None], message: str
 ) -> None:
-    export_onnx(model, tmp_path / "a.onnx", example_inputs=(X,), weights="packed", verify=False)
-    hostile = _rewritten(tmp_path / "a.onnx", change)
+    hostile = _rewritten(packed_file, tmp_path, change)
     target = tmp_path / "dense.onnx"
     target.write_bytes(b"before")
     with pytest.raises(ExportError, match=message):
@@ -161,9 +168,9 @@ def test_hostile_decoders_are_refused_before_they_run(
     assert target.read_bytes() == b"before"
 
 
-def test_a_damaged_source_and_a_bad_target_are_refused(model: nn.Module, tmp_path: Path) -> None:
+def test_a_damaged_source_and_a_bad_target_are_refused(packed_file: Path, tmp_path: Path) -> None:
     packed = tmp_path / "a.onnx"
-    export_onnx(model, packed, example_inputs=(X,), weights="packed", verify=False)
+    packed.write_bytes(packed_file.read_bytes())
     with pytest.raises(ExportError, match="nowhere"):
         unpack_onnx(packed, tmp_path / "nowhere" / "b.onnx")
     packed.write_bytes(packed.read_bytes()[:-100])
