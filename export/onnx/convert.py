@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
+from fedmef_fx.export.onnx.attention import FourDimensionalAttention
 from fedmef_fx.export.onnx.possible_sizes import changed_sizes, possible_sizes
 from fedmef_fx.export.results import Wanted, output_name
 
@@ -25,6 +26,10 @@ __all__ = ["Converted", "convert"]
 
 _EXPORTER_LOG: Final = "torch.onnx._internal.exporter"
 _SEED: Final = 0
+_REMEDIES: Final = {
+    # Mixtures of experts of transformers compute their products in groups; this other way has a form.
+    "grouped_mm_fallback": "export after model.set_experts_implementation('batched_mm'), set before transform()",
+}
 _TRIES: Final = 5  # of tracing with other sizes that vary
 
 
@@ -118,7 +123,8 @@ def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic
     shapes = examples.dynamic_shapes() if dynamic else None
     with evaluating(model), _returning_containers(model, examples.wanted) as traced, torch.no_grad(), _quiet():
         try:
-            exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with FourDimensionalAttention():
+                exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever Python in the model's forward raises
             raise ExportError(
                 f"export_onnx: torch.export cannot trace {type(model).__name__}: {_reason(error)}. Control flow that "
@@ -238,7 +244,8 @@ def _translation_failure(error: BaseException, exported: torch.export.ExportedPr
     node = re.search(r"Error when translating node %(\w+)", "\n".join(chain))
     where = f" (node {node[1]}{_source_of(node[1], exported)})" if node else ""
     if operator:
-        return f"operator {operator[1]}{where} has no ONNX form; replace it in the model by operators that have one"
+        remedy = _REMEDIES.get(operator[1].split(".")[-1], "replace it in the model by operators that have one")
+        return f"operator {operator[1]}{where} has no ONNX form; {remedy}"
     reason = chain[-1].strip().splitlines() or [repr(error)]
     return f"torch.onnx cannot translate it{where}: {with_source_names(reason[0])}"
 
