@@ -54,7 +54,7 @@ def reuse_memory(region: Region, graph: fx.Graph, *, by: str) -> None:
         _take_turns(region, node, by=by)
     for node in graph.nodes:
         if _is_convolution(node):
-            claims = {"inplace": _owns(region, node, node.args[0]), "inplace_gradient": _is_fresh(region, node)}
+            claims = {"over_input": _owns(region, node, node.args[0]), "over_gradient": _is_fresh(region, node)}
             node.kwargs = {**node.kwargs, **{name: True for name, holds in claims.items() if holds}}
 
 
@@ -102,6 +102,8 @@ def _is_convolution(node: fx.Node) -> bool:
 
 def _meet(layers: list[fx.Node], option: str, place: Any, *, by: str) -> None:
     """Give two layers a place to meet in backward."""
+    if all(option in layer.kwargs for layer in layers):
+        return
     first = min(layers)
     with first.graph.inserting_before(first):
         meeting = first.graph.call_function(place)

@@ -79,7 +79,8 @@ class _PrunedLayer(Function):
             ctx.way = sparse_way(layer, stored, computed, dtype)
             product = _product(ctx, stored, dtype)
             may_write = ctx.reuse.input and computed is x and not (packed is None and ctx.reads_input)
-            inplace = may_write and _can_take_over(layer, x, stored)
+            # Torch cannot mark a view that forward made as written to.
+            inplace = may_write and not x._is_view() and _can_take_over(layer, x, stored)
             out = product.forward(computed, None if bias is None else bias.to(dtype), inplace=inplace)
         if out is x:
             ctx.mark_dirty(x)
@@ -188,8 +189,8 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     g: float = 1.0,
     statistics: Statistics = "active",
     packed_shape: tuple[int, ...] | None = None,
-    inplace: bool = False,
-    inplace_gradient: bool = False,
+    over_input: bool = False,
+    over_gradient: bool = False,
     shared: SharedGradient | None = None,
     turns: Turns | None = None,
 ) -> Tensor:
@@ -211,10 +212,10 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
         g: Gain of the nonlinearity that follows an NSConv.
         statistics: Of an NSConv.
         packed_shape: Shape of the dense weight where the weight is stored packed; None where it is stored dense.
-        inplace: The result may be written over x, where it has its shape. Only for an x that nothing else reads.
-        inplace_gradient: Backward may write over the gradient of the result. Only for one that nothing else reads.
+        over_input: The result may be written over x, where it has its shape. Only for an x that nothing else reads.
+        over_gradient: Backward may write over the gradient of the result. Only for one that nothing else reads.
         shared: Where the gradient of x meets that of its only other reader, if that is a convolution as well.
-        turns: As `inplace_gradient` for a gradient that just two convolutions read: the last one may write over it.
+        turns: As `over_gradient` for a gradient that just two convolutions read: the last one may write over it.
 
     Returns:
         [N, out, *size]; the gradient of weight is exactly 0 where masked.
@@ -229,7 +230,7 @@ def pruned_convolution(  # noqa: PLR0913 -- a convolution has this many
     geometry = ConvolutionGeometry(stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == dims + 1:  # without a batch dimension; the packed elements are the same
         return _apply(geometry, x.unsqueeze(0), packed, bias, stored).squeeze(0)
-    return _apply(geometry, x, packed, bias, stored, Reuse(inplace, inplace_gradient, shared, turns))
+    return _apply(geometry, x, packed, bias, stored, Reuse(over_input, over_gradient, shared, turns))
 
 
 @overridable

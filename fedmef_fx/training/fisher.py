@@ -100,7 +100,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        kwargs.pop("inplace", None)  # inputs are read after the call
+        kwargs.pop("over_input", None)  # inputs are read after the call
         out = func(*args, **kwargs)
         if func is masked_weight:
             name = self._name(args[0])

@@ -13,7 +13,7 @@ from fedmef_fx.ops.in_place import added, scaled
 from fedmef_fx.ops.layers import pruned_convolution
 from fedmef_fx.ops.relu import sign_relu
 
-OPTIONS = ("inplace", "inplace_gradient", "shared", "turns")
+OPTIONS = ("over_input", "over_gradient", "shared", "turns")
 
 
 class Blocks(nn.Module):
@@ -74,13 +74,13 @@ def options_of(model):
 def test_what_is_written_over():
     model = small()
     assert options_of(model) == {
-        "stem": ["inplace_gradient"],
-        "first": ["inplace_gradient", "shared"],
-        "second": ["inplace", "turns"],
+        "stem": ["over_gradient"],
+        "first": ["over_gradient", "shared"],
+        "second": ["over_input", "turns"],
         "shortcut": ["shared", "turns"],
-        "third": ["inplace_gradient"],
-        "fourth": ["inplace"],
-        "depthwise": ["inplace", "inplace_gradient"],
+        "third": ["over_gradient"],
+        "fourth": ["over_input"],
+        "depthwise": ["over_input", "over_gradient"],
     }
     assert [node.target for node in model.graph.nodes if node.target in (added, scaled)] == [added, scaled, added]
 
