@@ -20,9 +20,8 @@ from torch import fx
 from fedmef_fx.graph.origin import provenance, set_provenance
 from fedmef_fx.graph.program import Region
 from fedmef_fx.ops.in_place import added, scaled
-from fedmef_fx.ops.keeping import KeepActivation
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
-from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 
@@ -33,7 +32,7 @@ _OWN_RESULT: Final = (*_LAYERS, sign_relu, added, scaled)
 _OWN_GRADIENT: Final = (*_LAYERS, sign_relu, scaled)
 _SUMS: Final = (operator.add, torch.add)
 _PRODUCTS: Final = (operator.mul, torch.mul)
-_SITES: Final = (KeepActivation, PackActivation)
+_SITES: Final = (NoiseSite,)
 
 
 def reuse_memory(region: Region, graph: fx.Graph, *, by: str) -> None:
