@@ -1,11 +1,10 @@
 """The page in a real browser: it loads in silence, finds, shows, toggles, works by keyboard and on a narrow screen."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from browser import NARROW, WIDE, Browser, NoBrowserError
+from browser import NARROW, WIDE, Browser
 from torch import Tensor, nn
 
 import fedmef_fx
@@ -29,16 +28,6 @@ MODELS = {
 OVERFLOW = "return document.documentElement.scrollWidth - window.innerWidth"
 FOCUSED = "return document.activeElement.textContent"
 PANEL = "return document.querySelector('.panel').innerText"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        chromium = Browser()
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    yield chromium
-    chromium.close()
 
 
 @pytest.fixture(scope="module")

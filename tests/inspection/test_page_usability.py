@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browser import NARROW, Browser, NoBrowserError
+from browser import NARROW, Browser
 from torch import Tensor, nn
 
 import fedmef_fx
@@ -30,16 +29,6 @@ return [...document.querySelectorAll('.item')].filter((item) => {
   return top >= window_.top && bottom <= window_.bottom && left >= window_.left && right <= window_.right;
 }).length
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    try:
-        chromium = Browser()
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    yield chromium
-    chromium.close()
 
 
 @pytest.fixture(scope="module")
