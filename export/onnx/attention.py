@@ -40,7 +40,8 @@ def _attention(
     if {query.dim(), key.dim(), value.dim()} == {_DIMS}:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
     # Dimensions before the last two are those of the queries and of keys with values, broadcast.
-    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])  # type: ignore[no-untyped-call]  # torch's own
+    shapes = (query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    lead: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]  # of torch
     if attn_mask is not None:
         attn_mask = _in_four(attn_mask.expand(*lead, *attn_mask.shape[-2:]), lead)
     q, k, v = (_in_four(part.expand(*lead, *part.shape[-2:]), lead) for part in (query, key, value))
