@@ -19,7 +19,7 @@ from torch import fx
 
 from fedmef_fx.graph.origin import provenance, set_provenance
 from fedmef_fx.graph.program import Region
-from fedmef_fx.ops.in_place import added, scaled
+from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.relu import sign_relu
@@ -28,8 +28,8 @@ from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 __all__ = ["reuse_memory"]
 
 _LAYERS: Final = (pruned_convolution, pruned_linear)
-_OWN_RESULT: Final = (*_LAYERS, sign_relu, added, scaled)
-_OWN_GRADIENT: Final = (*_LAYERS, sign_relu, scaled)
+_OWN_RESULT: Final = (*_LAYERS, sign_relu, add_over, mul_over)
+_OWN_GRADIENT: Final = (*_LAYERS, sign_relu, mul_over)
 _SUMS: Final = (operator.add, torch.add)
 _PRODUCTS: Final = (operator.mul, torch.mul)
 _SITES: Final = (NoiseSite,)
@@ -63,14 +63,16 @@ def _write_sum(region: Region, node: fx.Node, *, by: str) -> None:
         return
     own = next((term for term in terms if _owns(region, node, term)), None)
     if own is not None:
-        _replace(node, added, (own, terms[1] if terms[0] is own else terms[0]), by=by)
+        options = {"is_second": True} if own is terms[1] else {}
+        _replace(node, add_over, terms, options, by=by)
 
 
 def _write_product(region: Region, node: fx.Node, *, by: str) -> None:
-    factors = sorted(node.args, key=lambda factor: not isinstance(factor, fx.Node))
-    is_scaling = len(factors) == 2 and isinstance(factors[1], int | float) and not isinstance(factors[1], bool)
-    if is_scaling and _owns(region, node, factors[0]):
-        _replace(node, scaled, tuple(factors), by=by)
+    if len(node.args) != 2:
+        return
+    x, factor = node.args
+    if isinstance(factor, int | float) and not isinstance(factor, bool) and _owns(region, node, x):
+        _replace(node, mul_over, (x, factor), {}, by=by)
 
 
 def _share_gradient(region: Region, node: fx.Node, *, by: str) -> None:
@@ -85,7 +87,7 @@ def _share_gradient(region: Region, node: fx.Node, *, by: str) -> None:
 
 def _take_turns(region: Region, node: fx.Node, *, by: str) -> None:
     """Let the last of two convolutions write over the gradient of the sum of their results."""
-    is_sum = node.target is added or (node.target in _SUMS and not node.kwargs)
+    is_sum = node.target is add_over or (node.target in _SUMS and not node.kwargs)
     terms = [term for term in node.args if isinstance(term, fx.Node)] if is_sum else []
     if len(terms) == 2 and _is_fresh(region, node) and all(_is_term(region, term, node) for term in terms):
         _meet(terms, "turns", turns, by=by)
@@ -111,9 +113,9 @@ def _meet(layers: list[fx.Node], option: str, place: Any, *, by: str) -> None:
         layer.kwargs = {**layer.kwargs, option: meeting}
 
 
-def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], *, by: str) -> None:
+def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], options: dict[str, Any], *, by: str) -> None:
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(target, args)
+        new = node.graph.call_function(target, args, options)
     origin = provenance(node)
     node.replace_all_uses_with(new)
     set_provenance(new, by=by, origin=node.name if origin is None else origin[1])

@@ -9,24 +9,24 @@ from torch import Tensor
 from fedmef_fx.ops.backward import needs_backward
 from fedmef_fx.ops.overridable import overridable
 
-__all__ = ["added", "scaled"]
+__all__ = ["add_over", "mul_over"]
 
 
 @overridable
-def added(x: Tensor, other: Tensor) -> Tensor:
+def add_over(x: Tensor, other: Tensor, *, is_second: bool = False) -> Tensor:
     """The sum x + other, in the memory of x where it fits there.
 
     Args:
         x: Any shape. Only one that nothing else reads.
         other: A shape that broadcasts with that of x.
+        is_second: Whether it is the second term that nothing else reads, and in whose memory the sum is.
     """
-    if needs_backward(x) and _fits(x, other):
-        return x.add_(other)
-    return x + other
+    own, rest = (other, x) if is_second else (x, other)
+    return own.add_(rest) if needs_backward(own) and _fits(own, rest) else x + other
 
 
 @overridable
-def scaled(x: Tensor, factor: float) -> Tensor:
+def mul_over(x: Tensor, factor: float) -> Tensor:
     """The product of x and a number, in the memory of x.
 
     Args:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedmef_fx import Config, transform
 from fedmef_fx.measure.live import LiveBytes
-from fedmef_fx.ops.in_place import added, scaled
+from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.layers import pruned_convolution
 from fedmef_fx.ops.relu import sign_relu
 
@@ -42,8 +42,8 @@ def without_reuse(model):
             node.kwargs = {**node.kwargs, "inplace_gradient": False}
         elif node.target is pruned_convolution:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name not in OPTIONS}
-        elif node.target in (added, scaled):
-            node.target = torch.add if node.target is added else torch.mul
+        elif node.target in (add_over, mul_over):
+            node.target, node.kwargs = (torch.add if node.target is add_over else torch.mul), {}
     plain.recompile()
     return plain
 
@@ -82,7 +82,11 @@ def test_what_is_written_over():
         "fourth": ["over_input"],
         "depthwise": ["over_input", "over_gradient"],
     }
-    assert [node.target for node in model.graph.nodes if node.target in (added, scaled)] == [added, scaled, added]
+    assert [node.target for node in model.graph.nodes if node.target in (add_over, mul_over)] == [
+        add_over,
+        mul_over,
+        add_over,
+    ]
 
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])
@@ -122,11 +126,12 @@ def test_less_is_alive():
 
 def test_a_sum_that_would_not_fit_is_a_tensor_of_its_own():
     x = torch.ones(1, 3, requires_grad=True) * 1.0
-    assert added(x, torch.ones(2, 3)).shape == (2, 3)
-    assert added(x, torch.ones(1, 3, dtype=torch.float64)).dtype == torch.float64
+    assert add_over(x, torch.ones(2, 3)).shape == (2, 3)
+    assert add_over(x, torch.ones(1, 3, dtype=torch.float64)).dtype == torch.float64
     assert torch.equal(x, torch.ones(1, 3))
-    assert added(x, torch.ones(3)) is x
-    assert torch.equal(scaled(x, 2), torch.full((1, 3), 4.0))
+    assert add_over(x, torch.ones(3)) is x
+    assert add_over(torch.ones(3), x, is_second=True) is x
+    assert torch.equal(mul_over(x, 2), torch.full((1, 3), 6.0))
 
 
 def test_nothing_is_written_without_a_backward():

@@ -17,7 +17,7 @@ from fedmef_fx.graph.operators.norms import Norm
 from fedmef_fx.graph.operators.operator import Operator, PlainCall, named
 from fedmef_fx.graph.operators.products import Layer
 from fedmef_fx.ops.dropout import BitDropout, bit_dropout
-from fedmef_fx.ops.in_place import added, scaled
+from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.keeping import KeepActivation, recomputed, remasked
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.masking import masked_weight
@@ -141,8 +141,8 @@ def _affine(node: fx.Node) -> PlainCall:
     """Channels last for a moment, which serves any number of dimensions."""
     x, gain, shift = node.args
     last = node.graph.call_method("transpose", (x, 1, -1))
-    scaled = node.graph.call_function(operator.mul, (last, gain))
-    return torch.transpose, (node.graph.call_function(operator.add, (scaled, shift)), 1, -1), {}
+    mul_over = node.graph.call_function(operator.mul, (last, gain))
+    return torch.transpose, (node.graph.call_function(operator.add, (mul_over, shift)), 1, -1), {}
 
 
 def _mul(node: fx.Node) -> PlainCall:
@@ -170,8 +170,8 @@ def _layer(op: Callable[..., Any], plain: Callable[[fx.Node], PlainCall]) -> Lay
 ROWS: Final = (
     _layer(pruned_convolution, _convolution),
     _layer(pruned_linear, _linear),
-    _op(added, lambda node: (operator.add, node.args, {}), kind="add"),
-    _op(scaled, lambda node: (operator.mul, node.args, {}), kind="mul"),
+    _op(add_over, lambda node: (operator.add, node.args, {}), kind="add"),
+    _op(mul_over, lambda node: (operator.mul, node.args, {}), kind="mul"),
     _op(adaptive_avg_pool, _adaptive_avg_pool),
     _op(avg_pool, _avg_pool),
     _op(bit_dropout, _dropout, kind="dropout"),
