@@ -116,6 +116,7 @@ def _meet(layers: list[fx.Node], option: str, place: Any, *, by: str) -> None:
 def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], options: dict[str, Any], *, by: str) -> None:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args, options)
+    new.meta = dict(node.meta)  # the module that it belongs to
     origin = provenance(node)
     node.replace_all_uses_with(new)
     set_provenance(new, by=by, origin=node.name if origin is None else origin[1])

@@ -20,6 +20,7 @@ from torch import fx
 from fedmef_fx.graph.nodes import is_addition, is_inplace, is_view, layers, without_views
 from fedmef_fx.graph.origin import module_of, set_provenance
 from fedmef_fx.graph.program import Program, Region
+from fedmef_fx.ops.in_place import mul_over
 from fedmef_fx.ops.nsconv import channel_affine, nsconv_weight
 from fedmef_fx.passes._nsconv_layers import calls_normalized
 from fedmef_fx.records.passes import PassResult, Refusal
@@ -60,7 +61,8 @@ class RescaleResiduals:
         sums = [
             (region, node.all_input_nodes[0])
             for region, _, graph in program.graphs()
-            for node in graph.find_nodes(op="call_function", target=operator.mul)
+            for target in (operator.mul, mul_over)  # which memory passes put in its place
+            for node in graph.find_nodes(op="call_function", target=target)
             if node.args[1] == _FACTOR
         ]
         paths = {module_of(region, node): region for region, node in sums}
