@@ -52,7 +52,7 @@ def reuse_memory(region: Region, graph: fx.Graph, *, by: str) -> None:
         _share_gradient(region, node, by=by)
         _take_turns(region, node, by=by)
     for node in graph.nodes:
-        if _is_convolution(node):
+        if _is_convolution(node) and _keeps_shape(region, node):
             claims = {"over_input": _owns(region, node, node.args[0]), "over_gradient": _is_fresh(region, node)}
             node.kwargs = {**node.kwargs, **{name: True for name, holds in claims.items() if holds}}
 
@@ -99,6 +99,16 @@ def _is_term(region: Region, term: fx.Node, node: fx.Node) -> bool:
 
 def _is_convolution(node: fx.Node) -> bool:
     return node.target is pruned_convolution and not node.kwargs.get("transposed", False)
+
+
+def _keeps_shape(region: Region, node: fx.Node) -> bool:
+    """Whether results have the shape of their inputs."""
+    weight = region.tensor(node.args[2])
+    geometry: Any = node.kwargs
+    if weight is None or weight.dim() < 3 or weight.shape[0] != weight.shape[1] * geometry["groups"]:
+        return False
+    axes = zip(weight.shape[2:], geometry["stride"], geometry["padding"], geometry["dilation"], strict=True)
+    return all(step == 1 and 2 * padding == dilation * (kernel - 1) for kernel, step, padding, dilation in axes)
 
 
 def _meet(layers: list[fx.Node], option: str, place: Any, *, by: str) -> None:

@@ -74,7 +74,7 @@ def options_of(model):
 def test_what_is_written_over():
     model = small()
     assert options_of(model) == {
-        "stem": ["over_gradient"],
+        "stem": [],
         "first": ["over_gradient", "shared"],
         "second": ["over_input", "turns"],
         "shortcut": ["shared", "turns"],
