@@ -137,7 +137,10 @@ def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]], 
     for node in nodes:
         values = [name for name in node.inputs if name not in facts or name in constant]
         made_of_constants = node.op.startswith("call") and values and constant.issuperset(values)
-        if (node.op == "get_attr" or made_of_constants) and users[node.name]:
+        reads_nothing = not node.inputs and (
+            node.name in facts or (node.op == "call_module" and is_in_site(node.target))
+        )
+        if (node.op == "get_attr" or reads_nothing or made_of_constants) and users[node.name]:
             constant.add(node.name)
     outputs = {node.name for node in nodes if node.op == "output"}
     for node in reversed(nodes):
@@ -145,6 +148,10 @@ def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]], 
         if node.name in constant and outputs.issuperset(users[node.name]):
             constant.discard(node.name)
     return constant
+
+
+def _is_key(node: NodeRecord) -> bool:
+    return node.op == "call_module" and is_in_site(node.target) and not node.inputs
 
 
 def _is_site(node: NodeRecord) -> bool:
