@@ -25,7 +25,7 @@ DOCS := .venv-docs
 EXECUTORCH := executorch flatbuffers pandas python-dateutil pytz ruamel.yaml sympy tabulate torchao tzdata
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-slow test-native test-ecosystem test-flower lint format bench docs docs-images clean
+.PHONY: help install demo test test-all test-fast test-slow test-native test-ecosystem test-flower lint style types format bench docs docs-images clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,7 +44,8 @@ demo: $(INSTALLED)  ## Train a small federation, freeze it, export it: about a m
 test test-all test-fast test-slow test-ecosystem test-flower: export OMP_WAIT_POLICY ?= passive
 
 test: $(INSTALLED)  ## Check style and types, and run every test; PYTEST_ARGS='-k masks' narrows it down
-	@$(MAKE) --no-print-directory -j2 lint test-all
+	@$(MAKE) --no-print-directory style
+	@$(MAKE) --no-print-directory -j2 types test-all || { echo 'make test: failed; errors of mypy stand above the tests' >&2; exit 1; }
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
@@ -94,9 +95,13 @@ $(FLOWER)/.installed: $(INSTALLED) constraints-flower.txt
 		'flwr[simulation]' typer rich click protobuf packaging
 	touch $@
 
-lint: $(INSTALLED)  ## Check style and types
+lint: style types  ## Check style and types
+
+style: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
 	$(BIN)/mypy
 
 format: $(INSTALLED)  ## Rewrite the files in the project's style

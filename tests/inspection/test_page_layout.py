@@ -39,7 +39,8 @@ def test_modules_nest_and_a_module_called_twice_is_two_boxes() -> None:
     block = by_label["layer2"].members[0]
     assert isinstance(block, Group)
     assert block.path == "layer2.0"
-    assert [m.label for m in block.members] == ["conv1", "relu", "conv2", "downsample.0", "add_over", "mul_over", "relu"]
+    labels = ["conv1", "relu", "conv2", "downsample.0", "add_over", "mul_over", "relu"]
+    assert [m.label for m in block.members] == labels
 
 
 def test_a_block_has_its_chain_in_one_column_and_the_shortcut_beside_it() -> None:
