@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmef_fx import transform
+from fedmef_fx import Config, transform
 from fedmef_fx.graph.watch import Watch
+from fedmef_fx.models import resnet18
 from tests.later_models import CONFIGS, Net, X
 
 Register = Callable[[nn.Module, list[Any]], Any]
@@ -76,3 +77,15 @@ def test_hooks_elsewhere_cost_no_capture(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Watch, "of", lambda *_: pytest.fail("captured again"))
 
     sparse(X)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_a_hook_on_a_residual_block_leaves_the_factor_of_its_sum(storage: Literal["dense", "packed"]) -> None:
+    torch.manual_seed(0)
+    sparse = transform(resnet18(), Config(density=0.3, weight_storage=storage)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = sparse(x)
+    seen: list[Tensor] = []
+    sparse.get_submodule("layer1.0").register_forward_hook(lambda module, inputs, result: seen.append(result))
+    torch.testing.assert_close(sparse(x), expected)
+    assert len(seen) == 1
