@@ -18,14 +18,14 @@ import torch
 from torch import fx
 
 from fedmef_fx.graph.origin import provenance, set_provenance
-from fedmef_fx.graph.program import Region
+from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 
-__all__ = ["reuse_memory"]
+__all__ = ["reuse_memory", "withdraw_claims"]
 
 _LAYERS: Final = (pruned_convolution, pruned_linear)
 _OWN_RESULT: Final = (*_LAYERS, sign_relu, add_over, mul_over)
@@ -55,6 +55,48 @@ def reuse_memory(region: Region, graph: fx.Graph, *, by: str) -> None:
         if _is_convolution(node) and _keeps_shape(region, node):
             claims = {"over_input": _owns(region, node, node.args[0]), "over_gradient": _is_fresh(region, node)}
             node.kwargs = {**node.kwargs, **{name: True for name, holds in claims.items() if holds}}
+
+
+def withdraw_claims(program: Program) -> None:
+    """Let nodes no longer write over what somebody reads since: passes that ran later may have added readers."""
+    for region, _, graph in program.graphs():
+        _withdraw(region, graph)
+
+
+def _withdraw(region: Region, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        options = dict(node.kwargs)
+        if node.target is sign_relu:
+            if options.get("inplace") and len(_readers(region, node.args[0])) != 1:
+                options["inplace"] = False
+            if options.get("inplace_gradient") and not _has_own_gradient(region, node):
+                options["inplace_gradient"] = False
+        elif node.target is add_over and not _owns(region, node, node.args[0]):
+            node.args = node.args[::-1] if options.pop("is_second", False) else node.args
+            node.target = operator.add
+        elif node.target is mul_over and not _owns(region, node, node.args[0]):
+            node.target = operator.mul
+        elif _is_convolution(node):
+            if not _owns(region, node, node.args[0]):
+                options.pop("over_input", None)
+            if not _is_fresh(region, node):
+                options.pop("over_gradient", None)
+            if "shared" in options and not _share(region, node.args[0]):
+                del options["shared"]
+            if "turns" in options and not all(
+                _is_fresh(region, user) and len(_readers(region, node)) == 1 for user in _readers(region, node)
+            ):
+                del options["turns"]
+        node.kwargs = options
+
+
+def _share(region: Region, x: fx.Node) -> bool:
+    readers = _readers(region, x)
+    return len(readers) == 2 and all("shared" in reader.kwargs for reader in readers)
+
+
+def _has_own_gradient(region: Region, node: fx.Node) -> bool:
+    return len(_readers(region, node)) == 1 or _share(region, node)
 
 
 def _write_sum(region: Region, node: fx.Node, *, by: str) -> None:

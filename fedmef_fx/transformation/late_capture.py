@@ -17,6 +17,7 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.signature import Call
 from fedmef_fx.graph.sites import kept_sites
 from fedmef_fx.graph.verify import Verifier
+from fedmef_fx.passes._reused_memory import withdraw_claims
 from fedmef_fx.passes.functionalize import FunctionalizeWeights
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -82,6 +83,7 @@ def _extend(
         own_passes = [step for step in passes if not isinstance(step, _ONCE)]
         if own_passes:
             Pipeline(own_passes, after_pass=Verifier.of(program)).run(program)
+            withdraw_claims(program)
         apply_layer_levels(regions, config)
     for region in regions:
         table.add(region)

@@ -21,6 +21,7 @@ from fedmef_fx.graph.program import Program
 from fedmef_fx.graph.recording import record_graphs
 from fedmef_fx.graph.verify import Verifier
 from fedmef_fx.ops.weight_norm import keep_weight_norms_finite
+from fedmef_fx.passes._reused_memory import withdraw_claims
 from fedmef_fx.passes.catalogue import parse_passes
 from fedmef_fx.passes.insert_masks import InsertMasks
 from fedmef_fx.passes.normalize_kernels import NormalizeKernels
@@ -169,6 +170,8 @@ def _transformed(
     program.transformation.original = record_graphs(program)
     observer.after("capture", program)
     reports = Pipeline(steps[: observer.number], after_pass=observer.beside(Verifier.of(program))).run(program)
+    if own_passes:
+        withdraw_claims(program)
     ran = list(zip(steps, reports, strict=False))[len(steps) - len(own_passes) :]
     config = program.transformation.config = config_after(config, ran)
     if observer.runs_all:

@@ -1,6 +1,8 @@
 """Convolutions, sums and products write over what they alone read; gradients stay what they are without it."""
 
 import copy
+import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmef_fx import Config, transform
+from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.layers import pruned_convolution
 from fedmef_fx.ops.relu import sign_relu
+from fedmef_fx.records.passes import PassResult
 
 OPTIONS = ("over_input", "over_gradient", "shared", "turns")
 
@@ -140,3 +144,41 @@ def test_nothing_is_written_without_a_backward():
     with torch.no_grad():
         assert torch.equal(model(x), model(x))
     torch.testing.assert_close(model(x), without_reuse(model)(x), rtol=1e-12, atol=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsReaders:
+    """A pass of a user: the mean of every tensor of a graph is added to its result."""
+
+    name: ClassVar[str] = "adds-readers"
+
+    def run(self, program):
+        rewrites = {}
+        for region, _, graph in program.graphs():
+            output = next(iter(graph.find_nodes(op="output")))
+            made = (pruned_convolution, sign_relu, add_over, mul_over)
+            for node in [node for node in graph.nodes if node.target in made]:
+                with graph.inserting_before(output):
+                    mean = graph.call_function(torch.mean, (node,))
+                    output.args = (graph.call_function(torch.add, (output.args[0], mean)),)
+                for new in (mean, output.args[0]):
+                    set_provenance(new, by=self.name, origin=node.name)
+                rewrites[region.full_name(node.name)] = None
+        return PassResult(self.name, tuple(rewrites))
+
+
+def test_nothing_is_written_over_what_later_passes_read():
+    torch.manual_seed(0)
+    config = Config(density=0.5, activation_bits=8, activation_rounding="nearest")
+    model = transform(Blocks(), config, passes=[AddsReaders()]).train()
+    x = torch.randn(32, 3, 32, 32)
+    result = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x))
+    fresh, expected = grads_of(copy.deepcopy(model), x), grads_of(without_reuse(model), x)
+    torch.testing.assert_close(fresh, expected, rtol=1e-3, atol=1e-3)
+
+
+def grads_of(model, x):
+    model(x).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
