@@ -120,6 +120,7 @@ class ResNet(nn.Module):
         num_classes: Number of logits.
         in_channels: Channels of the input image.
         small_images: Take the 3x3 stem of stride 1 without max-pool (CIFAR), not the 7x7 one of stride 2 (ImageNet).
+        width: Channels of the stem and of the first stage; each later stage has twice as many.
     """
 
     def __init__(
@@ -130,21 +131,23 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int,
         small_images: bool,
+        width: int = 64,
     ) -> None:
         super().__init__()
         stem_kernel, stem_stride = (3, 1) if small_images else (7, 2)
         self.conv1 = nn.Conv2d(
-            in_channels, 64, kernel_size=stem_kernel, stride=stem_stride, padding=stem_kernel // 2, bias=False
+            in_channels, width, kernel_size=stem_kernel, stride=stem_stride, padding=stem_kernel // 2, bias=False
         )
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = _residual_stage(block, 64, 64, depth=depths[0], stride=1)
-        self.layer2 = _residual_stage(block, 64 * block.expansion, 128, depth=depths[1], stride=2)
-        self.layer3 = _residual_stage(block, 128 * block.expansion, 256, depth=depths[2], stride=2)
-        self.layer4 = _residual_stage(block, 256 * block.expansion, 512, depth=depths[3], stride=2)
+        last = width * block.expansion
+        self.layer1 = _residual_stage(block, width, width, depth=depths[0], stride=1)
+        self.layer2 = _residual_stage(block, last, 2 * width, depth=depths[1], stride=2)
+        self.layer3 = _residual_stage(block, 2 * last, 4 * width, depth=depths[2], stride=2)
+        self.layer4 = _residual_stage(block, 4 * last, 8 * width, depth=depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self.fc = nn.Linear(8 * last, num_classes)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
