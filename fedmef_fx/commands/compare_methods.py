@@ -27,6 +27,7 @@ from fedmef_fx.data import dirichlet_partition
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated import METHODS, LocalTraining, MethodComparison, RoundRecord
 from fedmef_fx.federated import compare_methods as run_comparison
+from fedmef_fx.files.atomic import usable_folder
 
 __all__ = ["compare_methods"]
 
@@ -84,7 +85,7 @@ def compare_methods(  # noqa: PLR0913 -- one parameter per option of the command
         return [Subset(train_set, share.tolist()) for share in shares]
 
     chosen = list(method or METHODS)
-    output.mkdir(parents=True, exist_ok=True)
+    usable_folder(output, error=ConfigError)
     with progress_bar("rounds", steps=rounds * seeds * len(chosen)) as bar, telling_how_to_go_on(output, resume=resume):
         done = 0
 

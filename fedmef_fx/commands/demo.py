@@ -18,9 +18,11 @@ from fedmef_fx.commands.tables import show_table
 from fedmef_fx.commands.training_data import round_note
 from fedmef_fx.config import Config
 from fedmef_fx.display.sizes import shown_bytes
+from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated import History, RoundRecord
 from fedmef_fx.federated.batches import batches
 from fedmef_fx.federated.demo import DemoSettings, demo_settings, run_demo
+from fedmef_fx.files.atomic import usable_folder
 from fedmef_fx.measure.memory import memory
 from fedmef_fx.models import digits_cnn
 
@@ -38,7 +40,7 @@ def demo(
 ) -> Result:
     """Train a small federation on digits, freeze it, export it, and check the file: about a minute."""
     start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    usable_folder(output, error=ConfigError)
     rounds = itertools.count(1)
     with progress_bar("rounds", steps=2 * demo_settings(seed=seed).rounds) as bar:
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from fedmef_fx.commands.command import AsJson, Result, command
 from fedmef_fx.commands.flower_app import files_of
 from fedmef_fx.errors import ConfigError
+from fedmef_fx.files.atomic import replacing, usable_folder
 
 __all__ = ["flower"]
 
@@ -40,8 +41,9 @@ def flower(
         )
     for name, text in files.items():
         path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        usable_folder(path.parent, error=ConfigError)
+        with replacing(path, error=ConfigError) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     data = {"directory": str(directory), "files": sorted(files)}
     return Result(data, lambda console: _show(console, directory, sorted(files)))
 

@@ -24,7 +24,9 @@ from fedmef_fx.commands.training_data import (
 from fedmef_fx.config import Config
 from fedmef_fx.data import dirichlet_partition
 from fedmef_fx.display.sizes import shown_bytes
+from fedmef_fx.errors import ConfigError
 from fedmef_fx.federated import METHODS, History, LocalTraining, RoundRecord, run
+from fedmef_fx.files.atomic import usable_folder
 from fedmef_fx.models import REFERENCE_MODELS
 
 __all__ = ["train"]
@@ -89,7 +91,7 @@ def train(  # noqa: PLR0913 -- one parameter per option of the command line
     train_set, test_set, labels = load_data(data, data_dir)
     check_fits(network, train_set, name=model or DEFAULT_MODELS[data], data=data)
     shares = dirichlet_partition(labels, clients=clients, alpha=alpha, seed=config.seed)
-    output.mkdir(parents=True, exist_ok=True)
+    usable_folder(output, error=ConfigError)
     played: list[RoundRecord] = []
 
     def tell(record: RoundRecord) -> None:

@@ -13,6 +13,7 @@ from fedmef_fx.federated.checkpoint import Checkpoint, read_state_file, save_che
 from fedmef_fx.federated.rounds import RoundRecord
 from fedmef_fx.federated.server import Server
 from fedmef_fx.federated.state import ModelState, load_state
+from fedmef_fx.files.atomic import usable_folder
 
 __all__ = ["Callback", "EarlyStopping", "KeepBest", "OnRound"]
 
@@ -193,5 +194,5 @@ class KeepBest(_Watched):
     def _keep(self, record: RoundRecord, server: Server) -> None:
         self.record, self._state, self._like = record, server.state, server.model
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            usable_folder(self._directory, error=ConfigError)
             save_checkpoint(self._directory, Checkpoint(server.state, {}, {}, (), {}), name=self.file_name)

@@ -23,6 +23,7 @@ from fedmef_fx.federated.methods import Method
 from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.opening import activate_all
 from fedmef_fx.federated.strategy import Strategy
+from fedmef_fx.files.atomic import usable_folder
 from fedmef_fx.sparse_model.transformation import is_transformed, transformation_of
 from fedmef_fx.transformation.transform import transform
 
@@ -199,9 +200,8 @@ def usable_directory(checkpoint_dir: str | Path) -> Path:
     Raises:
         CheckpointError: It cannot be used.
     """
-    directory = Path(checkpoint_dir)
+    directory = usable_folder(checkpoint_dir, error=lambda text: CheckpointError(f"checkpoint_dir: {text}"))
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         clear_leftovers(directory)
     except OSError as error:
         raise CheckpointError(

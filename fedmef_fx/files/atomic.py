@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedmef_fx.errors import FedmefError
 
-__all__ = ["check_target", "replacing"]
+__all__ = ["check_target", "replacing", "usable_folder"]
 
 
 def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefError]) -> Path:
@@ -38,6 +38,27 @@ def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefE
     except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
         raise error(f"{path}: cannot be written: {cause}; expected a file name in a writable directory") from cause
     return target
+
+
+def usable_folder(path: str | os.PathLike[str], *, error: Callable[[str], FedmefError]) -> Path:
+    """Make a folder for files if it is missing, and find out whether files can be put there.
+
+    Args:
+        path: The folder; those above it are made, too.
+        error: Makes the exception of a message when it cannot be used.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as cause:
+        raise error(f"{folder}: is a file; expected a directory, or a name that nothing has yet") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
+        raise error(f"{folder}: cannot be made: {cause}; expected a directory that can be written") from cause
+    check_target(folder / "file", error=error)
+    return folder
 
 
 @contextlib.contextmanager

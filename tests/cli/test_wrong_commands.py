@@ -94,6 +94,10 @@ WRONG = [
     "bench onnx nowhere.onnx",
     "bench onnx garbage.onnx",
     "demo --output bad.json",
+    "demo --output bad.json/results",
+    "compare-methods --output bad.json",
+    "flower new bad.json",
+    "flower new bad.json/app",
     "frobnicate",
     "--nothing",
 ]
@@ -130,4 +134,5 @@ def _is_refused(line: str) -> str:
     assert result.exit_code in (1, 2)
     assert result.stderr.strip()
     assert "Traceback" not in result.stderr
+    assert "error: [Errno" not in result.stderr  # what Python says of a file, without what it was for
     return result.stderr

@@ -13,9 +13,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-from fedmef_fx.errors import CheckpointError
+from fedmef_fx.errors import CheckpointError, ConfigError
 from fedmef_fx.federated.client import Client
-from fedmef_fx.files.atomic import replacing
+from fedmef_fx.files.atomic import replacing, usable_folder
 
 __all__ = ["ContextStore", "FolderStore", "NodeState", "Store"]
 
@@ -90,7 +90,7 @@ class FolderStore:
 
     def __init__(self, folder: Path, client: int) -> None:
         self._folder, self._client = folder, client
-        folder.mkdir(parents=True, exist_ok=True)
+        usable_folder(folder, error=ConfigError)
 
     def _prefix(self, run: str) -> str:
         return f"client-{self._client}-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
