@@ -3,8 +3,10 @@
     python benchmarks/bad_clients.py [--seeds 3] [--rounds 30] [--only WORD] [--many 1000] [--many-rounds 30]
 
 1. Accuracy of 20 clients, Dirichlet 0.5, density 0.1: all sound; 10 send weights that are no numbers; 2 send their
-   change times -10 or -1, averaged by weight, by trimmed mean (a tenth cut off at either end) and by the mean around
-   the median (the farthest tenth left out). `--only median` runs the cases with this word and nothing else.
+   change times -10 or -1, averaged by weight, by trimmed mean (a tenth cut off at either end), by the mean around the
+   median (the farthest tenth left out) and by a trimmed mean of updates that were mixed with their nearest neighbours.
+   Beside them what the others reach when these 2 take no part. `--only median` runs the cases with this word and
+   nothing else.
 2. Time for messages (encoding, decoding, checks) over the time of the rounds.
 3. ResNet18: bytes of a client and round, up and down, over active values and dense tensors, and over these and a bit
    per prunable weight, which is sent where a mask has changed. Adjustment rounds send growth candidates up, too.
@@ -28,7 +30,16 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import fedmef_fx
 from fedmef_fx.data import dirichlet_partition, load_digits
-from fedmef_fx.federated import LocalTraining, MeanAroundMedian, Strategy, TrimmedMean, client, run, server
+from fedmef_fx.federated import (
+    LocalTraining,
+    MeanAroundMedian,
+    NeighbourMixing,
+    Strategy,
+    TrimmedMean,
+    client,
+    run,
+    server,
+)
 from fedmef_fx.federated.demo import demo_settings
 from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.models import digits_cnn, resnet18
@@ -84,13 +95,18 @@ def bad_clients(console: Console, seeds: int, rounds: int, only: str) -> None:
     """Print accuracies."""
     trimmed: dict[str, Any] = {"aggregator": TrimmedMean(0.1), "minimum": 10}
     around: dict[str, Any] = {"aggregator": MeanAroundMedian(0.1), "minimum": 10}
+    mixed: dict[str, Any] = {"aggregator": NeighbourMixing(TrimmedMean(0.1), 0.1), "minimum": 10}
     cases: dict[str, Callable[[], Strategy]] = {
         "all sound": Attack,
+        "2 of 20 send no numbers": lambda: Attack(attackers=2, factor=float("nan")),
         "10 of 20 send no numbers": lambda: Attack(attackers=10, factor=float("nan")),
         "2 of 20 times -10, mean": lambda: Attack(attackers=2, factor=-10.0),
         "2 of 20 times -10, trimmed mean": lambda: Attack(attackers=2, factor=-10.0, **trimmed),
         "2 of 20 times -10, mean around the median": lambda: Attack(attackers=2, factor=-10.0, **around),
         "2 of 20 times -1, mean around the median": lambda: Attack(attackers=2, factor=-1.0, **around),
+        "2 of 20 times -10, mixed, trimmed mean": lambda: Attack(attackers=2, factor=-10.0, **mixed),
+        "2 of 20 times -1, mixed, trimmed mean": lambda: Attack(attackers=2, factor=-1.0, **mixed),
+        "all sound, mixed, trimmed mean": lambda: Attack(**mixed),
         "all sound, mean around the median": lambda: Attack(**around),
     }
     table = Table("clients", "accuracy, median", "all", "left out", title=f"20 clients, {rounds} rounds")

@@ -28,6 +28,7 @@ from fedmef_fx.federated.local_round import LocalRound
 from fedmef_fx.federated.logging_callbacks import JsonLines, TensorBoard
 from fedmef_fx.federated.messages import RoundTask, Update
 from fedmef_fx.federated.methods import METHODS, Method
+from fedmef_fx.federated.neighbour_mixing import NeighbourMixing
 from fedmef_fx.federated.objective import Objective
 from fedmef_fx.federated.privacy import Privacy
 from fedmef_fx.federated.rounds import RoundRecord
@@ -58,6 +59,7 @@ __all__ = [
     "Method",
     "MethodComparison",
     "ModelState",
+    "NeighbourMixing",
     "NormClipping",
     "Objective",
     "Privacy",

@@ -29,6 +29,11 @@ __all__ = [
     "TrimmedMean",
     "WeightedMean",
     "change_norm",
+    "check_masks",
+    "check_share",
+    "check_values",
+    "distances",
+    "left_out",
     "scaled",
 ]
 
@@ -81,7 +86,7 @@ class TrimmedMean(Aggregator):
     trim: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_share("TrimmedMean.trim", self.trim)
+        check_share("TrimmedMean.trim", self.trim)
 
     @property
     def fewest(self) -> int:
@@ -91,16 +96,17 @@ class TrimmedMean(Aggregator):
     def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
         """See `Aggregator.combine`."""
         del sent
-        count = _left_out(self.trim, len(updates))
+        count = left_out(self.trim, len(updates))
         return [_reduced(self, updates, lambda terms: terms[count : len(terms) - count].mean(0))]
 
 
-def _check_share(name: str, share: float) -> None:
+def check_share(name: str, share: float) -> None:
+    """Refuse what is no share of clients that may be left out."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 0.5:
         raise ConfigError(f"{name}: got {share!r}; expected a number in [0, 0.5)")
 
 
-def _left_out(share: float, clients: int) -> int:
+def left_out(share: float, clients: int) -> int:
     """How many of some clients a share is: at least one, and fewer than half."""
     return min(math.ceil(share * clients), (clients - 1) // 2)
 
@@ -119,7 +125,7 @@ class MeanAroundMedian(Aggregator):
     faulty: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_share("MeanAroundMedian.faulty", self.faulty)
+        check_share("MeanAroundMedian.faulty", self.faulty)
 
     @property
     def fewest(self) -> int:
@@ -129,7 +135,7 @@ class MeanAroundMedian(Aggregator):
     def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
         """See `Aggregator.combine`."""
         del sent
-        count = _left_out(self.faulty, len(updates))
+        count = left_out(self.faulty, len(updates))
         return [_reduced(self, updates, functools.partial(_around_median, count=count))]
 
 
@@ -181,7 +187,7 @@ class NormClipping(Aggregator):
 
     def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
         """See `Aggregator.combine`."""
-        _check_masks(self, updates)
+        check_masks(self, updates)
         return [self._clipped(update, sent) for update in updates]
 
     def _clipped(self, update: Update, sent: ModelState) -> Update:
@@ -214,18 +220,18 @@ class Krum(Aggregator):
 
     def combine(self, updates: Sequence[Update], sent: ModelState) -> Sequence[Update]:
         """See `Aggregator.combine`."""
-        _check_masks(self, updates)
+        check_masks(self, updates)
         ordered = sorted(updates, key=lambda update: update.client)
         neighbours = len(ordered) - self.faulty - 2
-        distances = _distances(ordered, sent)
+        squared = distances(ordered, sent)
         # Of each row the distance to itself, 0, comes first.
-        scores = distances.sort(dim=1).values[:, 1 : neighbours + 1].sum(1)
+        scores = squared.sort(dim=1).values[:, 1 : neighbours + 1].sum(1)
         keep = self.keep if self.keep is not None else max(len(ordered) - 2 * self.faulty - 2, 1)
         chosen = scores.argsort(stable=True)[:keep].sort().values
         return [ordered[index] for index in chosen.tolist()]
 
 
-def _distances(updates: Sequence[Update], sent: ModelState) -> Tensor:
+def distances(updates: Sequence[Update], sent: ModelState) -> Tensor:
     """Squared distances between all updates, float64 `[clients, clients]`; two of them are in memory at a time."""
     result = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for row, left in enumerate(updates):
@@ -265,7 +271,8 @@ def _change(update: Update, sent: ModelState) -> Tensor:
     return torch.cat(changes) if changes else torch.zeros(0, dtype=torch.float64)
 
 
-def _check_masks(aggregator: Aggregator, updates: Sequence[Update]) -> None:
+def check_masks(aggregator: Aggregator, updates: Sequence[Update]) -> None:
+    """Refuse clients with masks of their own."""
     if any(update.masks for update in updates):
         raise ConfigError(
             f"{type(aggregator).__name__}: got clients with masks of their own, whose weights do not correspond; "
@@ -273,14 +280,19 @@ def _check_masks(aggregator: Aggregator, updates: Sequence[Update]) -> None:
         )
 
 
-def _reduced(aggregator: Aggregator, updates: Sequence[Update], reduce: Reduce) -> Update:
-    """One update in the place of all, coordinate by coordinate."""
-    _check_masks(aggregator, updates)
+def check_values(aggregator: Aggregator, updates: Sequence[Update]) -> None:
+    """Refuse votes for growth, which have no values to average."""
     if any(update.votes for update in updates):
         raise ConfigError(
             f"{type(aggregator).__name__}: got votes for growth without values; expected WeightedMean(), "
             "NormClipping(...) or Krum(...) for this method"
         )
+
+
+def _reduced(aggregator: Aggregator, updates: Sequence[Update], reduce: Reduce) -> Update:
+    """One update in the place of all, coordinate by coordinate."""
+    check_masks(aggregator, updates)
+    check_values(aggregator, updates)
     first = updates[0]
     return dataclasses.replace(
         first,

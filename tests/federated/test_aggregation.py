@@ -23,6 +23,7 @@ from fedmef_fx.federated import (
     Krum,
     LocalTraining,
     MeanAroundMedian,
+    NeighbourMixing,
     NormClipping,
     Strategy,
     TrimmedMean,
@@ -42,6 +43,8 @@ ALL: list[Aggregator] = [
     CoordinateMedian(),
     NormClipping(1.0),
     Krum(1),
+    NeighbourMixing(TrimmedMean(0.2), 0.2),
+    NeighbourMixing(WeightedMean(), 0.2),
 ]
 
 
@@ -138,6 +141,31 @@ def test_krum_by_hand(sent: ModelState) -> None:
     assert 4 not in [u.client for u in Krum(1, keep=4).combine(updates, sent)]
 
 
+def test_mixing_by_hand(sent: ModelState) -> None:
+    # Of a line: the four nearest of the first four are these four, those of the far one are 1 2 3 and itself.
+    grown = [{1: 4.0}, {1: 8.0}, {}, {4: 4.0}, {1: 1e6, 4: 1e6}]
+    updates = [_update(c, x, 0.0, steps=c, grown=grown[c]) for c, x in enumerate([0.0, 1.0, 2.0, 3.0, 500.0])]
+    found = NeighbourMixing(WeightedMean(), 0.2).combine(updates, sent)
+    assert [float(update.values["w"][0]) for update in found] == [1.5, 1.5, 1.5, 1.5, 126.5]
+    assert [int(update.dense["steps"]) for update in found] == [2, 2, 2, 2, 2]  # 1.5 and 2.5 are rounded to even
+    assert [update.samples for update in found] == [1, 2, 3, 4, 5]
+    assert found[0].gradients["w"].positions.tolist() == [1, 4]
+    assert found[0].gradients["w"].values.tolist() == [3.0, 1.0]
+    trimmed = _single(NeighbourMixing(TrimmedMean(0.2), 0.2).combine(updates, sent))
+    assert torch.equal(trimmed.values["w"], torch.tensor([1.5, 0.0]))
+    assert torch.equal(trimmed.gradients["w"].values, torch.tensor([3.0, 1.0]))
+    assert trimmed.samples == 15
+
+
+def test_what_one_client_knows_outlives_mixing(sent: ModelState) -> None:
+    """A weight that one sound client of ten moves keeps a part of it; a trimmed mean alone forgets it."""
+    updates = [_update(c, 1.0 if c == 3 else 0.0, 0.1 * c) for c in range(9)] + [_update(9, -50.0, 50.0)]
+    alone = _single(TrimmedMean(0.1).combine(updates, sent))
+    mixed = _single(NeighbourMixing(TrimmedMean(0.1), 0.1).combine(updates, sent))
+    assert float(alone.values["w"][0]) == 0
+    assert float(mixed.values["w"][0]) == pytest.approx(1 / 9)
+
+
 @pytest.mark.parametrize("aggregator", ALL, ids=lambda a: type(a).__name__)
 @given(order=st.permutations(range(5)))
 def test_the_order_of_clients_does_not_matter(aggregator: Aggregator, order: Sequence[int]) -> None:
@@ -192,6 +220,7 @@ def _flipped(after: Tensor, before: Tensor) -> Tensor:
         (MeanAroundMedian(0.2), True),
         (CoordinateMedian(), True),
         (Krum(1, keep=None), True),
+        (NeighbourMixing(TrimmedMean(0.2), 0.2), True),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -238,8 +267,9 @@ def test_clients_with_masks_of_their_own(aggregator: Aggregator, sent: ModelStat
 
 def test_votes_have_no_median(sent: ModelState) -> None:
     updates = [dataclasses.replace(_update(c, 1, 1), votes={"w": torch.tensor([c])}) for c in range(5)]
-    with pytest.raises(ConfigError, match="votes for growth"):
-        CoordinateMedian().combine(updates, sent)
+    for aggregator in (CoordinateMedian(), NeighbourMixing(WeightedMean())):
+        with pytest.raises(ConfigError, match="votes for growth"):
+            aggregator.combine(updates, sent)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +281,12 @@ def test_votes_have_no_median(sent: ModelState) -> None:
         (lambda: NormClipping(float("inf")), r"NormClipping\.norm"),
         (lambda: Krum(-1), r"Krum\.faulty"),
         (lambda: Krum(1, keep=0), r"Krum\.keep"),
+        (lambda: NeighbourMixing(faulty=0.5), r"NeighbourMixing\.faulty: got 0\.5"),
+        (lambda: NeighbourMixing("mean"), r"NeighbourMixing\.aggregator: got 'mean'; expected an Aggregator"),
+        (
+            lambda: Strategy(aggregator=NeighbourMixing(WeightedMean())),
+            r"Strategy\.minimum: got 1; expected at least 3",
+        ),
         (lambda: Strategy(aggregator=Krum(2)), r"Strategy\.minimum: got 1; expected at least 7, which Krum"),
         (lambda: Strategy(aggregator=CoordinateMedian()), r"Strategy\.minimum: got 1; expected at least 3"),
     ],
