@@ -32,7 +32,7 @@ from fedmef_fx.ops.noise_site import NoiseSite
 from fedmef_fx.sparse_model.transformation import transformation_of
 from fedmef_fx.training.clipping import clip_gradients
 from fedmef_fx.training.extrusion import Extrusion
-from fedmef_fx.training.micro_batches import micro_batches
+from fedmef_fx.training.micro_batches import batch_statistics_in, micro_batches
 
 __all__ = ["LocalTraining", "LossFunction", "train_locally"]
 
@@ -282,9 +282,25 @@ def _findings(
 ) -> Findings:
     """What the task asks for beside weights, from as many batches as the options say; an opening looks at one."""
     device = next(model.parameters()).device
-    size = min(options.batch_size, transformation_of(model).config.micro_batch or options.batch_size)
-    parts = data.batches(batch_size=size, shuffle=True, device=device)
+    parts = data.batches(batch_size=options.batch_size, shuffle=True, device=device)
     limit = 1 if task.is_opening else options.growth_batches
     if limit is not None:
-        parts = itertools.islice(parts, limit * math.ceil(options.batch_size / size))
+        parts = itertools.islice(parts, limit)
+    if (size := _part_size(model, options, task=task, objective=objective)) is not None:
+        parts = (part for batch in parts for part, _ in micro_batches(batch, size, model=model))
     return findings_of(model, objective.loss, parts, task)
+
+
+def _part_size(model: nn.Module, options: LocalTraining, *, task: RoundTask, objective: Objective) -> int | None:
+    """How many samples of a batch to look at together, where the parts of a batch say the same as the whole.
+
+    Sums for growth take memory that a step of local training does not need; half a batch makes room for them.
+    """
+    if (size := transformation_of(model).config.micro_batch) is not None:
+        return size
+    # A single batch needs no sums.
+    is_sum = task.report in ("gradients", "positions") and not task.is_opening and options.growth_batches != 1
+    is_mean_of_samples = type(objective) is Objective and objective.loss_fn is F.cross_entropy
+    if is_sum and is_mean_of_samples and not batch_statistics_in(model):
+        return max(options.batch_size // 2, 1)
+    return None

@@ -62,8 +62,9 @@ class Request(NamedTuple):
 EXACT: Final = 1 << 14
 """Coordinates of a parameter up to which its sums are not rounded."""
 
-# Coordinates that are looked at together; a multiple of 8.
+# Coordinates that are looked at together, a multiple of 8, and sums; what a block needs is a few times as large.
 _BLOCK: Final = 1 << 18
+_SUMS: Final = 1 << 14
 
 _Key = tuple[torch.device, int, torch.Size]
 
@@ -124,7 +125,9 @@ class _Layer:
             squares = totals.new_zeros(int(self.units.max()) + 1).index_add_(0, self.units, totals.square_())
             totals = squares.sqrt_()
         if self.sums is not None:
-            totals.add_(self._unrounded(self.sums, totals.dtype))
+            for start in range(0, totals.numel(), _SUMS):
+                part = totals[start : start + _SUMS]
+                part.add_(self._unrounded(self.sums[start : start + _SUMS], totals.dtype))
         if totals.numel() <= EXACT:
             self.sums = totals
             return
@@ -137,7 +140,9 @@ class _Layer:
         # frexp gives the exponent of the next larger power of two; the largest sum becomes 2 ** 14 to 2 ** 15.
         exponent = torch.frexp(totals.abs().max()).exponent
         self.scale = torch.ldexp(totals.new_ones(()), exponent - 15)
-        self.sums = totals.div_(self.scale).to(torch.float16)
+        if self.sums is None or self.sums.dtype != torch.float16:
+            self.sums = torch.empty_like(totals, dtype=torch.float16)
+        self.sums.copy_(totals.div_(self.scale))
 
     def _unrounded(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         return sums if self.scale is None else sums.to(dtype).mul_(self.scale)
@@ -159,12 +164,15 @@ class _Layer:
 def _largest(sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Where the k largest magnitudes are, ascending, int32, and the values there; found without a copy of all sums."""
     chosen = torch.empty(0, dtype=torch.int64, device=sums.device)
-    size = max(_BLOCK, k)
+    size = max(_SUMS, k)
     for start in range(0, sums.numel(), size):
-        here = torch.arange(start, min(start + size, sums.numel()), device=sums.device)
-        # Ascending, so that of equal sums the earlier position wins in every round.
-        rivals = torch.cat([chosen, here])
-        chosen = rivals[largest_positions(magnitudes(sums[rivals]), min(k, rivals.numel()))]
+        block = sums[start : start + size]
+        # Those chosen so far come first, so that of equal sums the earlier position wins in every round.
+        rivals = torch.cat([sums[chosen], block])
+        best = largest_positions(magnitudes(rivals), min(k, rivals.numel()))
+        old = chosen.numel()
+        kept = chosen[best[best < old]]
+        chosen = torch.cat([kept, best[best >= old] + (start - old)])
     return chosen.to(torch.int32), sums[chosen]  # those of all layers are kept until the end
 
 

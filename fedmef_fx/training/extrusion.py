@@ -54,10 +54,30 @@ class _Marks:
         return self.booleans().nonzero().squeeze(1)
 
 
+class _Gaps:
+    """Ascending positions, few among many: a byte for each, its distance to the one before.
+
+    A distance below 255 stands as it is, less one; each byte of 255 before it adds 255.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        gaps = positions.diff(prepend=positions.new_full((1,), -1)) - 1
+        long = gaps // 255
+        ends = (long + 1).cumsum(0) - 1
+        self._bytes = torch.full((positions.numel() + int(long.sum()),), 255, dtype=torch.uint8, device=gaps.device)
+        self._bytes[ends] = (gaps - 255 * long).to(torch.uint8)
+
+    def positions(self) -> Tensor:
+        is_end = self._bytes != 255
+        reached = (self._bytes.to(torch.int32) + is_end).cumsum(0)
+        return reached[is_end] - 1
+
+
 class _Places:
     """Where the marked weights of a parameter are in its stored form, and the term that extrudes them.
 
-    Positions are kept at one bit per weight, as they are there for a whole round.
+    They are there for a whole round, and therefore kept at a bit per stored weight; of a packed parameter also, at
+    about a byte each, where they are in the dense weight.
 
     Attributes:
         parameter: The masked parameter, in the space of adjustments.
@@ -65,8 +85,12 @@ class _Places:
 
     def __init__(self, parameter: EffectiveParameter, positions: Tensor) -> None:
         self.parameter = parameter
-        self._marks = _Marks(positions, parameter.masked.shape.numel())
-        self._found = self._marks
+        self._found: _Marks | None = None
+        self._marks: _Marks | _Gaps
+        if parameter.masked.is_packed:
+            self._marks = _Gaps(positions)
+        else:
+            self._marks = self._found = _Marks(positions, parameter.masked.shape.numel())
         self._version: int | None = None
         # Gradient of the term by gain, its strength, and the versions of weight and gain that it belongs to.
         self._by_gain: tuple[Tensor, float, tuple[int, int]] | None = None
@@ -78,10 +102,8 @@ class _Places:
     def now(self) -> _Marks:
         """Those in the parameter; of a packed one, of the weights that are still active."""
         masked = self.parameter.masked
-        if not masked.is_packed:
-            return self._marks
-        version = masked.buffer._version
-        if version != self._version:  # the topology changed: every value may have another place
+        version = masked.buffer._version if masked.is_packed else None
+        if self._found is None or version != self._version:  # the topology changed: values may have other places
             places = masked.places(self.positions())
             self._found, self._version = _Marks(places[places >= 0], masked.parameter.numel()), version
         return self._found

@@ -12,6 +12,8 @@ import fedmef_fx
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.federated import LocalTraining, RoundTask, Update, train_locally
 from fedmef_fx.federated.batches import batch_indices, fetch
+from fedmef_fx.federated.objective import Objective
+from fedmef_fx.measure.live import LiveBytes
 from fedmef_fx.sparse_model.effective import effective_parameters
 from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.schedule import adjustment_count
@@ -147,6 +149,40 @@ def test_adjustments_look_at_one_batch_unless_told_otherwise(
     model = sparse()
     train_locally(model, data, LocalTraining(epochs=3, batch_size=4, **options), task=_adjusting(model))
     assert data.count - 20 * 3 == 4 * looked_at
+
+
+class _InWholeBatches(Objective):
+    """The default, in a class of its own: what its loss does with samples is not known."""
+
+
+def test_half_batches_find_the_candidates_of_whole_ones(
+    sparse: Callable[..., nn.Module], clients: list[TensorDataset]
+) -> None:
+    data = TensorDataset(clients[0].tensors[0].double(), clients[0].tensors[1])
+    found = []
+    for objective in (_InWholeBatches(), Objective()):
+        model = sparse(activation_sparsity=0.0).double()
+        options = LocalTraining(batch_size=7, growth_batches=None)
+        update = train_locally(model, data, options, task=_adjusting(model), loss_fn=objective)
+        found.append(update.gradients)
+    for name, whole in found[0].items():
+        assert torch.equal(found[1][name].positions, whole.positions)
+        assert torch.allclose(found[1][name].values, whole.values, rtol=1e-9, atol=1e-12)
+
+
+def test_an_adjustment_takes_little_more_than_training() -> None:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    data = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,)))
+    model = fedmef_fx.transform(network, fedmef_fx.Config(density=0.1))
+    peaks = []
+    for task in (PLAIN, _adjusting(model)):
+        with LiveBytes(model) as live:
+            train_locally(model, data, LocalTraining(batch_size=16), task=task)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.05 * peaks[0]
 
 
 def test_saved_bytes_are_measured(sparse: Callable[..., nn.Module], clients: list[TensorDataset]) -> None:

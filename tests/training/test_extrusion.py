@@ -2,12 +2,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.sparsity import adjustment_count
-from fedmef_fx.training.extrusion import Extrusion
+from fedmef_fx.training.extrusion import Extrusion, _Gaps
 from tests.training.extrusion_models import NAMES, X, gradients, loss_of, make_model, rates_used
 
 
@@ -198,3 +200,13 @@ def test_strength_zero_marks_and_does_nothing_else():
         assert all(torch.equal(plain[name], inside[name]) for name in NAMES)
         assert extrusion.norm() > 0
         assert rates_used(optimizer, extrusion, model, [0.0]) == [0.0]
+
+
+@given(positions=st.sets(st.one_of(st.integers(0, 600), st.integers(0, 2**20))))
+@example(positions={254, 255, 256})
+@example(positions={0, 255, 510, 766})
+def test_positions_are_kept_as_gaps(positions: set[int]) -> None:
+    expected = torch.tensor(sorted(positions), dtype=torch.int64)
+    found = _Gaps(expected).positions()
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
