@@ -25,7 +25,7 @@ FOLDER_VARIABLE: Final = "FEDMEF_FX_KERNELS"
 """Environment variable that names another folder with compiled kernels, such as those with sanitizers."""
 
 _ISAS: Final = ("baseline", "avx2", "avx512")
-_ABI: Final = 3
+_ABI: Final = 4
 _TYPES: Final = {
     "i": ctypes.c_int,
     "n": ctypes.c_int64,
@@ -48,10 +48,10 @@ _SIGNATURES: Final = {
     "row_gradients": "ippppdppni",
     "lay_out": "ippnnnnnnnnnnnnnpi",
     "take_back": "ippnnnnnnnnnnnnnpi",
-    "pack_blocks": "ipniniwnppi:n",
-    "unpack_blocks": "ippinpni",
-    "pack_marked": "ippnniniwppi:n",
-    "unpack_marked": "ipppinpnnni",
+    "pack_blocks": "ipniniiwnppi:n",
+    "unpack_blocks": "ippinipni",
+    "pack_marked": "ippnniniiwppi:n",
+    "unpack_marked": "ipppinipnnni",
     "mark_equal": "ipwpni",
     "fill_marked": "ipwpn",
     "fill_at": "ipnwp",

@@ -5,8 +5,8 @@
     decoded = offset + scale * code,    scale = (highest - offset) / (2 ** bits - 1),
 
 `"centroids"`: they are chosen for the block's own values, by four steps of Lloyd's algorithm (each level the mean of
-the values nearest to it) from halfway between the best levels of a normal distribution and even ones. That suits values
-of which most lie close together; 2 ** bits levels are stored in the place of offset and scale.
+the values nearest to it, `fedmef_fx.packing.centroids`). That suits values of which most lie close together; 2 ** bits
+levels are stored in the place of offset and scale.
 
 Stored in 16 bits (bfloat16: rounded, so that the range covers all values: the offset down, the scale up) for up to 4
 bits a code; for 8 bits in the precision of the tensor, and at least float32.
@@ -17,8 +17,6 @@ scale. With centroids that holds between the outermost levels; values beyond bec
 """
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final, Literal, get_args
 
 import torch
@@ -26,23 +24,13 @@ from torch import Tensor
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.packing.bit_planes import BITS, Bits, planes_nbytes
-from fedmef_fx.packing.layout import on_device
+from fedmef_fx.packing.centroids import fit_levels, nearest_levels, random_levels
 
 __all__ = ["EIGHT_BITS", "BlockCode", "Levels", "Rounding", "decode_levels", "encode_levels"]
 
 Rounding = Literal["nearest", "stochastic"]
 Levels = Literal["range", "centroids"]
 
-_LLOYD_STEPS: Final = 4
-# Where half of the levels of a normal distribution with deviation 1 lie; Max (1960).
-_NORMAL_LEVELS: Final[Mapping[int, tuple[float, ...]]] = MappingProxyType(
-    {
-        1: (0.798,),
-        2: (0.453, 1.510),
-        3: (0.245, 0.756, 1.344, 2.152),
-        4: (0.128, 0.388, 0.657, 0.942, 1.256, 1.618, 2.069, 2.733),
-    }
-)
 _LARGEST: Final = torch.finfo(torch.bfloat16).max
 
 
@@ -175,31 +163,6 @@ def _bfloat16_below(x: Tensor) -> Tensor:
 def _encode_centroids(
     x: Tensor, code: BlockCode, parameters: Tensor, noise: Tensor | None, *, ends: tuple[Tensor, Tensor]
 ) -> Tensor:
-    upper = on_device(torch.tensor(_NORMAL_LEVELS[code.bits], dtype=x.dtype), x.device)
-    start = torch.cat([-upper.flip(0), upper])
-    mean = x.mean(1, keepdim=True)
-    levels = mean + (x - mean).square().mean(1, keepdim=True).sqrt() * start
-    low, high = ends
-    spread = (torch.arange(start.numel(), dtype=x.dtype, device=x.device) + 0.5) / start.numel()
-    levels = (levels.clamp(low, high) + low + (high - low) * spread) / 2
-    for _ in range(_LLOYD_STEPS):
-        nearest = _above(x, (levels[:, 1:] + levels[:, :-1]) / 2)
-        count = torch.zeros_like(levels).scatter_add_(1, nearest, torch.ones_like(x))
-        total = torch.zeros_like(levels).scatter_add_(1, nearest, x)
-        levels = torch.where(count > 0, total / count.clamp_min(1), levels)
-    parameters.copy_(levels.clamp_(-_LARGEST, _LARGEST))
+    parameters.copy_(fit_levels(x, code.bits, *ends).clamp_(-_LARGEST, _LARGEST))
     levels = parameters.to(x.dtype)
-    if noise is None:
-        return _above(x, (levels[:, 1:] + levels[:, :-1]) / 2).to(torch.uint8)
-    low = _above(x, levels[:, 1:-1]) if levels.shape[1] > 2 else torch.zeros_like(x, dtype=torch.int64)
-    floor, ceiling = levels.gather(1, low), levels.gather(1, low + 1)
-    share = torch.where(ceiling > floor, (x - floor) / (ceiling - floor), 0.0)
-    return (low + (share + noise >= 1)).to(torch.uint8)
-
-
-def _above(x: Tensor, thresholds: Tensor) -> Tensor:
-    """How many of a block's ascending thresholds each element exceeds: int64 `[blocks, size]`."""
-    count = torch.zeros_like(x, dtype=torch.int64)
-    for index in range(thresholds.shape[1]):
-        count += x > thresholds[:, index : index + 1]
-    return count
+    return nearest_levels(x, levels) if noise is None else random_levels(x, levels, noise)

@@ -28,11 +28,11 @@ def fused_kernels(x: Tensor, code: BlockCode) -> ModuleType | None:
     Raises:
         ConfigError: Another value in the environment than 0 and 1.
     """
-    if code.levels != "range" or is_traced():
+    if is_traced():
         return None
     if x.device.type == "cpu":
         is_served = code.block <= native_blocks.LARGEST_BLOCK and backend().name == "native"
         return native_blocks if is_served else None
-    if x.device.type != "cuda" or x.dtype not in _DTYPES:
+    if x.device.type != "cuda" or x.dtype not in _DTYPES or code.levels != "range":
         return None
     return triton_module("fedmef_fx.packing.triton_kernels")

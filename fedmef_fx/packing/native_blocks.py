@@ -28,9 +28,9 @@ def pack_blocks(
 
     Args:
         x: `[n]`, contiguous.
-        code: How; in blocks of at most `LARGEST_BLOCK`, with levels in a range.
+        code: How; in blocks of at most `LARGEST_BLOCK`.
         codes: uint8 `[code.codes_nbytes(n)]`, or longer; written to.
-        parameters: `[code.blocks(n), 2]`, or longer, of `code.parameter_dtype`; written to.
+        parameters: `[code.blocks(n), code.parameters]`, or longer, of `code.parameter_dtype`; written to.
         key: Of the noise of stochastic rounding; None for nearest.
         start: The number of the first element, a multiple of the block.
 
@@ -39,9 +39,8 @@ def pack_blocks(
     """
     numel, threads = x.numel(), threads_for(x.numel())
     _check(code, codes, parameters, x)
-    is_stochastic = key is not None
-    arguments = (int(is_stochastic), key or 0, start, codes, parameters, threads)
-    return not call("pack_blocks", FORMATS[x.dtype], x, numel, code.bits, code.block, *arguments)
+    arguments = (int(key is not None), key or 0, start, codes, parameters, threads)
+    return not call("pack_blocks", FORMATS[x.dtype], x, numel, *_numbers(code), *arguments)
 
 
 def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tensor) -> None:
@@ -50,12 +49,12 @@ def unpack_blocks(codes: Tensor, code: BlockCode, parameters: Tensor, out: Tenso
     Args:
         codes: uint8 `[code.codes_nbytes(n)]`.
         code: How they were made.
-        parameters: `[code.blocks(n), 2]`.
+        parameters: `[code.blocks(n), code.parameters]`.
         out: `[n]`, contiguous.
     """
     numel, threads = out.numel(), threads_for(out.numel())
     _check(code, codes, parameters, out)
-    call("unpack_blocks", FORMATS[out.dtype], codes, parameters, code.bits, code.block, out, numel, threads)
+    call("unpack_blocks", FORMATS[out.dtype], codes, parameters, *_numbers(code), out, numel, threads)
 
 
 def count_marked(bitmap: Tensor, numel: int) -> int:
@@ -87,7 +86,7 @@ def pack_marked(
     """
     _check(code, codes, parameters, x, numel=count)
     _check_count(bitmap, count, x.numel())
-    arguments = (code.bits, code.block, int(key is not None), key or 0, codes, parameters, threads_for(x.numel()))
+    arguments = (*_numbers(code), int(key is not None), key or 0, codes, parameters, threads_for(x.numel()))
     return not call("pack_marked", FORMATS[x.dtype], bitmap, x, x.numel(), count, *arguments)
 
 
@@ -124,8 +123,13 @@ def unpack_marked(
     if start < 0 or start % WORD or start + size > numel:
         raise ValueError(f"native blocks: got elements [{start}, {start + size}); expected some of {numel}")
     before = call("count", bitmap, start) if start else 0
-    arguments = (codes, parameters, code.bits, code.block, out, size, before, count, threads_for(size))
+    arguments = (codes, parameters, *_numbers(code), out, size, before, count, threads_for(size))
     call("unpack_marked", FORMATS[out.dtype], bitmap[start // 8 :], *arguments)
+
+
+def _numbers(code: BlockCode) -> tuple[int, int, int]:
+    """A code as kernels take it, without its rounding."""
+    return code.bits, code.block, int(code.levels == "centroids")
 
 
 def _check_count(bitmap: Tensor, count: int, numel: int) -> None:
@@ -148,9 +152,10 @@ def _check(code: BlockCode, codes: Tensor, parameters: Tensor, elements: Tensor,
     numel = elements.numel() if numel is None else numel
     nbytes, shape = code.codes_nbytes(numel), (code.blocks(numel), code.parameters)
     dtype = code.parameter_dtype(elements.dtype)
-    if code.block > LARGEST_BLOCK or code.levels != "range":
-        raise ValueError(f"native blocks: got {code}; expected blocks of at most {LARGEST_BLOCK}, in a range")
-    if codes.numel() < nbytes or len(parameters) < shape[0] or parameters.dtype != dtype:
+    if code.block > LARGEST_BLOCK:
+        raise ValueError(f"native blocks: got {code}; expected blocks of at most {LARGEST_BLOCK}")
+    has_room = codes.numel() >= nbytes and len(parameters) >= shape[0] and parameters.shape[1:] == shape[1:]
+    if not has_room or parameters.dtype != dtype:
         raise ValueError(
             f"native blocks: got {codes.numel()} bytes of codes and {parameters.dtype}{list(parameters.shape)}; "
             f"expected {nbytes} and {dtype}{list(shape)} for {numel} elements"

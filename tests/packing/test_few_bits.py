@@ -156,6 +156,35 @@ def test_centroids_are_nearer_than_an_even_range(bits):
     assert errors["centroids"] < 1.1 * float(x.var()) * 4.0 ** (0.5 - bits)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("bits", FEW)
+def test_centroids_of_any_magnitude(bits, rounding):
+    code = BlockCode(bits=bits, block=64, levels="centroids", rounding=rounding)
+    x = torch.cat([torch.randn(640), torch.randn(100) + 7, torch.rand(90).square()])
+    decoded = BlockwiseTensor.encode(x, code, key=3).unpack()
+    for exponent in (-60, 60, 122):  # exact in floating point: nothing in between may overflow or vanish
+        scaled = BlockwiseTensor.encode(x * 2.0**exponent, code, key=3).unpack()
+        assert torch.equal(scaled, decoded * 2.0**exponent)
+    largest = torch.finfo(torch.float32).max
+    x = torch.full((100,), largest / 4)
+    x[:50] = largest / 8
+    assert (BlockwiseTensor.encode(x, code, key=3).unpack() - x).abs().max() <= EPS * largest / 4
+
+
+@pytest.mark.parametrize("bits", FEW)
+def test_centroids_are_means_of_what_is_nearest(bits):
+    x = torch.randn(256).relu() + 0.5
+    kept = BlockwiseTensor.encode(x, BlockCode(bits=bits, levels="centroids"))
+    levels = kept.ranges[0].float()
+    assert bool((levels.diff() >= 0).all())
+    assert bool(((levels >= x.min() * (1 - EPS)) & (levels <= x.max() * (1 + EPS))).all())
+    nearest = (x[:, None] - levels).abs().min(1)
+    assert torch.equal((kept.unpack() - x).abs(), nearest.values)
+    if bits == 1:  # there Lloyd's steps have almost ended
+        means = torch.stack([x[nearest.indices == level].mean() for level in range(2)])
+        assert (levels - means).abs().max() < 0.1 * x.std()
+
+
 @pytest.mark.parametrize(
     "make",
     [

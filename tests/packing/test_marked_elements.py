@@ -24,7 +24,13 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 KEY = 77
-CODES = [BlockCode(bits=2, rounding="stochastic"), BlockCode(bits=3, block=24), BlockCode(bits=8, block=64)]
+CODES = [
+    BlockCode(bits=2, rounding="stochastic"),
+    BlockCode(bits=3, block=24),
+    BlockCode(bits=8, block=64),
+    BlockCode(bits=1, levels="centroids"),
+    BlockCode(bits=4, block=24, levels="centroids", rounding="stochastic"),
+]
 
 
 def bits_of(x: Tensor | None) -> Tensor:
@@ -53,7 +59,7 @@ def assert_same(x: Tensor, code: BlockCode, **options: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("code", CODES, ids=lambda code: f"{code.bits} bits, {code.block}")
+@pytest.mark.parametrize("code", CODES, ids=str)
 def test_the_bits_are_those_of_gathering(code: BlockCode, dtype: torch.dtype) -> None:
     for size in (0, 1, 7, 63, 64, 65, 200, 511, 512, 513, 3000):
         assert_same(torch.randn(size).to(dtype), code)

@@ -28,6 +28,12 @@ CODES = [
         (8, "stochastic"),
     )
 ]
+CENTROIDS = [
+    BlockCode(bits=bits, block=block, rounding=rounding, levels="centroids")
+    for bits in (1, 2, 3, 4)
+    for block, rounding in ((256, "nearest"), (24, "stochastic"))
+]
+SOME_CODES = [BlockCode(bits=2, rounding="stochastic"), BlockCode(bits=1, levels="centroids")]
 
 
 def samples(dtype: torch.dtype) -> list[Tensor]:
@@ -67,7 +73,7 @@ def assert_same(x: Tensor, code: BlockCode) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("code", CODES, ids=lambda code: f"{code.bits} bits, {code.block}, {code.rounding}")
+@pytest.mark.parametrize("code", [*CODES, *CENTROIDS], ids=str)
 def test_the_bits_are_those_of_operations(code: BlockCode, dtype: torch.dtype) -> None:
     for x in samples(dtype):
         assert_same(x, code)
@@ -82,14 +88,19 @@ def test_exceptions_are_found_wherever_they_are(bits: int, dtype: torch.dtype) -
             x = torch.randn(600).to(dtype)
             x[place] = value
             assert_same(x, BlockCode(bits=bits, rounding="stochastic"))
+            if bits < 3:
+                assert_same(x, BlockCode(bits=bits, levels="centroids"))
     assert_same(torch.full((300,), math.nan, dtype=dtype), BlockCode(bits=bits))
     assert_same(torch.tensor([largest, -largest, 0.0], dtype=dtype), BlockCode(bits=bits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_change_no_bit(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, code = torch.randn(100_003).to(dtype), BlockCode(bits=2, rounding="stochastic")
+@pytest.mark.parametrize("code", SOME_CODES, ids=str)
+def test_threads_change_no_bit(
+    code: BlockCode, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(100_003).to(dtype)
     expected = BlockwiseTensor.encode(x, code, key=KEY)
     monkeypatch.setattr(library, "_SMALLEST_PART", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -126,8 +137,9 @@ def test_memory_orders() -> None:
         assert_same(view, code)
 
 
-def test_nothing_is_made_besides_the_codes() -> None:
-    x, code = torch.randn(2**20), BlockCode(bits=2, rounding="stochastic")
+@pytest.mark.parametrize("code", SOME_CODES, ids=str)
+def test_nothing_is_made_besides_the_codes(code: BlockCode) -> None:
+    x = torch.randn(2**20)
     with using_backend("native"), LiveBytes(x) as live:
         kept = BlockwiseTensor.encode(x, code, key=KEY)
         assert live.peak - x.nbytes - kept.nbytes < 1000
@@ -158,6 +170,10 @@ def test_predictions_know_that() -> None:
 
 
 def test_buffers_that_do_not_belong_together_are_refused() -> None:
+    by_centroids, few_bytes = BlockCode(bits=2, levels="centroids"), torch.empty(75, dtype=torch.uint8)
+    for shape, dtype in (((2, 4), torch.float32), ((1, 4), torch.bfloat16), ((2, 2), torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"expected 75 and torch.bfloat16\[2, 4\] for 300 elements"):
+            native_blocks.unpack_blocks(few_bytes, by_centroids, torch.empty(shape, dtype=dtype), torch.empty(300))
     code, x = BlockCode(bits=2), torch.randn(300)
     codes, ranges = torch.empty(75, dtype=torch.uint8), torch.empty(2, 2, dtype=torch.bfloat16)
     assert native_blocks.pack_blocks(x, code, codes, ranges, key=None)

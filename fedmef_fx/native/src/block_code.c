@@ -1,4 +1,5 @@
-/* Codes of 1, 2, 3, 4 or 8 bits in blocks: the arithmetic of fedmef_fx/packing/block_code.py, bit for bit.
+/* Codes of 1, 2, 3, 4 or 8 bits in blocks: the arithmetic of fedmef_fx/packing/block_code.py and centroids.py, bit for
+ * bit.
  *
  * A block is worked on in the first-level cache, from its elements to its planes of bits, so that nothing of the size of
  * the tensor is made besides its codes.
@@ -6,6 +7,7 @@
 #include "block_code.h"
 
 #include <float.h>
+#include <math.h>
 #include <stdbool.h>
 
 #include "halves.h"
@@ -42,7 +44,17 @@ static inline uint8_t code_of_double(double step, int top) {
     return (uint8_t)(step < top ? (int)step : top);
 }
 
-enum { ENDS = 4 };
+enum { ENDS = 4, LLOYD_STEPS = 4 };
+
+#define MEAN_TO_STANDARD_DEVIATION 1.2533141373155001
+
+/* Where half of the levels of a normal distribution with deviation 1 lie, by bits. */
+static const double NORMAL_LEVELS[4][MOST_LEVELS / 2] = {
+    {0.798},
+    {0.453, 1.510},
+    {0.245, 0.756, 1.344, 2.152},
+    {0.128, 0.388, 0.657, 0.942, 1.256, 1.618, 2.069, 2.733},
+};
 
 #define LEVEL(name) name##_float
 #define FLOAT float
@@ -80,13 +92,14 @@ static part_function *const UNPACK_MARKED[FORMATS] = OF_EACH_FORMAT(unpack_marke
 
 /* Code a tensor.
  *
- * `parameters` are pairs of offset and scale: of bfloat16, for 8 bits of the type to compute in. `number` is that of the
+ * `parameters` are pairs of offset and scale: of bfloat16, for 8 bits of the type to compute in. With centroids, of up
+ * to 4 bits, they are the levels of each block, of bfloat16. `number` is that of the
  * first element, for the noise under `key`. Returns whether there are exceptions; codes and parameters are then worth
  * nothing.
  */
 EXPORT int64_t fedmef_pack_blocks(int format, const void *source, int64_t count, int bits, int64_t block,
-                                  int is_stochastic, uint64_t key, int64_t number, uint8_t *codes, void *parameters,
-                                  int threads) {
+                                  int has_centroids, int is_stochastic, uint64_t key, int64_t number, uint8_t *codes,
+                                  void *parameters, int threads) {
     atomic_int has_exceptions = 0;
     struct coded work = {.source = source,
                          .codes = codes,
@@ -96,6 +109,7 @@ EXPORT int64_t fedmef_pack_blocks(int format, const void *source, int64_t count,
                          .count = count,
                          .block = block,
                          .bits = bits,
+                         .has_centroids = has_centroids,
                          .is_stochastic = is_stochastic,
                          .has_exceptions = &has_exceptions};
     run_parts(PACK[format], &work, count, block, threads);
@@ -103,17 +117,22 @@ EXPORT int64_t fedmef_pack_blocks(int format, const void *source, int64_t count,
 }
 
 /* Decode what `fedmef_pack_blocks` coded. */
-EXPORT void fedmef_unpack_blocks(int format, uint8_t *codes, void *parameters, int bits, int64_t block, void *out,
-                                 int64_t count, int threads) {
-    struct coded work = {
-        .out = out, .codes = codes, .parameters = parameters, .count = count, .block = block, .bits = bits};
+EXPORT void fedmef_unpack_blocks(int format, uint8_t *codes, void *parameters, int bits, int64_t block, int has_centroids,
+                                 void *out, int64_t count, int threads) {
+    struct coded work = {.out = out,
+                         .codes = codes,
+                         .parameters = parameters,
+                         .count = count,
+                         .block = block,
+                         .bits = bits,
+                         .has_centroids = has_centroids};
     run_parts(UNPACK[format], &work, count, block, threads);
 }
 
 /* Code the elements that a bitmap of `all` elements marks, `count` of them, as if they lay one after another. */
 EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *source, int64_t all, int64_t count,
-                                  int bits, int64_t block, int is_stochastic, uint64_t key, uint8_t *codes,
-                                  void *parameters, int threads) {
+                                  int bits, int64_t block, int has_centroids, int is_stochastic, uint64_t key,
+                                  uint8_t *codes, void *parameters, int threads) {
     atomic_int has_exceptions = 0;
     struct coded work = {.source = source,
                          .marks = marks,
@@ -124,6 +143,7 @@ EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *
                          .block = block,
                          .all = all,
                          .bits = bits,
+                         .has_centroids = has_centroids,
                          .is_stochastic = is_stochastic,
                          .has_exceptions = &has_exceptions};
     run_parts(PACK_MARKED[format], &work, all, WORD_BITS, threads);
@@ -135,7 +155,8 @@ EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *
  * Of `count` codes the first `before` belong to elements in front of the bitmap's first one.
  */
 EXPORT void fedmef_unpack_marked(int format, const uint8_t *marks, uint8_t *codes, void *parameters, int bits,
-                                 int64_t block, void *out, int64_t all, int64_t before, int64_t count, int threads) {
+                                 int64_t block, int has_centroids, void *out, int64_t all, int64_t before,
+                                 int64_t count, int threads) {
     struct coded work = {.out = out,
                          .marks = marks,
                          .codes = codes,
@@ -144,6 +165,7 @@ EXPORT void fedmef_unpack_marked(int format, const uint8_t *marks, uint8_t *code
                          .count = count,
                          .block = block,
                          .all = all,
-                         .bits = bits};
+                         .bits = bits,
+                         .has_centroids = has_centroids};
     run_parts(UNPACK_MARKED[format], &work, all, WORD_BITS, threads);
 }

@@ -7,7 +7,7 @@
 #include "bits.h"
 
 /* Elements of the largest block: some buffers of a block lie on the stack. */
-enum { MOST_BLOCK = 4096, MOST_CODES = 16 };
+enum { MOST_BLOCK = 4096, MOST_LEVELS = 16 };
 
 struct coded {
     const void *source;   /* elements to code, or to decode codes from */
@@ -18,7 +18,7 @@ struct coded {
     uint64_t key;
     int64_t number; /* of the first element, for the noise */
     int64_t count, block, all; /* elements with codes, of a block, and all that have a mark */
-    int bits, is_stochastic;
+    int bits, has_centroids, is_stochastic;
     atomic_int *has_exceptions;
 };
 

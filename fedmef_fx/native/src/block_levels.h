@@ -81,13 +81,11 @@ static void LEVEL(encode)(const FLOAT *x, int64_t count, FLOAT offset, FLOAT sca
     for (int64_t i = 0; i < count; i++) codes[i] = LEVEL(code_of)((x[i] - offset) * inverse + half, top);
 }
 
-/* Code a block; false where it has exceptions. */
-static bool LEVEL(encode_block)(const struct coded *work, const FLOAT *x, int64_t block, int64_t count) {
-    FLOAT low, high, offset, scale;
-    uint8_t codes[MOST_BLOCK];
-    union noise noise;
-    if (!LEVEL(ends)(x, count, &low, &high)) return false;
-    LEVEL(range)(low + 0, high + 0, work->bits, &offset, &scale);
+/* Code a block by a range, of which it stores offset and scale. */
+static void LEVEL(encode_range)(const struct coded *work, const FLOAT *x, int64_t block, int64_t count, FLOAT low,
+                                FLOAT high, const uint16_t *noise, uint8_t *codes) {
+    FLOAT offset, scale;
+    LEVEL(range)(low, high, work->bits, &offset, &scale);
     if (work->bits == 8) {
         ((FLOAT *)work->parameters)[2 * block] = offset;
         ((FLOAT *)work->parameters)[2 * block + 1] = scale;
@@ -95,8 +93,23 @@ static bool LEVEL(encode_block)(const struct coded *work, const FLOAT *x, int64_
         ((uint16_t *)work->parameters)[2 * block] = to_bfloat16((float)offset);
         ((uint16_t *)work->parameters)[2 * block + 1] = to_bfloat16((float)scale);
     }
+    LEVEL(encode)(x, count, offset, scale, work->bits, noise, codes);
+}
+
+#include "centroid_levels.h"
+
+/* Code a block; false where it has exceptions. */
+static bool LEVEL(encode_block)(const struct coded *work, const FLOAT *x, int64_t block, int64_t count) {
+    FLOAT low, high;
+    uint8_t codes[MOST_BLOCK];
+    union noise noise;
+    if (!LEVEL(ends)(x, count, &low, &high)) return false;
     if (work->is_stochastic) draw(&noise, work->key, work->number + block * work->block, count);
-    LEVEL(encode)(x, count, offset, scale, work->bits, work->is_stochastic ? noise.halves : NULL, codes);
+    const uint16_t *halves = work->is_stochastic ? noise.halves : NULL;
+    if (work->has_centroids)
+        LEVEL(encode_centroids)(work, x, block, count, low + 0, high + 0, halves, codes);
+    else
+        LEVEL(encode_range)(work, x, block, count, low + 0, high + 0, halves, codes);
     pack_codes(codes, count, work->bits, work->codes + block * code_bytes(work->block, work->bits));
     return true;
 }
