@@ -37,6 +37,7 @@ from fedmef_fx.data import Cifar10, load_cifar10
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.models.convolutional import ResNet, _BasicBlock
 from fedmef_fx.ops.pack_activation import PackActivation
+from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.training.clipping import clip_gradients
 
 BATCH = 64
@@ -213,8 +214,8 @@ def _gradients(
     relus = BATCH * (32 * 1024 + 64 * 256 + 128 * 64) // 8
     own = kinds["packed values"] + kinds["8-bit"] + kinds["bitmap"] - pooled - relus
     loss.backward()  # type: ignore[no-untyped-call]
-    first = next(iter(model.parameters()))  # its layer reads the images, which their caller holds
-    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p is not first}
+    _first, *others = masked_parameters(model).items()  # the first layer reads the images, which their caller holds
+    weights = {name: masked.parameter for name, masked in others}
     return {n: p.grad for n, p in weights.items() if p.grad is not None}, own / elements
 
 
