@@ -20,7 +20,7 @@ from typing import Final
 import torch
 from _docs import fill
 from _machine import machine
-from methods import small_mobilenet, small_resnet
+from methods import MODELS as SMALL_MODELS
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -38,8 +38,7 @@ from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.training.adjustment import unit_sizes
 
 MODELS: Final[dict[str, Callable[[], nn.Module]]] = {
-    "resnet": small_resnet,
-    "mobilenet": small_mobilenet,
+    **SMALL_MODELS,
     **REFERENCE_MODELS,
 }
 

@@ -5,7 +5,8 @@
 
 10,000 images of the folder that FEDMEF_FX_DATA names, 10 clients, Dirichlet 0.5, 40 rounds of one local epoch in
 batches of 32, a small ResNet or a small MobileNetV2 whose first convolution has stride 2, so that a cell takes minutes
-of one core. Rows: every method of `federated.METHODS` (FedMef with this project's defaults), and FedMef as published
+of one core; "wide" is the ResNet with twice the channels, which FedMef trains in the memory that the others take for
+the small one. Rows: every method of `federated.METHODS` (FedMef with this project's defaults), and FedMef as published
 (`Config.paper()`). --shares runs FedMef with one part at a time as published instead: parameter space, extrusion,
 activations, BatchNorm. --intervals runs FedMef, FedDST and FedRTS at several Delta_R instead.
 
@@ -35,7 +36,7 @@ from fedmef_fx import Config
 from fedmef_fx.data import dirichlet_partition, load_cifar10
 from fedmef_fx.federated import METHODS, Contender, LocalTraining
 
-CELLS: Final = ("resnet-0.1", "resnet-0.05", "mobilenet-0.1")
+CELLS: Final = ("resnet-0.1", "resnet-0.05", "mobilenet-0.1", "wide-0.1")
 
 
 def _unit(inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -56,13 +57,18 @@ class _Residual(nn.Module):
         return out
 
 
-def small_resnet() -> nn.Sequential:
+def small_resnet(width: int = 16) -> nn.Sequential:
     """ResNet-6: 16 channels at 16x16, then a block of 32 at 8x8 and one of 64 at 4x4; 73,370 parameters."""
-    layers: list[nn.Module] = [*_unit(3, 16, 3, stride=2), nn.ReLU()]
-    for inputs, outputs in ((16, 32), (32, 64)):
+    layers: list[nn.Module] = [*_unit(3, width, 3, stride=2), nn.ReLU()]
+    for inputs, outputs in ((width, 2 * width), (2 * width, 4 * width)):
         block = [*_unit(inputs, outputs, 3, stride=2), nn.ReLU(), *_unit(outputs, outputs, 3)]
         layers += [_Residual(block, _unit(inputs, outputs, 1, stride=2)), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+def wide_resnet() -> nn.Sequential:
+    """`small_resnet` with twice the channels; 290,090 parameters."""
+    return small_resnet(32)
 
 
 def small_mobilenet() -> nn.Sequential:
@@ -77,7 +83,11 @@ def small_mobilenet() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 10))
 
 
-MODELS: Final[dict[str, Callable[[], nn.Module]]] = {"resnet": small_resnet, "mobilenet": small_mobilenet}
+MODELS: Final[dict[str, Callable[[], nn.Module]]] = {
+    "resnet": small_resnet,
+    "mobilenet": small_mobilenet,
+    "wide": wide_resnet,
+}
 
 
 def rivals(methods: Sequence[str], *, density: float, interval: int) -> list[Contender]:
