@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fedmef_fx.ops.backward import differentiable_once, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits
 
@@ -15,6 +16,7 @@ __all__ = ["BitDropout", "bit_dropout"]
 
 class _BitDropout(Function):
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.bits = GradientBits.of(torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - p).bool())
         ctx.scale = 0.0 if p == 1 else 1.0 / (1.0 - p)

@@ -16,6 +16,7 @@ from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, taken
 from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recipe_of
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.layer_maps import ConvolutionGeometry, LinearMap
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, sparse_way
 from fedmef_fx.ops.nsconv import KernelForm, Statistics
@@ -53,6 +54,7 @@ class _PrunedLayer(Function):
     """A layer whose backward runs on a packed input and on a weight made anew."""
 
     @staticmethod
+    @writable_result
     def forward(  # noqa: PLR0917 -- torch gives them by place
         ctx: Any,
         x: Tensor,

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.backward import differentiable_once
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
 
 __all__ = ["masked_weight"]
@@ -20,6 +21,7 @@ class _CandidateMaskedWeight(Function):
     """The masked weight while growth candidates are collected: backward hands over the dense gradient first."""
 
     @staticmethod
+    @writable_result
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         ctx.mask = mask
         return torch.where(mask, weight, 0.0)

@@ -27,6 +27,7 @@ from torch.autograd import Function
 from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops import native_rows
 from fedmef_fx.ops.backward import differentiable_once
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.rows import DenseRows, Rows, SegmentRows, packed_rows
 from fedmef_fx.packing import backend
@@ -249,6 +250,7 @@ class _NSConvWeight(Function):
     """`nsconv_weight`; backward makes the kernel again instead of keeping it."""
 
     @staticmethod
+    @writable_result
     def forward(ctx: Any, weight: Tensor, gain: Tensor, mask: Tensor | None, form: KernelForm) -> Tensor:
         ctx.save_for_backward(weight, gain)
         ctx.mask, ctx.form = mask, form

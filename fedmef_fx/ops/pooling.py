@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing.registry import announce
 
@@ -42,6 +43,7 @@ class _MaxPool(Function):
     """Indices into the input are recomputed from the offset of the maximum in its window, which fits in a byte."""
 
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, window: _Window, ceil_mode: bool) -> Tensor:
         kernel, stride, padding, dilation = window
         out, index = _MAX_POOL[len(kernel)](
@@ -107,6 +109,7 @@ class _AvgPool(Function):
     """Backward needs the shape of the input only."""
 
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, options: tuple[Any, ...]) -> Tensor:
         ctx.shape, ctx.options = x.shape, options
         return _avg_pool(x, options)
@@ -128,6 +131,7 @@ class _AdaptiveAvgPool(Function):
     """Backward needs the shape of the input only."""
 
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, output_size: tuple[int | None, ...]) -> Tensor:
         ctx.shape, ctx.dims = x.shape, len(output_size)
         return _adaptive_avg_pool(x, output_size)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fedmef_fx.ops.autocast import under_autocast
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.ops.recompute import recompute
@@ -25,6 +26,7 @@ class _Product(Function):
     """a * b, or a @ b (+ bias) with operands of two or more dimensions."""
 
     @staticmethod
+    @writable_result
     def forward(
         ctx: Any,
         a: Tensor,

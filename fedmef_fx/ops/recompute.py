@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.keeping import value_of
 from fedmef_fx.packing import KeptTensor
 
@@ -23,6 +24,7 @@ TensorFunction = Callable[..., Tensor]
 
 class _Recompute(Function):
     @staticmethod
+    @writable_result
     def forward(
         ctx: Any,
         operation: TensorFunction,

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
 from fedmef_fx.packing import GradientBits, clamp
 from fedmef_fx.packing.layout import MemoryLayout, is_same_memory
@@ -33,6 +34,7 @@ _VIEWS: Final = frozenset(
 
 class _SignReLU(Function):
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, high: float, slope: float, inplace: bool, inplace_gradient: bool) -> Tensor:
         ctx.high, ctx.slope, ctx.inplace_gradient = high, slope, inplace_gradient
         if slope:

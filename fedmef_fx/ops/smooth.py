@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
+from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.keeping import encoded, value_of
 from fedmef_fx.ops.named import NAMED
 from fedmef_fx.ops.overridable import overridable
@@ -20,6 +21,7 @@ __all__ = ["compressed_activation", "compressed_result"]
 
 class _Activation(Function):
     @staticmethod
+    @writable_result
     def forward(ctx: Any, x: Tensor, kept: KeptTensor | None, function: str, options: dict[str, Any]) -> Tensor:
         ctx.kept, ctx.function, ctx.options, ctx.dtype = kept, function, options, x.dtype
         ctx.save_for_backward(x if kept is None else None)
@@ -35,6 +37,7 @@ class _Activation(Function):
 
 class _Result(Function):
     @staticmethod
+    @writable_result
     def forward(
         ctx: Any, x: Tensor, function: str, bits: Bits, key: int | None, options: dict[str, Any]
     ) -> tuple[Tensor, KeptTensor | None]:
