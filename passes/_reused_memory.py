@@ -22,6 +22,7 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.ops.in_place import add_over, mul_over
 from fedmef_fx.ops.layers import pruned_convolution, pruned_linear
 from fedmef_fx.ops.noise_site import NoiseSite
+from fedmef_fx.ops.pooling import max_pool
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.ops.shared_gradient import shared_gradient, turns
 
@@ -65,29 +66,53 @@ def withdraw_claims(program: Program) -> None:
 
 def _withdraw(region: Region, graph: fx.Graph) -> None:
     for node in graph.nodes:
-        options = dict(node.kwargs)
         if node.target is sign_relu:
-            if options.get("inplace") and len(_readers(region, node.args[0])) != 1:
-                options["inplace"] = False
-            if options.get("inplace_gradient") and not _has_own_gradient(region, node):
-                options["inplace_gradient"] = False
+            _withdraw_from_relu(region, node)
+        elif node.target is max_pool and not _is_masked_later(node.args[0]):
+            masks = ("masks", "high", "slope")
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in masks}
         elif node.target is add_over and not _owns(region, node, node.args[0]):
+            options = dict(node.kwargs)
             node.args = node.args[::-1] if options.pop("is_second", False) else node.args
-            node.target = operator.add
+            node.target, node.kwargs = operator.add, options
         elif node.target is mul_over and not _owns(region, node, node.args[0]):
             node.target = operator.mul
         elif _is_convolution(node):
-            if not _owns(region, node, node.args[0]):
-                options.pop("over_input", None)
-            if not _is_fresh(region, node):
-                options.pop("over_gradient", None)
-            if "shared" in options and not _share(region, node.args[0]):
-                del options["shared"]
-            if "turns" in options and not all(
-                _is_fresh(region, user) and len(_readers(region, node)) == 1 for user in _readers(region, node)
-            ):
-                del options["turns"]
-        node.kwargs = options
+            _withdraw_from_convolution(region, node)
+
+
+def _withdraw_from_relu(region: Region, node: Any) -> None:
+    holds = {
+        "inplace": len(_readers(region, node.args[0])) == 1,
+        "inplace_gradient": _has_own_gradient(region, node),
+        "masked_later": _is_pooled(region, node),
+    }
+    node.kwargs = {name: holds.get(name, True) and value for name, value in node.kwargs.items()}
+
+
+def _withdraw_from_convolution(region: Region, node: Any) -> None:
+    options = dict(node.kwargs)
+    if not _owns(region, node, node.args[0]):
+        options.pop("over_input", None)
+    if not _is_fresh(region, node):
+        options.pop("over_gradient", None)
+    if "shared" in options and not _share(region, node.args[0]):
+        del options["shared"]
+    if "turns" in options and not all(
+        _is_fresh(region, user) and len(_readers(region, node)) == 1 for user in _readers(region, node)
+    ):
+        del options["turns"]
+    node.kwargs = options
+
+
+def _is_pooled(region: Region, node: fx.Node) -> bool:
+    """Whether a pooling that masks its gradient alone reads a node's result."""
+    readers = _readers(region, node)
+    return len(readers) == 1 and readers[0].target is max_pool and readers[0].args[0] is node
+
+
+def _is_masked_later(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.target is sign_relu and bool(x.kwargs.get("masked_later"))
 
 
 def _share(region: Region, x: fx.Node) -> bool:

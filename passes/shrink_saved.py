@@ -3,7 +3,9 @@
 Rules
 1. ReLU, ReLU6, LeakyReLU -> `sign_relu`: 1 bit per element. It works in place where its input belongs to it alone, and
    so does its backward where a single layer makes its gradient.
-2. Max pooling -> `max_pool`: one byte per result instead of the input and 8-byte indices.
+2. Max pooling -> `max_pool`: 1 to 4 bits per result for windows of up to 16 elements, a byte for others, instead of
+   the input and 8-byte indices. Where it alone reads a ReLU's result it also keeps the mask of that, 1 bit per result
+   instead of 1 per element.
 3. Average and adaptive average pooling -> `avg_pool`, `adaptive_avg_pool`: shapes only.
 4. Dropout -> `bit_dropout`, or a `BitDropout` site where it is a module that follows the mode: 1 bit per element.
 
@@ -29,6 +31,7 @@ from fedmef_fx.graph.program import Program, Region
 from fedmef_fx.graph.saves import kept_by, kept_tensors
 from fedmef_fx.graph.sites import add_site
 from fedmef_fx.ops.dropout import BitDropout
+from fedmef_fx.ops.pooling import max_pool
 from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.records.passes import PassResult, Refusal
 
@@ -59,6 +62,8 @@ class ShrinkSaved:
                     continue
                 rewrites.append(region.full_name(node.name))
                 self._rewrite(region, node, match)
+            for node in graph.nodes:
+                _mask_in_pooling(node)
         return PassResult(self.name, tuple(rewrites), tuple(refusals))
 
     def _match(self, region: Region, node: fx.Node) -> partial[Any] | Refusal | None:
@@ -117,6 +122,15 @@ def _may_write(region: Region, node: fx.Node, kept: dict[fx.Node, str]) -> bool:
         return x.target is operator.iadd and _may_write(region, x, kept)
     row = operator_at(region, x)
     return is_layer(x) or (row is not None and row.kind in ("add", "mul") and not kept_by(region, x).output)
+
+
+def _mask_in_pooling(node: fx.Node) -> None:
+    """Let a pooling keep the mask of the ReLU whose result it alone reads."""
+    relu = node.args[0] if node.target is max_pool else None
+    if isinstance(relu, fx.Node) and relu.target is sign_relu and single_user(relu) is node:
+        form = {name: value for name, value in relu.kwargs.items() if name in ("high", "slope")}
+        node.kwargs = {**node.kwargs, "masks": True, **form}
+        relu.kwargs = {**relu.kwargs, "masked_later": True}
 
 
 def _gradient_is_fresh(node: fx.Node) -> bool:

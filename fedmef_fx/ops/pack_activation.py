@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmef_fx.ops.noise_site import NoiseSite, SiteState
-from fedmef_fx.ops.relu import rectified
+from fedmef_fx.ops.rectified import rectified
 from fedmef_fx.packing import (
     BlockCode,
     BlockwiseTensor,
@@ -28,8 +28,9 @@ _SHARE_OF_POSITIVES = 0.5
 class PackActivation(NoiseSite):
     """Keeps an activation for the backward of the layers that read it: its largest part, in few bits, or both.
 
-    Without a sparsity all of it is coded. Of the result of a ReLU, whose mask is kept anyway, only the positive part is
-    (`fedmef_fx.packing.rectified`), but for GPUs, where what is kept has one size whatever the values.
+    Without a sparsity all of it is coded. Of the result of a ReLU, or of a max pooling of one, whose mask is kept
+    anyway, only the positive part is (`fedmef_fx.packing.rectified`), but for GPUs, where what is kept has one size
+    whatever the values.
 
     Attributes:
         activation_sparsity: gamma, the share that is dropped, by magnitude.

@@ -1,6 +1,7 @@
 """Pooling that keeps shapes and window offsets instead of its input and 8-byte indices."""
 
-from typing import Any, Final, NamedTuple
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,99 +11,56 @@ from torch.nn import functional as F
 from fedmef_fx.ops.backward import differentiable_once, needs_backward, taken
 from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.overridable import overridable
+from fedmef_fx.ops.window_offsets import Window, in_parts, indices, pack_offsets, part_size
+from fedmef_fx.packing import GradientBits, clamp
 from fedmef_fx.packing.registry import announce
 
-__all__ = ["adaptive_avg_pool", "avg_pool", "max_pool"]
+__all__ = ["MaxPool", "adaptive_avg_pool", "avg_pool", "max_pool"]
 
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-class _Window(NamedTuple):
-    """A pooling window, per dimension.
+class MaxPool(Function):
+    """The backward of `max_pool`, which `fedmef_fx.ops.rectified` looks into.
 
-    Attributes:
-        kernel: Its size.
-        stride: Step.
-        padding: Implicit -inf on both sides.
-        dilation: Spacing.
+    Indices into the input are recomputed from the offset of the maximum in its window, which fits in a few bits.
     """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-
-def _starts(results: Tensor, axis: int, window: _Window) -> Tensor:
-    """Where the windows of an axis, counted from the last, begin; shaped to broadcast over the results."""
-    start = torch.arange(results.shape[axis], device=results.device) * window.stride[axis] - window.padding[axis]
-    return start.view(-1, *(1,) * (-axis - 1))
-
-
-class _MaxPool(Function):
-    """Indices into the input are recomputed from the offset of the maximum in its window, which fits in a byte."""
 
     @staticmethod
     @writable_result
-    def forward(ctx: Any, x: Tensor, window: _Window, ceil_mode: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: Window, ceil_mode: bool, relu: tuple[float, float] | None) -> Tensor:
+        """Pool, and keep the offsets; of ReLUs also where gradients pass."""
         kernel, stride, padding, dilation = window
         out, index = _MAX_POOL[len(kernel)](
             x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode, return_indices=True
         )
         ctx.shape, ctx.window = x.shape, window
-        small = torch.Size(kernel).numel() <= 256
-        ctx.offset = torch.empty_like(index, dtype=torch.uint8 if small else torch.int32)
-        for part, target in zip(_parts(index), _parts(ctx.offset), strict=True):
-            target.copy_(_offsets(part, x.shape, window))
+        ctx.offset = pack_offsets(index, x.shape, window)
         announce(ctx.offset, "bitmap")
+        ctx.bits, ctx.storage = None, out.untyped_storage()._cdata
+        if relu is not None:
+            ctx.high, ctx.slope = relu
+            # Of what is clamped already the result is the same.
+            ctx.bits = GradientBits.of(out > 0) if ctx.slope else clamp(out, high=ctx.high, inplace=True)[1]
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient, to where the maxima were."""
         dims = len(ctx.window.kernel)
-        offset = taken(ctx, "offset")
+        if ctx.bits is not None:
+            grad = taken(ctx, "bits").apply(grad, scale_off=ctx.slope)
         result = grad.new_zeros(ctx.shape)
-        parts = zip(_parts(offset), _parts(grad), torch.split(result, _parts_at(offset)), strict=True)
-        for part, given, target in parts:
-            index = _indices(part, ctx.shape, ctx.window)
+        parts = zip(
+            indices(taken(ctx, "offset"), grad.shape, ctx.shape, ctx.window),
+            in_parts(grad),
+            torch.split(result, part_size(grad.shape)),
+            strict=True,
+        )
+        for index, given, target in parts:
             target.flatten(-dims).scatter_add_(-1, index.flatten(-dims), given.contiguous().flatten(-dims))
-        return result, None, None
-
-
-# Indices take 8 bytes each, so they are worked out part by part, along the first dimension.
-_PART: Final = 1 << 16
-
-
-def _parts_at(tensor: Tensor) -> int:
-    """Size of a part along the first dimension."""
-    return max(1, _PART // max(tensor[:1].numel(), 1))
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor, _parts_at(tensor))
-
-
-def _offsets(index: Tensor, shape: torch.Size, window: _Window) -> Tensor:
-    """Where in its window each maximum lies, from its index into the input's last dimensions."""
-    offset = torch.zeros_like(index)
-    for axis in range(-len(window.kernel), 0):
-        size = shape[axis:].numel()
-        coordinate = index.remainder(size).div_(max(size // shape[axis], 1), rounding_mode="floor")
-        coordinate -= _starts(index, axis, window)
-        offset.mul_(window.kernel[axis]).add_(coordinate.div_(window.dilation[axis], rounding_mode="floor"))
-    return offset
-
-
-def _indices(offset: Tensor, shape: torch.Size, window: _Window) -> Tensor:
-    """The inverse of `_offsets`."""
-    rest, index, place = offset.long(), torch.zeros_like(offset, dtype=torch.int64), 1
-    for axis in range(-1, -len(window.kernel) - 1, -1):
-        coordinate = rest.remainder(window.kernel[axis]).mul_(window.dilation[axis])
-        rest = rest.div_(window.kernel[axis], rounding_mode="floor")
-        index.add_((coordinate + _starts(offset, axis, window)).mul_(place))
-        place *= shape[axis]
-    return index
+        return result, None, None, None
 
 
 class _AvgPool(Function):
@@ -160,8 +118,13 @@ def max_pool(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     ceil_mode: bool = False,
+    masks: bool = False,
+    high: float = math.inf,
+    slope: float = 0.0,
 ) -> Tensor:
-    """Max pooling of 1 to 3 dimensions, keeping one byte per result (4 for windows of more than 256 elements).
+    """Max pooling of 1 to 3 dimensions, keeping the place in the window of each result.
+
+    That takes 1 to 4 bits per result, one byte for windows of more than 16 elements, 4 for those of more than 256.
 
     Args:
         x: [N, C, *size] or [C, *size].
@@ -170,6 +133,9 @@ def max_pool(
         padding: Implicit -inf on both sides.
         dilation: Spacing in the window.
         ceil_mode: Whether sizes round up.
+        masks: Whether x is the result of a ReLU, whose gradient backward works out, too, with 1 bit per result.
+        high: Upper bound of that ReLU.
+        slope: Its slope below 0.
 
     Returns:
         What torch's max pooling returns; its gradient is exact.
@@ -177,7 +143,8 @@ def max_pool(
     if not needs_backward(x):
         pooled: Tensor = _MAX_POOL[len(kernel)](x, kernel, stride, padding, dilation=dilation, ceil_mode=ceil_mode)
         return pooled
-    result: Tensor = _MaxPool.apply(x, _Window(kernel, stride, padding, dilation), ceil_mode)  # type: ignore[no-untyped-call]  # torch's
+    window, relu = Window(kernel, stride, padding, dilation), (high, slope) if masks else None
+    result: Tensor = MaxPool.apply(x, window, ceil_mode, relu)  # type: ignore[no-untyped-call]  # torch's
     return result
 
 

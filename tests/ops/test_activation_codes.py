@@ -14,7 +14,8 @@ from fedmef_fx import Config, transform
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.measure.meter import SavedTensors
 from fedmef_fx.ops.pack_activation import PackActivation
-from fedmef_fx.ops.relu import rectified, sign_relu
+from fedmef_fx.ops.rectified import rectified
+from fedmef_fx.ops.relu import sign_relu
 from fedmef_fx.packing import BlockCode
 from fedmef_fx.passes.catalogue import parse_pass
 from fedmef_fx.sparse_model.thresholds import thresholds, thresholds_from_json, thresholds_to_json

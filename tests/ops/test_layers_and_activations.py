@@ -177,14 +177,6 @@ def test_max_pool_equals_torch(shape, options):
     assert torch.equal(*(torch.autograd.grad((o * direction).sum(), x)[0] for o in (got, reference)))
 
 
-def test_max_pool_keeps_one_byte_per_result():
-    x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    ones = (2, 2)
-    with SavedTensors(x) as saved:
-        out = max_pool(x, kernel=ones, stride=ones, padding=(0, 0), dilation=(1, 1))
-    assert saved.nbytes <= out.numel()
-
-
 def test_average_pools_equal_torch_and_keep_nothing():
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
     options = {"kernel": (3, 2), "stride": (2, 2), "padding": (1, 0)}
@@ -224,7 +216,7 @@ def test_pooling_in_many_parts_takes_little_at_a_time():
     options = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
     with LiveBytes(x) as live:
         out = max_pool(x, **options)
-    # Besides the result and its 8-byte indices there are offsets of a byte and temporaries of one part.
+    # Besides the result and its 8-byte indices there are offsets of a few bits and temporaries of one part.
     assert live.peak < x.nbytes + 2 * out.nbytes + out.numel() + 4_000_000
     expected = F.max_pool2d(other, 3, 2, 1)
     grad = torch.randn_like(out)
