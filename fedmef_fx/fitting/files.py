@@ -69,6 +69,7 @@ class Files:
         score: Of the outputs of a batch and its target.
         max_bytes: The limit; None for none.
         max_latency_ms: Likewise.
+        latency: Milliseconds of one call of a file; None measures them here.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Files:
     score: Callable[[Any, Any], float]
     max_bytes: int | None
     max_latency_ms: float | None
+    latency: Callable[[Path], float] | None = None
 
     def options(self, form: Form | None) -> dict[str, Any]:
         """Arguments of `export_onnx` for a form; None is the original as it is."""
@@ -120,6 +122,8 @@ class Files:
         score = mean_score(lambda batch: run(batch.inputs), self.samples.evaluation, self.score)
         if self.max_latency_ms is None:
             return None, score
+        if self.latency is not None:
+            return float(self.latency(path)), score
         times = []
         for _ in range(_TIMED):
             start = time.perf_counter()

@@ -55,6 +55,7 @@ def fit(  # noqa: PLR0913 -- one argument per choice
     distillation: float = 0.5,
     loss: Loss = default_loss,
     score: Callable[[Any, Any], float] = default_score,
+    latency: Callable[[Path], float] | None = None,
     channel_multiple: int = 8,
     path: str | Path | None = None,
     seed: int = 0,
@@ -66,7 +67,7 @@ def fit(  # noqa: PLR0913 -- one argument per choice
         model: A trained model; it does not change. A transformed one is frozen first.
         data: What to fine-tune on: a Dataset of (input, target), or such batches, gone through again and again.
         max_bytes: Limit of the ONNX file, e.g. 400_000 or "400kB".
-        max_latency_ms: Limit of one call on `example_inputs` in onnxruntime, here and with torch's number of threads.
+        max_latency_ms: Limit of one call on `example_inputs`, as `latency` measures it.
         evaluation: What files are scored on; None holds out a fifth of `data`.
         example_inputs: Positional arguments of one call; None takes the first two samples of the data.
         forms: Which forms to try: "packed", "packed-int8", "channel", "channel-int8", "int8".
@@ -76,6 +77,8 @@ def fit(  # noqa: PLR0913 -- one argument per choice
         distillation: Share of the loss that is the divergence from the original's outputs.
         loss: Of an output and a target; cross-entropy for classes, else the mean squared error.
         score: Of an output (its tensors as a list) and a target; higher is better. Accuracy for classes.
+        latency: Milliseconds of one call of the ONNX file with this path, where the runtime that counts is another one,
+            on a phone for instance. None measures in onnxruntime, here and with torch's number of threads.
         channel_multiple: What numbers of channels are rounded to.
         path: Where to write the chosen file; None writes none that stays.
         seed: Of the order of the samples.
@@ -105,7 +108,7 @@ def fit(  # noqa: PLR0913 -- one argument per choice
     recipe = Recipe(epochs, learning_rate, distillation, loss)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         torch.manual_seed(seed)
-        files = Files(Path(folder), examples, samples, score, limit, max_latency_ms)
+        files = Files(Path(folder), examples, samples, score, limit, max_latency_ms, latency)
         search = _Search(original, files, recipe, channel_multiple, tell)
         made = search.run([FORMS[name] for name in forms])
         chosen = _best(made)

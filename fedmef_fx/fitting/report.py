@@ -21,7 +21,8 @@ class FitCandidate:
         form: "original", or how the model was made smaller: "packed", "packed-int8", "channel", "channel-int8", "int8".
         density: Share of the weights, or channels, that was kept.
         bytes: Of the file.
-        latency_ms: Of one call on the example inputs in onnxruntime, the median of several; None where none is asked.
+        latency_ms: Of one call on the example inputs: the median of several in onnxruntime, or what `latency` returned;
+            None where none is asked.
         score: Of the file in onnxruntime on the held-out data; higher is better.
         misses: Which limits it exceeds, and by how much.
     """

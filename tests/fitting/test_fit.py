@@ -3,15 +3,17 @@
 import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedmef_fx import FitReport, export_onnx, fit
+from fedmef_fx import FitReport, export_onnx, fit, unpack_onnx
 from fedmef_fx.data import load_digits
 from fedmef_fx.errors import ConfigError, DataError
 from fedmef_fx.fitting.densities import density_within, packed_bytes
@@ -118,6 +120,45 @@ def test_the_original_is_chosen_where_it_is_within_the_limits() -> None:
     assert report.result.score == max(one.score for one in report.candidates)
     assert report.result in report.pareto
     assert isinstance(small, Small)
+
+
+def _weights_of(path: Path) -> float:
+    """As a runtime that multiplies every stored weight, zeros too, and needs a millisecond for 1,000 of them."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [16]
+    with TemporaryDirectory() as folder:
+        unpack_onnx(path, Path(folder) / "plain.onnx")
+        stored = onnx.load(Path(folder) / "plain.onnx").graph.initializer
+    return sum(int(np.prod(tensor.dims)) for tensor in stored) / 1000
+
+
+def test_channels_go_until_a_call_is_fast_enough() -> None:
+    small, report = _fit(max_latency_ms=2.5, forms=["packed", "channel"], epochs=1, latency=_weights_of)
+
+    original, packed, channel = report.candidates
+    assert original.latency_ms == pytest.approx(5.4, abs=0.2)  # 16 * 64 + 64 * 64 + 64 * 3 weights
+    assert packed.latency_ms == original.latency_ms  # a zero takes as long as any other weight
+    assert packed.misses == (f"max_latency_ms by {packed.latency_ms - 2.5:.3f} ms ({packed.latency_ms / 2.5 - 1:.1%})",)
+    assert report.fits
+    assert report.result == channel
+    assert 0 < channel.latency_ms <= 2.5
+    assert sum(p.numel() for p in small.parameters()) <= 2_600
+
+
+def test_a_time_that_no_form_reaches_is_named_with_its_excess() -> None:
+    _, report = _fit(max_latency_ms=2.0, forms=["int8"], latency=lambda _: 3.0)
+
+    assert not report.fits
+    assert report.result.misses == ("max_latency_ms by 1.000 ms (50.0%)",)
+    assert "NOT within the limits: max_latency_ms by 1.000 ms" in str(report)
+
+
+def test_nothing_is_timed_where_no_time_is_asked() -> None:
+    def latency(path: Path) -> float:
+        raise AssertionError(f"{path} was timed")
+
+    _, report = _fit(max_bytes="1MB", forms=["int8"], latency=latency)
+    assert {one.latency_ms for one in report.candidates} == {None}
 
 
 def test_options_make_the_file_of_the_model(tmp_path: Path) -> None:
