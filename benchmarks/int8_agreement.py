@@ -1,6 +1,6 @@
 """int8 + packed files against float32: how often both choose the same class of real images, and what stays float32.
 
-    FEDMEF_FX_DATA=... python benchmarks/int8_agreement.py [--steps 300] [--models shuffled ...] [--methods minmax ...]
+    FEDMEF_FX_DATA=... python benchmarks/int8_agreement.py [--steps 300] [--models shuffled ...] [--docs docs/onnx.md]
 
 Five small networks (residual, inverted residual, shuffled channels, squeeze and excitation with hard swish, a vision
 transformer) train on CIFAR-10 at density 0.3 (untrained networks choose by chance: agreement says nothing). Their
@@ -10,12 +10,13 @@ once with int8 everywhere, once as `export_onnx` does by default.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime
 import torch
+from _docs import fill
 from _machine import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -135,36 +136,52 @@ def choices(path: Path, images: Tensor) -> Tensor:
     ).argmax(1)
 
 
+def measure(name: str, methods: Sequence[str], images: Tensor, labels: Tensor, steps: int) -> Iterator[list[str]]:
+    """The cells of a model's rows, one row for each way to take ranges."""
+    test = load_cifar10()[1]
+    real, classes = test.batch(torch.arange(_TEST_IMAGES))
+    model = trained(name, images, labels, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"example_inputs": (images[:2],), "weights": "packed", "verify": False}
+        plain = Path(folder) / "float32.onnx"
+        size = fedmef_fx.export_onnx(model, plain, **options).bytes
+        expected = choices(plain, real)
+        options |= {"quantize": "int8", "calibration_data": list(images[:256].split(64))}
+        for method in methods:
+            alone, chosen = Path(folder) / "int8.onnx", Path(folder) / "chosen.onnx"
+            fedmef_fx.export_onnx(model, alone, **options, calibration_method=method, float32_layers=())
+            report = fedmef_fx.export_onnx(model, chosen, **options, calibration_method=method)
+            shares = [float((choices(path, real) == expected).float().mean()) for path in (alone, chosen)]
+            told = "" if shares[1] >= TARGET else f" (missed {TARGET})"
+            kept = ", ".join(layer.name for layer in report.layers if layer.kind == "float32") or "none"
+            accuracy = float((expected == classes).float().mean())
+            shown = [f"{accuracy:.3f}", f"{shares[0]:.3f}", f"{shares[1]:.3f}{told}"]
+            yield [name, method, *shown, f"{size:,}", f"{report.bytes:,}", kept]
+
+
+_HEAD: Final = ("model", "ranges", "accuracy", "int8 alone", "by default", "bytes, float32", "bytes", "float32 layers")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Top-1 agreement of int8 + packed files with float32 on CIFAR-10.")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=("minmax", "percentile", "entropy"), default=["minmax"])
+    parser.add_argument("--docs", type=Path, help="page whose place `int8 agreement` gets the table")
     arguments = parser.parse_args()
-    print(machine(), f"onnxruntime {onnxruntime.__version__}")
-    train, test = load_cifar10()
+    train = load_cifar10()[0]
     images, labels = train.batch(torch.arange(len(train)))
-    real, classes = test.batch(torch.arange(_TEST_IMAGES))
-    print(f"\n{'model':10s} {'ranges':10s} accuracy  int8 alone  by default  bytes   float32 layers")
+    lines = [f"| {' | '.join(_HEAD)} |", "|---|---|---:|---:|---:|---:|---:|---|"]
+    print("\n".join(lines), flush=True)
     for name in arguments.models:
-        model = trained(name, images, labels, arguments.steps)
-        with tempfile.TemporaryDirectory() as folder:
-            options: dict[str, Any] = {"example_inputs": (images[:2],), "weights": "packed", "verify": False}
-            plain = Path(folder) / "float32.onnx"
-            fedmef_fx.export_onnx(model, plain, **options)
-            expected = choices(plain, real)
-            options |= {"quantize": "int8", "calibration_data": list(images[:256].split(64))}
-            for method in arguments.methods:
-                alone, chosen = Path(folder) / "int8.onnx", Path(folder) / "chosen.onnx"
-                fedmef_fx.export_onnx(model, alone, **options, calibration_method=method, float32_layers=())
-                report = fedmef_fx.export_onnx(model, chosen, **options, calibration_method=method)
-                shares = [float((choices(path, real) == expected).float().mean()) for path in (alone, chosen)]
-                told = "" if shares[1] >= TARGET else f"  (MISSED {TARGET})"
-                kept = ", ".join(layer.name for layer in report.layers if layer.kind == "float32") or "none"
-                accuracy = float((expected == classes).float().mean())
-                row = f"{accuracy:8.3f}  {shares[0]:10.3f}  {shares[1]:10.3f}  {report.bytes:6d}  {kept}{told}"
-                print(f"{name:10s} {method:10s} {row}", flush=True)
+        for cells in measure(name, arguments.methods, images, labels, arguments.steps):
+            lines.append(f"| {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    about = f"{machine()}; onnxruntime {onnxruntime.__version__}"
+    print(f"\n{about}")
+    if arguments.docs is not None:
+        fill(arguments.docs, "int8 agreement", "\n".join(lines) + f"\n\n{about}")
 
 
 if __name__ == "__main__":

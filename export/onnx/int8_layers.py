@@ -1,26 +1,26 @@
 """Layers of a quantized graph that stay float32: what int8 costs each of them, and which are worth it.
 
 The error of a layer is that of the model's outputs on calibration data with this layer alone in int8. Where all of them
-together cost too much, the costliest stay float32, as few as bring the outputs near enough.
+together cost too much, the costliest stay float32, as few as bring the outputs near enough. What is too much stands in
+`int8_costs.py`.
 """
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export.examples import ExampleCall
+from fedmef_fx.export.onnx.int8_costs import Cost, Costs
 from fedmef_fx.export.onnx.int8_records import LayerPrecision
-from fedmef_fx.export.onnx.sessions import Array, open_session
 
-__all__ = ["LARGEST_ERROR", "choose_layers", "int8_nodes", "with_float_nodes"]
+__all__ = ["choose_layers", "int8_nodes", "with_float_nodes"]
 
-LARGEST_ERROR: Final = 0.05
 _LARGEST_SHARE: Final = 0.3
-_SCORED_ROWS: Final = 64
+_RANKED_ROWS: Final = 64  # are enough to tell which layer costs more
+_JUDGED_ROWS: Final = 512  # of which 2 % are counted
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -59,35 +59,36 @@ def choose_layers(
         kept = {name for name, label in labels.items() if label in wanted}
         graph = with_float_nodes(plain, quantized, kept) if kept else quantized
         return graph, _layers(nodes, labels, {}, kept), []
-    scored = _Scored(plain, _few(calls))
-    whole = scored.error(quantized)
-    if whole <= LARGEST_ERROR:
+    judged = Costs(plain, calls, rows=_JUDGED_ROWS)
+    whole = judged.of(quantized)
+    if whole.is_allowed:
         return quantized, _layers(nodes, labels, {}, set()), []
-    errors = {name: scored.error(with_float_nodes(plain, quantized, nodes.keys() - {name})) for name in nodes}
+    ranked = Costs(plain, calls, rows=_RANKED_ROWS)
+    errors = {name: ranked.of(with_float_nodes(plain, quantized, nodes.keys() - {name})).error for name in nodes}
     order = sorted(errors, key=lambda name: errors[name], reverse=True)
-    kept, graph, error = _fewest(scored, plain, quantized, order)
+    kept, graph, left = _fewest(judged, plain, quantized, order)
     names = ", ".join(f"{labels[name]} ({errors[name]:.1%})" for name in order if name in kept)
-    notice = f"int8 changes outputs by {whole:.1%} of their spread: float32 stays in {names}, which leaves {error:.1%}"
+    notice = f"int8 changes {whole}: float32 stays in {names}, which leaves {left}"
     return graph, _layers(nodes, labels, errors, kept), [notice]
 
 
 def _fewest(
-    scored: "_Scored", plain: ModelProto, quantized: ModelProto, order: Sequence[str]
-) -> tuple[set[str], ModelProto, float]:
-    """The fewest of the costliest layers that bring the error below the largest; all that may if that does not."""
+    judged: Costs, plain: ModelProto, quantized: ModelProto, order: Sequence[str]
+) -> tuple[set[str], ModelProto, Cost]:
+    """The fewest of the costliest layers whose absence from int8 is enough; all that may be left if that is not."""
     low, high = 1, max(1, round(_LARGEST_SHARE * len(order)))
     kept = set(order[:high])
     graph = with_float_nodes(plain, quantized, kept)
-    best = kept, graph, scored.error(graph)
-    if best[2] > LARGEST_ERROR:
+    best = kept, graph, judged.of(graph)
+    if not best[2].is_allowed:
         return best
     while low < high:
         middle = (low + high) // 2
         kept = set(order[:middle])
         graph = with_float_nodes(plain, quantized, kept)
-        error = scored.error(graph)
-        if error <= LARGEST_ERROR:
-            high, best = middle, (kept, graph, error)
+        cost = judged.of(graph)
+        if cost.is_allowed:
+            high, best = middle, (kept, graph, cost)
         else:
             low = middle + 1
     return best
@@ -107,44 +108,6 @@ def _label(node: NodeProto, plain: ModelProto) -> str:
     before = next((one for one in plain.graph.node if one.name == node.name), node)
     names = [name for name in before.input if name in weights and "." in name]
     return str(names[0].rpartition(".")[0] if names else before.output[0])
-
-
-def _few(calls: Sequence[ExampleCall]) -> list[ExampleCall]:
-    """The first calls, of some dozens of rows together."""
-    rows = 0
-    found: list[ExampleCall] = []
-    for call in calls:
-        first = call.tensors()[0]
-        rows += first.shape[0] if first.dim() else 1
-        found.append(call)
-        if rows >= _SCORED_ROWS:
-            break
-    return found
-
-
-class _Scored:
-    """Errors of graphs against a float32 graph on the same calls."""
-
-    def __init__(self, plain: ModelProto, calls: Sequence[ExampleCall]) -> None:
-        self._calls = calls
-        self._expected = self._outputs(plain)
-
-    def error(self, graph: ModelProto) -> float:
-        """The largest difference of an output: its root mean square relative to that output's spread."""
-        pairs = zip(self._expected, self._outputs(graph), strict=True)
-        return max((_relative(left, right) for left, right in pairs), default=0.0)
-
-    def _outputs(self, graph: ModelProto) -> list[Array]:
-        session = open_session(graph.SerializeToString())
-        runs = [session.run(call) for call in self._calls]
-        floats = [index for index, array in enumerate(runs[0]) if np.issubdtype(array.dtype, np.floating)]
-        return [np.concatenate([run[index].astype(np.float64).ravel() for run in runs]) for index in floats]
-
-
-def _relative(expected: Array, got: Array) -> float:
-    spread = float(expected.std()) or float(np.abs(expected).max(initial=0.0))
-    difference = float(np.sqrt(np.mean((expected - got) ** 2))) if expected.size else 0.0
-    return difference / spread if spread else difference
 
 
 def with_float_nodes(plain: ModelProto, quantized: ModelProto, names: Collection[str]) -> ModelProto:
