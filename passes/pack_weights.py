@@ -92,8 +92,9 @@ class PackWeights:
         for region, _, graph in program.graphs():
             for node in graph.nodes:
                 module = region.module(node)
-                inside = [] if module is None else [m for m in module.modules() if id(m) not in with_graphs]
-                if any(p is parameter.parameter for child in inside for p in child._parameters.values()):
+                # Python code of a module without a graph may read what is inside of it, where layers have graphs, too.
+                inside = () if module is None or id(module) in with_graphs else module.parameters()
+                if any(p is parameter.parameter for p in inside):
                     return Refusal(name, f"{type(module).__name__} reads it where no graph shows how")
             for use in _uses(region, graph, parameter):
                 if isinstance(use, str):

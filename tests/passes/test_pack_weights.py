@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,6 +103,41 @@ def test_models_with_a_graph_per_mode_are_packed() -> None:
     hooks = len(packed.body.weight._backward_hooks or {})
     packed(*inputs)
     assert len(packed.body.weight._backward_hooks or {}) == hooks == 0
+
+
+class _ReadByHand(nn.Module):
+    """Python runs it, calls one layer and reads the weight of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            x = x * 2
+        return F.linear(self.called(x), self.read.weight.t())
+
+
+class _Around(nn.Module):
+    """A graph, one per mode as it makes a constant, around a module that Python runs."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.last = inside, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = (x, x, x) if isinstance(self.inside, nn.MultiheadAttention) else (x,)
+        hidden = self.inside(*read)
+        out: Tensor = self.last(hidden[0] if isinstance(hidden, tuple) else hidden) + torch.zeros(4)
+        return out
+
+
+@pytest.mark.parametrize("inside", [lambda: nn.MultiheadAttention(8, 2, batch_first=True), _ReadByHand])
+def test_what_opaque_modules_may_read_stays_dense(inside: Callable[[], nn.Module]) -> None:
+    model = transform(_Around(inside()), CONFIG)
+    for mode in (True, False):
+        model.train(mode)(torch.randn(2, 3, 8)).sum().backward()
+    assert all(p.dim() > 1 for name, p in model.named_parameters() if "inside" in name and name.endswith("weight"))
 
 
 def test_opaque_modules_keep_dense_weights() -> None:
