@@ -266,8 +266,8 @@ def _masks(tensors: Mapping[str, Tensor], model: nn.Module, ties: Mapping[str, s
         where = "the checkpoint" if name in stored else "the model"
         raise CheckpointError(
             f"load: {name} has a mask in {where} only; load into the original model, which is then transformed with "
-            "the checkpoint's configuration, and give load the example_inputs that the saved model was transformed with, "
-            "if it was with any"
+            "the checkpoint's configuration, and give load the example_inputs that the saved model was transformed "
+            "with, if it was with any"
         )
     return {name: inflate(name, tensors[f"mask/{name}"], shape) for name, shape in own.items()}
 

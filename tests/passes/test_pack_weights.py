@@ -126,9 +126,8 @@ class _Around(nn.Module):
         self.inside, self.last = inside, nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        read = (x, x, x) if isinstance(self.inside, nn.MultiheadAttention) else (x,)
-        hidden = self.inside(*read)
-        out: Tensor = self.last(hidden[0] if isinstance(hidden, tuple) else hidden) + torch.zeros(4)
+        hidden = self.inside(x, x, x)[0] if isinstance(self.inside, nn.MultiheadAttention) else self.inside(x)
+        out: Tensor = self.last(hidden) + torch.zeros(4)
         return out
 
 
