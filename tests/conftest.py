@@ -36,8 +36,9 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.set_threshold(5000, 10, 10)  # rarer than by default: torch.fx makes very many small objects
     if "onnxruntime" in sys.modules:  # some test may export
-        with contextlib.suppress(ImportError, AttributeError):  # torch's own names, which may change
-            _read_translations_once()
+        for read_once in (_read_translations_once, _list_operators_once):
+            with contextlib.suppress(ImportError, AttributeError):  # torch's own names, which may change
+                read_once()
 
 
 def _read_translations_once() -> None:
@@ -55,6 +56,13 @@ def _read_translations_once() -> None:
     ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[method-assign,assignment]
 
 
+def _list_operators_once() -> None:
+    """Have torch's exporter look up all operators in C++ once per process, which it does some 60 times in an export."""
+    from torch._export import utils  # noqa: PLC0415 -- only where a test exports
+
+    utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -67,7 +75,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_torch_seed() -> None:
     """Tests run in random order; what one draws must not change what the next one gets."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed keeps a stack trace for each kind of device that may yet be initialized: a millisecond
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,7 +3,6 @@
 import copy
 import gc
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,14 @@ from fedmef_fx.sparse_model.parameters import masked_parameters
 from fedmef_fx.sparsity.schedule import adjustment_count
 from fedmef_fx.training.adjustment import adjusted_masks
 from fedmef_fx.training.distributed import check_same_masks, synchronize_masks, synchronized_candidates
+from tests import forked
 from tests.packed_models import build
 
 
-def _in_a_group(rank: int, path: Path, checks: Sequence[Callable[[int], None]]) -> None:
+def _in_a_group(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    for check in checks:
+    for check in (_adjusts, _differs, _keeps_sizes, _resizes, _wraps_flat, _shards):
         torch.manual_seed(0)
         check(rank)
     # See tests/capture/test_circumstances.py: gloo's threads may abort a process that ends while its peer still talks.
@@ -147,8 +147,7 @@ def _shards(_: int) -> None:
 @pytest.mark.slow
 def test_on_two_processes(tmp_path: Path) -> None:
     # One after the other in the same two: starting them takes longer than all that they check.
-    checks = (_adjusts, _differs, _keeps_sizes, _resizes, _wraps_flat, _shards)
-    torch.multiprocessing.spawn(_in_a_group, args=(tmp_path / "store", checks), nprocs=2)
+    forked.run_in_two(_in_a_group, tmp_path / "store", folder=tmp_path)
 
 
 def test_without_processes_it_says_so() -> None:

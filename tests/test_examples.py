@@ -2,11 +2,12 @@
 
 import os
 import runpy
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -33,19 +34,22 @@ def test_a_script_runs(
     assert capsys.readouterr().out
 
 
+def run_as_torchrun_does(rank: int, script: str, port: int) -> None:
+    """Says by the variables of torchrun who and where the processes are."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runpy.run_path(script, run_name="__main__")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
 @pytest.mark.slow
 def test_the_recipe_for_several_processes_runs_in_two(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(  # noqa: S603  # a fixed program
-        [*launch, str(ROOT / "examples" / "ddp_training.py")],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 processes, density 0.2")
+    forked.run_in_two(run_as_torchrun_does, ROOT / "examples" / "ddp_training.py", free_port(), folder=tmp_path)
+    assert (tmp_path / "forked.stdout").read_text(encoding="utf-8").startswith("2 processes, density 0.2")
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

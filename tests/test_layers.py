@@ -1,6 +1,7 @@
 """Which room may import which: read from the source, imports inside functions and for types alone included."""
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -46,6 +47,7 @@ ROOMS = [
 EXPORTS_ROOMS = ["results", "sizes", "examples", "freeze", "compact", "onnx", "training"]
 
 
+@functools.cache
 def _sources() -> dict[str, str]:
     """Text of every module by its dotted name; rglob does not follow the links to passes/ and export/."""
     found = {}
@@ -57,8 +59,13 @@ def _sources() -> dict[str, str]:
     return found
 
 
-def _names(source: str) -> Iterator[str]:
+@functools.cache
+def _names(source: str) -> tuple[str, ...]:
     """Dotted name of everything that a module imports, or reaches through an attribute of torch."""
+    return tuple(_found_names(source))
+
+
+def _found_names(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):

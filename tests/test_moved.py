@@ -3,7 +3,6 @@
 import importlib
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import fedmef_fx
 from fedmef_fx import federated
 from fedmef_fx.moved import MOVED
+from tests import forked
 
 OLD = Path(__file__).parent / "before_the_move"
 IMAGES = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
@@ -81,11 +81,12 @@ def test_a_name_that_is_nowhere_is_an_error_that_says_where_it_was_looked_for() 
         importlib.import_module("fedmef_fx.units").nothing  # noqa: B018
 
 
-def test_a_module_runs_by_its_old_name() -> None:
-    command = [sys.executable, "-m", "fedmef_fx.fresh_process"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- our own code
-    direct = [sys.executable, "-m", "fedmef_fx.measure.fresh_process"]
-    expected = subprocess.run(direct, capture_output=True, text=True, check=False)  # noqa: S603 -- our own code
+def test_a_module_runs_by_its_old_name(tmp_path: Path) -> None:
+    code = "import runpy; runpy.run_module({!r}, run_name='__main__', alter_sys=True)"
+    ran, expected = (
+        forked.run(code.format(name), folder=tmp_path)
+        for name in ("fedmef_fx.fresh_process", "fedmef_fx.measure.fresh_process")
+    )
     assert ran.returncode == expected.returncode
     assert ran.stderr.strip().splitlines()[-1] == expected.stderr.strip().splitlines()[-1]
 

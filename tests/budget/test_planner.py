@@ -24,11 +24,11 @@ KEEP = Config(normalization="keep", density=0.5, activation_sparsity=0.9, weight
 LEAN = KEEP.replace(weight_storage="packed", packed_dtype="bfloat16")
 
 
-def network() -> nn.Sequential:
+def network(*, depth: int = 3) -> nn.Sequential:
     """Activations dominate, and with its BatchNorm kept the batch cannot be cut."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    for _ in range(3):
+    for _ in range(depth - 1):
         layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
@@ -99,7 +99,7 @@ def test_parts_of_the_batch_come_before_pruning() -> None:
 def test_layers_are_pruned_as_little_as_the_budget_allows(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     # Gamma is all that is left to plan: 8 bits for what BatchNorm keeps would spare it here.
     monkeypatch.setattr(planner, "_LOSSY", ())
-    model, errors = network(), []
+    model, errors = network(depth=4), []
     most, least = planned(model, "1GB", LEAN, images)[1].predicted_peak, floor_of(model, LEAN, images)
     for share in (0.8, 0.3):
         budget = int(least + share * (most - least))
@@ -247,8 +247,9 @@ def test_single_layers() -> None:
 
 
 def test_a_residual_network_within_its_budget() -> None:
-    model, x, packed = resnet18(), torch.randn(4, 3, 32, 32), Config(weight_storage="packed")
-    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
+    model, x, packed = resnet18(), torch.randn(4, 3, 16, 16), Config(weight_storage="packed")
+    model.layer1[1], model.layer3, model.layer4 = nn.Identity(), nn.Identity(), nn.Identity()
+    model.fc = nn.Linear(128, 10)
     budget = between(model, x, 0.4, packed)
     sparse, plan = planned(model, budget, packed, x)
     assert plan.gradient_error > 0

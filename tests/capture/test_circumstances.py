@@ -15,6 +15,7 @@ from fedmef_fx import Config, coverage, growth_candidates, masks, report, transf
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.emit import program_of
+from tests import forked
 from tests.capture.models import build
 from tests.capture.test_any_model import IDENTITY, SPARSE, assert_masks_hold, assert_same, run, train
 
@@ -300,4 +301,4 @@ def _distributed_worker(rank, path):
 
 @pytest.mark.slow
 def test_distributed_data_parallel_on_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_distributed_worker, args=(tmp_path / "store",), nprocs=2)
+    forked.run_in_two(_distributed_worker, tmp_path / "store", folder=tmp_path)

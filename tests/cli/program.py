@@ -5,16 +5,20 @@ import json
 import os
 import pty
 import subprocess
-import sys
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 from typer.testing import CliRunner, Result
 
 from fedmef_fx.cli import app
 from fedmef_fx.commands.json_schema import output_schema
+from tests import forked
 
-PROGRAM = [sys.executable, "-c", "from fedmef_fx.cli import main; main()"]
+PROGRAM = "from fedmef_fx.cli import main; main()"
 
 
 def invoke(*arguments: str) -> Result:
@@ -32,22 +36,34 @@ def json_of(*arguments: str) -> Any:
 def on_terminal(*arguments: str) -> tuple[bytes, bytes, int]:
     """The program with a terminal for stderr: what it prints, what the terminal shows, its exit code."""
     ours, theirs = pty.openpty()
-    program = subprocess.Popen(  # noqa: S603  # a fixed program
-        [*PROGRAM, *arguments], env={**os.environ, "TERM": "xterm-256color"}, stdout=subprocess.PIPE, stderr=theirs
-    )
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
+            while chunk := os.read(ours, 4096):
+                shown.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with tempfile.TemporaryDirectory() as folder:
+        done = forked.run(
+            PROGRAM,
+            *arguments,
+            folder=Path(folder),
+            cwd=Path.cwd(),
+            environment={"TERM": "xterm-256color"},
+            terminal=os.ttyname(theirs),
+        )
     os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how Linux tells that the other side is closed
-        while chunk := os.read(ours, 4096):
-            shown += chunk
+    reader.join()
     os.close(ours)
-    stdout, _ = program.communicate()
-    return stdout, shown, program.returncode
+    return done.stdout.encode(), bytes(shown), done.returncode
 
 
 def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     """The program as a shell starts it, with pipes."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")}
-    return subprocess.run(  # noqa: S603  # a fixed program
-        [*PROGRAM, *arguments], env={**kept, **environment}, capture_output=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name in ("FORCE_COLOR", "NO_COLOR"):
+            patch.delenv(name, raising=False)
+        done = forked.run(PROGRAM, *arguments, folder=Path(folder), cwd=Path.cwd(), environment=environment)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.encode(), done.stderr.encode())

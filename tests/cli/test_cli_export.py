@@ -119,14 +119,16 @@ def test_calibration_samples_of_a_wrong_shape() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of it in a third of its rounds."""
-    short = dataclasses.replace(demo_settings(seed=0), rounds=3)
+    """The whole of it in a fifth of its rounds, with fewer and larger clients."""
+    settings = demo_settings(seed=0)
+    training = dataclasses.replace(settings.training, batch_size=64)
+    short = dataclasses.replace(settings, rounds=2, clients=3, training=training)
     for module in ("fedmef_fx.federated.demo", "fedmef_fx.commands.demo"):
         monkeypatch.setattr(importlib.import_module(module), "demo_settings", lambda *, seed: short)
     data = json_of("demo", "--output", "out")
-    assert data["rounds"] == 3
-    assert data["test_accuracy"] >= 0.88
-    assert data["test_accuracy_dense"] >= 0.88
+    assert data["rounds"] == 2
+    assert data["test_accuracy"] >= 0.75
+    assert data["test_accuracy_dense"] >= 0.75
     assert data["onnx_accuracy"] == pytest.approx(data["test_accuracy"], abs=0.003)
     assert data["parity"] < 1e-4
     assert data["bytes_up"] < data["bytes_up_dense"]

@@ -12,6 +12,7 @@ from torch.optim import swa_utils
 
 import fedmef_fx
 from fedmef_fx import Extrusion, density, masks, transform
+from tests import forked
 from tests.ecosystem.networks import (
     CONFIG,
     PACKED,
@@ -246,7 +247,7 @@ def _data_parallel(rank: int, folder: str) -> None:
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
+    forked.run_in_two(_data_parallel, tmp_path, folder=tmp_path)
     left, right = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, right[name]) for name, value in left.items())
     model, (x, y) = sparse_net(CONFIG.replace(activation_sparsity=0.0)), images()

@@ -1,11 +1,11 @@
 """A server that is killed, in whatever phase of a round, goes on to the same bits, and loses a round at most."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 # Forks the runs that are killed, so that only one process has to import torch. Each phase is a function of the engine;
 # the process is killed as it begins, in the second round and in the third, which adjusts masks.
@@ -103,10 +103,6 @@ print(len(PHASES))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that it kills")
 def test_goes_on_after_a_kill_in_every_phase(tmp_path: Path) -> None:
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  # fixed
+    result = forked.run(SCRIPT.format(tests=str(Path(__file__).parent)), str(tmp_path), folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == 14

@@ -1,8 +1,6 @@
 """A run that was killed continues from its last finished round, to the bit."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from fedmef_fx.errors import CheckpointError
 from fedmef_fx.federated import History, LocalTraining, RoundRecord, run
 from fedmef_fx.federated.checkpoint import FILE_NAME
 from fedmef_fx.files import atomic
+from tests import forked
 
 ROUNDS = 5
 CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
@@ -160,11 +159,7 @@ print(kills)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that it kills")
 def test_continues_when_killed_at_random_moments(tmp_path: Path) -> None:
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  # fixed
+    result = forked.run(SCRIPT.format(tests=str(Path(__file__).parent)), str(tmp_path), folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) >= 1
 

@@ -16,8 +16,11 @@ from fedmef_fx.packing.backends import BackendName, available_backends, using_ba
 IMAGES = torch.ones(8, 1, 8, 8)
 
 
-@pytest.mark.parametrize("transformed", [False, True], ids=["plain", "transformed"])
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "transformed"),
+    [("resnet18", False), pytest.param("mobilenet_v2", True, marks=pytest.mark.slow)],
+    ids=["plain", "transformed"],
+)
 def test_layers_and_prediction(name: str, transformed: bool) -> None:
     model, images = REFERENCE_MODELS[name](), torch.randn(2, 3, 32, 32)
     paths = {"", "loss", *(path for path, _ in model.named_modules())}
@@ -45,19 +48,23 @@ def test_layers_and_prediction(name: str, transformed: bool) -> None:
         assert predicted.layers == report.layers
 
 
-@pytest.mark.parametrize("kernels", ["numpy", "native"])
-@pytest.mark.parametrize("density", [0.1, 0.9])
-@pytest.mark.parametrize(
-    "config",
+FORMATS = {
+    "packed": Config(weight_storage="packed"),
+    "bfloat16": Config(weight_storage="packed", packed_dtype="bfloat16"),
+    "int8": Config(normalization="keep", saved_precision="int8"),
+    "all": Config(normalization="keep", saved_precision="int8", weight_storage="packed", packed_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize(  # every pair of two of them
+    ("format_", "density", "kernels"),
     [
-        Config(weight_storage="packed"),
-        Config(weight_storage="packed", packed_dtype="bfloat16"),
-        Config(normalization="keep", saved_precision="int8"),
-        Config(normalization="keep", saved_precision="int8", weight_storage="packed", packed_dtype="bfloat16"),
+        *((name, *rest) for name in ("packed", "all") for rest in ((0.1, "numpy"), (0.9, "native"))),
+        *((name, *rest) for name in ("bfloat16", "int8") for rest in ((0.9, "numpy"), (0.1, "native"))),
     ],
-    ids=["packed", "bfloat16", "int8", "all"],
 )
-def test_predictions_of_packed_weights_and_formats(config: Config, density: float, kernels: BackendName) -> None:
+def test_predictions_of_packed_weights_and_formats(format_: str, density: float, kernels: BackendName) -> None:
+    config = FORMATS[format_]
     if kernels not in available_backends():
         pytest.skip("the kernels could not be compiled")
     model = fedmef_fx.transform(digits_cnn(), config.replace(density=density))

@@ -2,8 +2,7 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.native import call, library
 from fedmef_fx.packing import PackedTensor, backend, using_backend
+from tests import forked
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -103,18 +103,12 @@ def test_a_forked_process_goes_on(threads: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "mmx"])
-def test_the_environment_limits_the_instruction_set(isa: str) -> None:
+def test_the_environment_limits_the_instruction_set(isa: str, tmp_path: Path) -> None:
     code = (
         "import torch; from fedmef_fx.native import loaded_isa; from fedmef_fx.packing import backend;"
         "print(loaded_isa(), backend('native').pack(torch.tensor([1.0, -2.0, 0.5]), 0.7)[1].tolist())"
     )
-    ran = subprocess.run(  # noqa: S603  # our own code
-        [sys.executable, "-c", code],
-        env=os.environ | {library.ISA_VARIABLE: isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = forked.run(code, folder=tmp_path, environment={library.ISA_VARIABLE: isa})
     if isa == "mmx":
         assert "got 'mmx'; expected 'baseline' | 'avx2' | 'avx512'" in ran.stderr
     else:

@@ -1,10 +1,8 @@
 """One contract for every backend, against a reference that decides element by element in Python."""
 
 import math
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from fedmef_fx.packing import (
     using_backend,
 )
 from fedmef_fx.packing.backends import ENVIRONMENT_VARIABLE
+from tests import forked
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 1.0, -1.0, 6.0, -6.0, 1e-40, 0.1, -0.1]
@@ -238,12 +237,9 @@ def test_the_name_of_the_implementation_that_is_gone_still_works() -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("quick", "expected 'auto'")])
-def test_the_environment_chooses(value: str, expected: str) -> None:
+def test_the_environment_chooses(value: str, expected: str, tmp_path: Path) -> None:
     code = "import fedmef_fx.packing as m; print(m.backend().name)"
-    environment = os.environ | {ENVIRONMENT_VARIABLE: value}
-    ran = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    ran = forked.run(code, folder=tmp_path, environment={ENVIRONMENT_VARIABLE: value})
     assert expected in ran.stdout + ran.stderr
 
 

@@ -85,7 +85,7 @@ class Packs(nn.Module):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_function_that_packs_is_one_graph(backend: str):
     compiled = torch.compile(packs, backend=backend, fullgraph=True)
-    for shape in ((4, 9), (3, 5), (6, 7)):  # from the second on with sizes that vary
+    for shape in ((4, 9), (3, 5)):  # from the second on with sizes that vary
         x = torch.randn(shape)
         assert torch.equal(compiled(x), packs(x))
         assert torch.equal(compiled(x.t()), packs(x.t()))

@@ -4,8 +4,6 @@ import copy
 import math
 import pickle
 import pickletools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from fedmef_fx.errors import ConfigError, ExportError
 from fedmef_fx.export.freeze import frozen_graph
 from fedmef_fx.graph.emit import program_of
 from fedmef_fx.ops.relu import sign_relu
+from tests import forked
 from tests.models import ZOO, build
 
 CONFIGS = {
@@ -101,7 +100,7 @@ def test_a_pickle_is_read_without_fedmef_fx(tmp_path: Path) -> None:
         f"model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
         "assert torch.equal(model(*inputs), expected)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603  # fixed command
+    result = forked.run(code, folder=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
