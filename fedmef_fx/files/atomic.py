@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def check_target(path: str | os.PathLike[str], *, error: Callable[[str], FedmefE
         # To root every directory is writable, also one whose owner took all write permissions away.
         if not folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
             raise error(f"{path}: the directory {folder} is read-only; expected one that can be written")
-        trial = _temporary(target)
-        trial.touch(exist_ok=False)
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name, so that it is gone when the process is killed
+            pass
     except (OSError, ValueError) as cause:  # ValueError: a zero byte in the name
         raise error(f"{path}: cannot be written: {cause}; expected a file name in a writable directory") from cause
     return target

@@ -135,3 +135,4 @@ def test_memory_within_a_budget() -> None:
     result = invoke(*options, "5kB")
     assert result.exit_code == 1
     assert "the floor is" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

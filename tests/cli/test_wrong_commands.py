@@ -81,7 +81,6 @@ WRONG = [
     "inspect gpt2_bytes --input 1x3x32x32",
     "memory digits_cnn --input 1x9",
     "memory digits_cnn --batch 0",
-    "memory digits_cnn --budget 1",
     "memory digits_cnn --budget many",
     "memory digits_cnn --optimizer foo",
     "memory nothing",

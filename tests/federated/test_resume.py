@@ -17,7 +17,7 @@ from fedmef_fx.federated.checkpoint import FILE_NAME
 from fedmef_fx.files import atomic
 from tests import forked
 
-ROUNDS = 5
+ROUNDS = 4
 CONFIG = Config(density=0.3, adjustment_interval=2, weight_storage="dense")
 TRAINING = LocalTraining(batch_size=8, learning_rate=0.02)
 
@@ -184,7 +184,7 @@ def test_resume_false_starts_over(start: Runner, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rounds": ROUNDS - 1}, "rounds: got 4, the checkpoint has 5"),
+        ({"rounds": 1}, "rounds: got 1, the checkpoint has 2"),
         ({"training": LocalTraining(epochs=2)}, "training"),
         ({"config": CONFIG.replace(seed=1)}, "config"),
         ({"method": "static-random"}, "method"),
@@ -194,26 +194,26 @@ def test_resume_false_starts_over(start: Runner, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_run_is_refused(
     changes: dict[str, Any], message: str, start: Runner, tmp_path: Path
 ) -> None:
-    start(tmp_path)
+    start(tmp_path, rounds=2)
     before = (tmp_path / FILE_NAME).read_bytes()
     with pytest.raises(CheckpointError, match=f"belongs to another.*{message}.*resume=False"):
-        start(tmp_path, **changes)
+        start(tmp_path, **{"rounds": 2, **changes})
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
 def test_other_clients_are_refused(start: Runner, clients: list[TensorDataset], tmp_path: Path) -> None:
-    start(tmp_path)
+    start(tmp_path, rounds=1)
     with pytest.raises(CheckpointError, match="client_samples"):
-        start(tmp_path, clients=clients[1:])
+        start(tmp_path, rounds=1, clients=clients[1:])
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(
     start: Runner, clients: list[TensorDataset], tmp_path: Path
 ) -> None:
-    start(tmp_path)
+    start(tmp_path, rounds=1)
     wider = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(CheckpointError, match=r"another architecture.*resume=False"):
-        run(wider, clients, CONFIG, rounds=ROUNDS, checkpoint_dir=tmp_path)
+        run(wider, clients, CONFIG, rounds=1, checkpoint_dir=tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
@@ -242,7 +242,7 @@ def test_every_flipped_byte_is_noticed(start: Runner, tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made(start: Runner, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="expected a writable directory"):
+    with pytest.raises(CheckpointError, match="expected a directory"):
         start(tmp_path / "file" / "run", rounds=1)
 
 

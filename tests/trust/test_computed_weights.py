@@ -53,7 +53,15 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "one graph": lambda layer: nn.Sequential(layer, nn.ReLU(), nn.Linear(16, 4)),
     "branch": _Branch,
 }
-CASES = pytest.mark.parametrize("case", [(u, m, c) for u in UTILITIES for m in MODELS for c in CONFIGS], ids="-".join)
+CASES = pytest.mark.parametrize(  # every pair of a model and a utility, and of a configuration and a utility
+    "case",
+    [
+        (utility, *rest)
+        for row, utility in enumerate(UTILITIES)
+        for rest in zip(MODELS, list(CONFIGS)[:: (-1) ** row], strict=True)
+    ],
+    ids="-".join,
+)
 
 
 def _trained(case: tuple[str, str, str]) -> tuple[nn.Module, Tensor]:
