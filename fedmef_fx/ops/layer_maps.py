@@ -1,6 +1,5 @@
 """What layers compute with a dense weight, and its gradients: convolutions of 1 to 3 dimensions, and linear layers."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,25 +39,26 @@ class ConvolutionGeometry(NamedTuple):
         return result
 
     def parameter_gradients(
-        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
+        self, grad: Tensor, x: Tensor | KeptSamples, weight_shape: torch.Size, *, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weight and the bias; exact in x. torch asks for the weight, for its shape.
+        """Gradients of the weight and the bias; exact in x.
 
-        Of a large batch a few samples are decoded at a time.
+        Of a large batch a few samples are decoded at a time. The dense weight is not made: torch asks for it, and never
+        looks at its values.
         """
-        dense, total = weight(), list[Tensor]()
-        for part, some in samples_of(x, least=dense.numel()):
-            gradients = self._backward(grad[part], some, dense, (False, True, has_bias))[1 : 3 if has_bias else 2]
+        total = list[Tensor]()
+        for part, some in samples_of(x, least=weight_shape.numel()):
+            stand_in = _stand_in(weight_shape, *total, grad)
+            gradients = self._backward(grad[part], some, stand_in, (False, True, has_bias))[1 : 3 if has_bias else 2]
             total = [a.add_(b) for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
-            del some  # or it would live until the next one is there
+            del some, gradients  # or they would live until the next ones are there
         return total[0], total[1] if has_bias else None
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         """Gradient of the input; x itself is not needed, only its shape."""
         if grad.is_contiguous() and grad.numel() >= x_shape.numel():
-            # torch wants an x and never looks at its values. One without memory of its own would be copied to some.
-            stand_in = grad.view(-1)[: x_shape.numel()].view(x_shape)
-            result: Tensor = self._backward(grad, stand_in, weight, (True, False, False))[0]
+            # torch wants an x and never looks at its values.
+            result: Tensor = self._backward(grad, _stand_in(x_shape, grad), weight, (True, False, False))[0]
             return result
         return self._convolve_back(grad, x_shape, weight)
 
@@ -117,6 +117,17 @@ class ConvolutionGeometry(NamedTuple):
         )
 
 
+def _stand_in(shape: torch.Size, *others: Tensor) -> Tensor:
+    """A tensor whose values nobody reads, in the memory of another one where one is large enough.
+
+    One without memory, of stride 0, would be copied to some.
+    """
+    for other in others:
+        if other.is_contiguous() and other.numel() >= shape.numel():
+            return other.view(-1)[: shape.numel()].view(shape)
+    return others[-1].new_empty(shape)
+
+
 class LinearMap:
     """x W^T + b over the last dimension."""
 
@@ -125,7 +136,7 @@ class LinearMap:
         return F.linear(x, weight, bias)
 
     def parameter_gradients(
-        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
+        self, grad: Tensor, x: Tensor | KeptSamples, weight_shape: torch.Size, *, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of the weight and the bias; exact in x."""
         x = x.whole() if isinstance(x, KeptSamples) else x

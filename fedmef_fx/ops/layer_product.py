@@ -22,9 +22,9 @@ class Layer(Protocol):
         """The layer's result."""
 
     def parameter_gradients(
-        self, grad: Tensor, x: Tensor | KeptSamples, weight: Callable[[], Tensor], *, has_bias: bool
+        self, grad: Tensor, x: Tensor | KeptSamples, weight_shape: torch.Size, *, has_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the dense weight and the bias, from that of the result; exact in x."""
+        """Gradients of a dense weight of some shape and the bias, from that of the result; exact in x."""
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         """Gradient of an input of some shape."""
@@ -104,7 +104,6 @@ class DenseProduct:
         def made() -> Tensor:
             return effective_weight(stored, dtype, recipe=recipe)
 
-        # A linear layer's dense weight and dense gradient never live together.
         self._weight = made if is_remade else functools.cache(made)
 
     def forward(self, x: Tensor, bias: Tensor | None, *, inplace: bool = False) -> Tensor:
@@ -116,7 +115,7 @@ class DenseProduct:
 
     def gradients(self, grad: Tensor, x: Tensor | KeptSamples, *, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.gradients`; that of the dense weight."""
-        return self._layer.parameter_gradients(grad, x, self._weight, has_bias=has_bias)
+        return self._layer.parameter_gradients(grad, x, self._stored.shape, has_bias=has_bias)
 
     def stored_gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `LayerProduct.stored_gradients`."""

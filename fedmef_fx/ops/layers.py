@@ -15,7 +15,7 @@ from fedmef_fx.errors import FedmefError
 from fedmef_fx.ops import gradient_collector as growth
 from fedmef_fx.ops.autocast import autocast_dtype, under_autocast
 from fedmef_fx.ops.backward import differentiable_once, taken
-from fedmef_fx.ops.effective_weight import StoredWeight, effective_weight, recipe_of
+from fedmef_fx.ops.effective_weight import Recipe, StoredWeight, effective_weight, recipe_of
 from fedmef_fx.ops.forward import writable_result
 from fedmef_fx.ops.layer_maps import ConvolutionGeometry, LinearMap
 from fedmef_fx.ops.layer_product import DenseProduct, Layer, LayerProduct, SparseProduct, sparse_way
@@ -79,7 +79,7 @@ class _PrunedLayer(Function):
         with under_autocast(x.device.type, None):
             ctx.recipe = recipe_of(stored)
             ctx.way = sparse_way(layer, stored, computed, dtype)
-            product = _product(ctx, stored, dtype)
+            product = _product(ctx, stored, dtype, ctx.recipe)
             may_write = ctx.reuse.input and computed is x and not (packed is None and ctx.reads_input)
             # Torch cannot mark a view that forward made as written to.
             inplace = may_write and not x._is_view() and _can_take_over(layer, x, stored)
@@ -94,7 +94,7 @@ class _PrunedLayer(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, x = ctx.saved_tensors
         stored = StoredWeight(weight, gain, ctx.mask, ctx.form, ctx.packed_shape)
-        product = _product(ctx, stored, grad.dtype)
+        product = _product(ctx, stored, grad.dtype, taken(ctx, "recipe"))
         grad_weight = grad_gain = grad_input = grad_bias = None
         if ctx.reads_input:
             kept = KeptSamples(taken(ctx, "packed"), ctx.x_shape, grad.dtype) if x is None else x.to(grad.dtype)
@@ -132,12 +132,12 @@ def _can_take_over(layer: Layer, batch: Tensor, stored: StoredWeight) -> bool:
     return is_plain and layer.keeps_shape(batch.shape, stored.shape)
 
 
-def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype) -> LayerProduct:
+def _product(ctx: Any, stored: StoredWeight, dtype: torch.dtype, recipe: Recipe | None) -> LayerProduct:
     """Growth candidates are collected from dense gradients, which the sparse way does not make."""
     is_collecting = growth.is_collecting()
     if ctx.way is not None and not is_collecting:
-        return SparseProduct(ctx.layer, stored, ctx.recipe, ctx.way)
-    return DenseProduct(ctx.layer, stored, ctx.recipe, dtype, is_remade=is_collecting)
+        return SparseProduct(ctx.layer, stored, recipe, ctx.way)
+    return DenseProduct(ctx.layer, stored, recipe, dtype, is_remade=is_collecting)
 
 
 def _apply(

@@ -182,3 +182,26 @@ def test_nothing_is_written_over_what_later_passes_read():
 def grads_of(model, x):
     model(x).square().sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_weight_gradients_need_no_dense_weight():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(128, 128, 3, padding=1, bias=False) for _ in range(2)]
+    model = transform(nn.Sequential(layers[0], nn.ReLU(), layers[1]), Config(density=0.1)).train()
+    x = torch.randn(8, 128, 32, 32)
+    loss = model(x).sum()
+    with LiveBytes() as live:
+        loss.backward()
+    # Two activations and what a part takes; a dense weight is .14 of an activation.
+    assert live.peak < 2.25 * x.nbytes
+    assert all(not hasattr(node, "recipe") for node in nodes_of(loss))
+
+
+def nodes_of(loss):
+    found, waiting = [], [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        waiting += [other for other, _ in node.next_functions if other is not None]
+    assert any("PrunedLayer" in node.name() for node in found)
+    return found
