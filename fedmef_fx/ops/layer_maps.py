@@ -1,6 +1,7 @@
 """What layers compute with a dense weight, and its gradients: convolutions of 1 to 3 dimensions, and linear layers."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, linear_way
 from fedmef_fx.packing.sample_parts import KeptSamples, samples_of
 
 __all__ = ["ConvolutionGeometry", "LinearMap"]
+
+# Elements of a batch of which oneDNN's copies are worth avoiding.
+_LARGE: Final = 1 << 21
+# Elements that are worked on at a time.
+_TOGETHER: Final = 1 << 16
 
 
 class ConvolutionGeometry(NamedTuple):
@@ -25,18 +31,8 @@ class ConvolutionGeometry(NamedTuple):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of x, [N, in, *size]."""
-        result: Tensor = torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
-        return result
+        rest = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        return _in_parts(x, lambda some: torch.convolution(some, weight, bias, *rest))
 
     def parameter_gradients(
         self, grad: Tensor, x: Tensor | KeptSamples, weight_shape: torch.Size, *, has_bias: bool
@@ -56,6 +52,10 @@ class ConvolutionGeometry(NamedTuple):
 
     def input_gradient(self, grad: Tensor, x_shape: torch.Size, weight: Tensor) -> Tensor:
         """Gradient of the input; x itself is not needed, only its shape."""
+        return _in_parts(grad, lambda some: self._input_gradient(some, x_shape[1:], weight))
+
+    def _input_gradient(self, grad: Tensor, sample_shape: torch.Size, weight: Tensor) -> Tensor:
+        x_shape = torch.Size((grad.shape[0], *sample_shape))
         if grad.is_contiguous() and grad.numel() >= x_shape.numel():
             # torch wants an x and never looks at its values.
             result: Tensor = self._backward(grad, _stand_in(x_shape, grad), weight, (True, False, False))[0]
@@ -115,6 +115,23 @@ class ConvolutionGeometry(NamedTuple):
             self.groups,
             which,
         )
+
+
+def _in_parts(batch: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of samples, of a large batch worked out a few samples at a time.
+
+    oneDNN lays out in another order all that it gets and gives: of a whole batch that is as much memory again.
+    """
+    if batch.numel() < _LARGE or batch.device.type != "cpu" or not batch.is_contiguous():
+        return function(batch)
+    together = max(_TOGETHER // batch[0].numel(), 1)
+    results: Tensor | None = None
+    for start in range(0, batch.shape[0], together):
+        some = function(batch[start : start + together])
+        results = some.new_empty((batch.shape[0], *some.shape[1:])) if results is None else results
+        results[start : start + together] = some
+        del some  # or it would live until the next one is there
+    return function(batch) if results is None else results
 
 
 def _stand_in(shape: torch.Size, *others: Tensor) -> Tensor:
