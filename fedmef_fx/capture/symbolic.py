@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 
 from fedmef_fx.capture.arguments import placeholders
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.state import unchanged
-from fedmef_fx.capture.tracer import BaseTracer
+from fedmef_fx.capture.tracer import BaseTracer, is_proxy
 from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import CaptureError
+from fedmef_fx.graph.hooks import has_user_hooks
 from fedmef_fx.records.graphs import GraphMode
 
 __all__ = ["as_graphs", "capture_graphs", "failure"]
@@ -78,16 +80,52 @@ class _Proxy(fx.Proxy):
     __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
 
 
+_Parts = tuple["_Parts | None", ...]
+
+
+def _parts(module: nn.Module) -> _Parts | None:
+    """How the result of a module of torch.nn is made up; None for a tensor, and for what is not known."""
+    forward = type(module).forward
+    if forward is nn.LSTM.forward:
+        return None, (None, None)
+    if forward in (nn.RNN.forward, nn.GRU.forward, nn.LSTMCell.forward, nn.MultiheadAttention.forward):
+        return None, None
+    if isinstance(module, _MaxPoolNd | _AdaptiveMaxPoolNd) and module.return_indices:
+        return None, None
+    return None
+
+
 class _SymbolicTracer(BaseTracer):
-    """Traces with proxies that know no values."""
+    """Traces with proxies that know no values.
+
+    Attributes:
+        specialized: Values of arguments.
+        parts: Nodes that were made before it is known whether anything reads them.
+    """
 
     def __init__(self, specialized: Mapping[str, object]) -> None:
         super().__init__()
         self.specialized = specialized
+        self.parts: list[fx.Node] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy of a node."""
         return _Proxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module inside forward; what is known to return a tuple does, for `isinstance` to see."""
+        result = super().call_module(m, forward, args, kwargs)
+        is_call = is_proxy(result) and result.node.op == "call_module" and not has_user_hooks(m)
+        parts = _parts(m) if is_call else None
+        return result if parts is None else self._taken_apart(result, parts)
+
+    def _taken_apart(self, proxy: fx.Proxy, parts: _Parts) -> Any:
+        found = []
+        for index, inside in enumerate(parts):
+            part = self.create_proxy("call_function", operator.getitem, (proxy, index), {})
+            self.parts.append(part.node)
+            found.append(part if inside is None else self._taken_apart(part, inside))
+        return tuple(found)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -104,6 +142,9 @@ def _trace(module: nn.Module, given: Mapping[str, object] | None) -> fx.Graph:
             graph = tracer.trace(module)
     except Exception as error:
         raise failure(module, error) from error
+    for node in reversed(tracer.parts):
+        if not node.users:
+            graph.erase_node(node)
     # Unpickling a GraphModule traces its code again, with a tracer that it makes without arguments.
     graph._tracer_cls = fx.Tracer
     graph.lint()
