@@ -124,7 +124,7 @@ $(DOCS)/.installed: $(INSTALLED) constraints-docs.txt
 		$(shell sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",/'"'\1'"'/p' pyproject.toml)
 	touch $@
 
-docs-images: $(INSTALLED)  ## Make the pictures of the docs anew; needs Chromium and its driver
+docs-images: $(INSTALLED)  ## Make the pictures of the docs again; needs Chromium and its driver
 	$(BIN)/python docs/make_images.py
 
 clean:  ## Remove build products and caches; .venv stays

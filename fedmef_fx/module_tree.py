@@ -15,7 +15,7 @@ def duplicate_of(model: nn.Module) -> nn.Module:
     """A deep copy of a model that shares no tensor with it.
 
     Tensors with a history, such as the weight that `torch.nn.utils.prune` or `weight_norm` computes before each
-    call, cannot be deep-copied; their values are copied instead. Neither can buffers of lazy layers; they start anew.
+    call, cannot be deep-copied; their values are copied instead. Neither can buffers of lazy layers; they start over.
     """
     memo: dict[int, Any] = {}
     copy_computed_tensors(model, memo)

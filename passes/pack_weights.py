@@ -209,7 +209,7 @@ def _note(program: Program, name: str, packed_shape: tuple[int, ...] | None) -> 
 
 @torch.no_grad()
 def unpack_weights(program: Program) -> None:
-    """Store every packed weight of a program dense again, in place; the caller compiles the graphs anew."""
+    """Store every packed weight of a program dense again, in place; the caller compiles the graphs again."""
     for name, entry in masked_parameters_of(program).items():
         if not entry.is_packed:
             continue

@@ -6,7 +6,7 @@ entry `fedmef_fx.sha256`, the SHA-256 of all bytes before it in hexadecimal. It 
     body, digest = data[:-86], data[-64:]       # 22 bytes of tags, lengths and the key stand between them
     assert hashlib.sha256(body).hexdigest().encode() == digest
 
-checks a file without any library. A tool that writes the model anew writes another order, and the digest fails: the
+checks a file without any library. A tool that rewrites the model writes another order, and the digest fails: the
 file is then no longer the one whose parity was checked.
 """
 
@@ -81,7 +81,7 @@ def check_digest(data: bytes, *, where: str) -> None:
     prefix, digest = data[-DIGEST_BYTES:-_HEX], data[-_HEX:]
     if prefix != _PREFIX:
         raise ExportError(
-            f"{where}: got no digest at the end of the file ({len(data):,} bytes); it is truncated, was written anew "
+            f"{where}: got no digest at the end of the file ({len(data):,} bytes); it is truncated, was rewritten "
             "by another tool, or was not exported by fedmef_fx: export the model again, or copy the file again"
         )
     actual = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest()

@@ -1,4 +1,4 @@
-"""Which sizes torch.export lets vary of those that shall: as it suggests, or in multiples of what the model divides by.
+"""Which of the sizes asked for torch.export lets vary: as it suggests, or in multiples of what the model divides by.
 
 A network that halves an image five times and puts the halves together again takes multiples of 32 alone. One that only
 halves takes any size, but torch.export cannot prove it for an image so small that nothing is left of it in the end.

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fedmef_fx.errors import CaptureError
 
-__all__ = ["NumberProxy", "TensorProxy", "ValueProxy", "concrete_value", "shown_to_isinstance"]
+__all__ = ["InPlaceProxy", "NumberProxy", "TensorProxy", "ValueProxy", "concrete_value", "shown_to_isinstance"]
 
 
 class SpecializingTracer(Protocol):
@@ -30,6 +30,18 @@ class SpecializingTracer(Protocol):
     def specialize(self, proxy: "ValueProxy") -> None:
         """Note that the graph now depends on the value behind a proxy."""
         ...
+
+
+class InPlaceProxy(fx.Proxy):
+    """A proxy with in-place operators; those of torch.fx make new tensors, which others that hold this do not see."""
+
+    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
+    __isub__ = functools.partialmethod(_in_place, operator.isub)
+    __imul__ = functools.partialmethod(_in_place, operator.imul)
+    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
 
 
 class ValueProxy(fx.Proxy):
@@ -72,7 +84,7 @@ def shown_to_isinstance() -> Iterator[None]:
         builtins.isinstance = genuine
 
 
-class TensorProxy(ValueProxy):
+class TensorProxy(InPlaceProxy, ValueProxy):
     """A proxy of a tensor."""
 
     @property
@@ -104,15 +116,6 @@ class TensorProxy(ValueProxy):
         self.tracer.specialize(self)
         getitem = self.tracer.create_proxy
         return iter([getitem("call_function", operator.getitem, (self, i), {}) for i in range(len(self.known))])
-
-    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
-        # torch.fx has no in-place operators and would make a new tensor, which others that know this one would not see.
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
-    __isub__ = functools.partialmethod(_in_place, operator.isub)
-    __imul__ = functools.partialmethod(_in_place, operator.imul)
-    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

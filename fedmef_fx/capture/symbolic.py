@@ -10,9 +10,7 @@ Plain `torch.fx.symbolic_trace` is silently wrong for many real models; this tra
 6. `a += b` writes into a, for others may hold a too.
 """
 
-import functools
 import inspect
-import operator
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 
 from fedmef_fx.capture.arguments import placeholders
 from fedmef_fx.capture.patches import traced_calls
+from fedmef_fx.capture.proxies import InPlaceProxy
 from fedmef_fx.capture.state import unchanged
 from fedmef_fx.capture.tracer import BaseTracer, is_proxy
 from fedmef_fx.display.source_names import source_name, with_source_names
@@ -68,18 +67,6 @@ def as_graphs(module: nn.Module, graphs: Mapping[GraphMode, fx.Graph]) -> dict[G
     return dict(graphs)
 
 
-class _Proxy(fx.Proxy):
-    """A proxy with in-place operators; those of torch.fx make new tensors, which others that hold a do not see."""
-
-    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
-    __isub__ = functools.partialmethod(_in_place, operator.isub)
-    __imul__ = functools.partialmethod(_in_place, operator.imul)
-    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
-
-
 _Parts = tuple["_Parts | None", ...]
 
 
@@ -110,7 +97,7 @@ class _SymbolicTracer(BaseTracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy of a node."""
-        return _Proxy(node, self)
+        return InPlaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module inside forward; what is known to return a tuple does, for `isinstance` to see."""

@@ -3,7 +3,7 @@
 1. Buffers are proxied, so `self.num_batches_tracked.add_(1)` is a node and does not happen at trace time.
 2. Modules with hooks of the user stay calls, so that their hooks run; modules made inside forward are traced through.
 3. Blocks without gradients (`torch.no_grad()`) become pairs of nodes.
-4. Modules that other threads run meanwhile run as ever: torch.fx replaces `nn.Module.__call__` for all of them.
+4. Modules that other threads run meanwhile run as usual: torch.fx replaces `nn.Module.__call__` for all of them.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Stages of what takes a while, told to the logger `fedmef_fx`: programs log them, the command line shows the last one.
 
 `logging.getLogger("fedmef_fx")` and the loggers below it say at level INFO what was done, at DEBUG what begins and what
-was refused, and at WARNING what went wrong and was coped with. Nothing is printed unless the application asks for it.
+was refused, and at WARNING what went wrong and was dealt with. Nothing is printed unless the application asks for it.
 """
 
 import contextlib

@@ -135,7 +135,7 @@ class Client:
         write_client_state(path, self.received, self.states)
 
     def load(self, path: str | Path) -> None:
-        """Go on where another process called `save`. A client that does not is sent everything anew.
+        """Continue where another process called `save`. A client that does not is sent everything again.
 
         Args:
             path: The file.

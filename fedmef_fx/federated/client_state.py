@@ -93,7 +93,7 @@ def decoded_client_state(
     except WireError as error:
         raise CheckpointError(
             f"{where}: {error}; expected a file that Client.save wrote for this model: a client without one is sent "
-            "everything anew, so the file may be deleted"
+            "everything again, so the file may be deleted"
         ) from error
 
 

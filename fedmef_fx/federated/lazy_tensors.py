@@ -15,7 +15,7 @@ __all__ = ["LazyGradients", "LazyTensor", "LazyTensors", "MappedTensors", "colum
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name; asking for one reads all of it, anew each time."""
+    """Tensors by name; asking for one reads all of it, each time."""
 
     @abstractmethod
     def spec(self, name: str) -> TensorSpec:
@@ -31,7 +31,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class LazyGradients(Mapping[str, SparseGradient]):
-    """Growth candidates by name; asking for those of a parameter reads all of them, anew each time."""
+    """Growth candidates by name; asking for those of a parameter reads all of them, each time."""
 
     @abstractmethod
     def parts(self, name: str) -> "tuple[LazyTensor, LazyTensor, int]":

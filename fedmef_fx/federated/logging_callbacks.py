@@ -29,7 +29,7 @@ _SCALARS: Final = (
 class JsonLines(Callback):
     """Writes each round as a line of JSON, which `History.load` reads.
 
-    A run that goes on from a checkpoint writes the lines of its earlier rounds anew, so that none is there twice.
+    A run that goes on from a checkpoint writes the lines of its earlier rounds again, so that none is there twice.
 
     Args:
         path: The file; a run that starts over replaces it.

@@ -18,7 +18,7 @@ ORIGINAL_FORWARD: Final = "_fedmef_forward"
 
 
 class CompiledGraph:
-    """A graph with the function that runs it on a module; copies copy the graph and compile anew.
+    """A graph with the function that runs it on a module; copies copy the graph and compile it again.
 
     Attributes:
         graph: The graph; call `recompile` after changing it.

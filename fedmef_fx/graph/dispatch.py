@@ -71,7 +71,7 @@ class RegionTable:
         only_graph: The graph that serves all calls in both modes, if there is one.
         switches: Switches for activation checkpointing that were off when it was captured.
         graphs_alone: A pass that changed what its graphs compute, but not what Python does; else empty.
-        watch: What the graphs were made from; None for layers, and where nothing can be captured anew.
+        watch: What the graphs were made from; None for layers, and where nothing can be captured again.
         serves_all: Whether its graphs are meant for all calls.
         is_paused: Whether the original forward runs for a moment.
     """
@@ -245,14 +245,14 @@ def add_layer(layer: nn.Module, region: Region) -> None:
 
 
 def forget_graphs(model: nn.Module, layer: nn.Module) -> None:
-    """Drop the graphs that were made from a layer; they are made anew when they are needed."""
+    """Drop the graphs that were made from a layer; they are made again when they are needed."""
     for owner, table in tables_in(model):
         if table.extend is not None and any(child is layer for child in owner.modules()):
             table.forget(owner)
 
 
 def renew_graphs(model: nn.Module) -> None:
-    """Drop the graphs inside a model that were made from other modules than it has now, and make them anew.
+    """Drop the graphs inside a model that were made from other modules than it has now, and make them again.
 
     What takes an example call to be captured is captured at the next call.
     """

@@ -92,7 +92,7 @@ class DenseProduct:
         stored: Its weight.
         recipe: From `recipe_of` on it.
         dtype: To compute in.
-        is_remade: Whether the dense weight is made anew for each use rather than kept from one to the next, so that
+        is_remade: Whether the dense weight is made again for each use rather than kept from one to the next, so that
             it is gone while others deal with the dense gradient.
     """
 

@@ -51,7 +51,7 @@ class Reuse(NamedTuple):
 
 
 class _PrunedLayer(Function):
-    """A layer whose backward runs on a packed input and on a weight made anew."""
+    """A layer whose backward runs on a packed input and on a weight made again."""
 
     @staticmethod
     @writable_result

@@ -123,7 +123,7 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     degenerate = (number <= 1) | (energy - counted * mean.square() <= DEGENERATE**2 * energy)
     mean = mean.masked_fill(degenerate, 0.0)
     base = rows.minus_(base, mean)
-    # Summed anew over the centred values: the difference above cancels when the mean dominates.
+    # Summed again over the centred values: the difference above cancels when the mean dominates.
     square = rows.square_norm(base)
     if statistics == "all":
         square = square + (rows.fan_in - number) * mean.square()

@@ -45,7 +45,7 @@ class ScaleAndShift(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew."""
+        """Start over."""
         self.weight.fill_(1.0)
         self.bias.zero_()
 

@@ -97,7 +97,7 @@ def _statistics(
     mean = tl.div_rn(tl.sum(total, axis=0), counted)
     is_degenerate = (count <= 1.0) | (sum_of_squares - counted * mean * mean <= degenerate * sum_of_squares)
     mean = tl.where(is_degenerate, 0.0, mean)
-    # Summed anew over the centred values: the difference above cancels when the mean dominates.
+    # Summed again over the centred values: the difference above cancels when the mean dominates.
     squares = tl.zeros((PART,), tl.float32)
     for first in range(0, fan_in, PART):
         _, x, is_active = _load(values, mask, row, fan_in, first, HAS_MASK, PART)

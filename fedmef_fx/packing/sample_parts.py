@@ -23,7 +23,7 @@ def samples_together(shape: torch.Size, *, multiple: int = 1, least: int = 0) ->
     Args:
         shape: Of the batch, `[samples, ...]`.
         multiple: What the number is to be divided by, where there is more than one part.
-        least: Elements of a part, at least: as many as a dense weight has that each part reads anew.
+        least: Elements of a part, at least: as many as a dense weight has that each part reads again.
     """
     numel = shape.numel()
     if not numel:

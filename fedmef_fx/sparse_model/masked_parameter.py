@@ -56,7 +56,7 @@ class MaskedParameter:
 
     @property
     def mask(self) -> Tensor:
-        """Boolean, of the dense weight's shape, True = active: the live buffer when dense, made anew when packed."""
+        """Boolean, of the dense weight's shape, True = active: the live buffer when dense, made again when packed."""
         return unpack_bits(self.buffer, self.numel).view(self.shape) if self.is_packed else self.buffer
 
     @property

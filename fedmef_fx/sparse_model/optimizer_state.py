@@ -3,7 +3,7 @@
 A momentum buffer that survives the pruning of its weight would move the weight away from 0 at the next step. A
 topology change therefore sets the state of the changed coordinates to 0, and moves the state of a packed parameter,
 whose number of values may have changed, to the places that its survivors have now. It does so at once and in every
-optimizer that has state of the parameter. The history of an L-BFGS starts anew.
+optimizer that has state of the parameter. The history of an L-BFGS starts over.
 
 The model is not told which optimizers train it. From the moment that a transformed model exists, a hook notes every
 optimizer that takes a step, so that all are known whose state came about here. What an optimizer has that never took a
@@ -165,7 +165,7 @@ class _Optimizers:
                     f"{kind}.step: {', '.join(loaded)} of a parameter of shape {tuple(parameter.shape)} was loaded or "
                     "copied into this optimizer, before or after the masks changed; expected state that is known to "
                     "fit the masks. To resume, load the model's state first (fedmef_fx.load or model.load_state_dict), "
-                    "then the optimizer's, and change masks after a first step; to start anew, make a new optimizer"
+                    "then the optimizer's, and change masks after a first step; to start over, make a new optimizer"
                 )
         self._known.add(optimizer)
 

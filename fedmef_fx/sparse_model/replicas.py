@@ -128,7 +128,7 @@ def _watch(parent: nn.Module, name: str, module: Any) -> None:
         raise ConfigError(
             "FullyShardedDataParallel (FSDP1) joins weights to one flat parameter and cuts it up, so that masks fit "
             "nothing any more; expected torch.nn.parallel.DistributedDataParallel(model) around a transformed model, "
-            "made anew, as this one's weights are joined by now"
+            "made again, as this one's weights are joined by now"
         )
 
 

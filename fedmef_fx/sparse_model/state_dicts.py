@@ -49,7 +49,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Name -> detached tensor. Those that the model stores in this form share its memory, as in `state_dict()`;
-        packed weights are made dense anew.
+        packed weights are made dense again.
 
     Raises:
         ConfigError: `model` was not made by `fedmef_fx.transform`.

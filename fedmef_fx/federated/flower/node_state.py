@@ -51,7 +51,7 @@ class NodeState:
         for data in list(self._earlier.values())[-1:]:
             try:
                 client.restore(data)
-            except CheckpointError:  # damaged, or of another model: the server sends everything anew
+            except CheckpointError:  # damaged, or of another model: the server sends everything again
                 self._earlier = {}
 
     def keep(self) -> None:

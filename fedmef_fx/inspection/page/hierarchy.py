@@ -150,10 +150,6 @@ def _constants(nodes: Sequence[NodeRecord], users: Mapping[str, Sequence[str]], 
     return constant
 
 
-def _is_key(node: NodeRecord) -> bool:
-    return node.op == "call_module" and is_in_site(node.target) and not node.inputs
-
-
 def _is_site(node: NodeRecord) -> bool:
     return node.op == "call_module" and is_in_site(node.target) and len(node.inputs) == 1
 
