@@ -11,6 +11,7 @@ Plain `torch.fx.symbolic_trace` is silently wrong for many real models; this tra
 """
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
