@@ -63,13 +63,13 @@ class CompiledGraph:
         return (self._forward or self._compiled())(owner, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., "CompiledGraph"], tuple[fx.Graph, bool]]:
-        # Some functions of torch, such as F.max_pool2d, say that they are local ones, which no pickle finds.
-        local = [n for n in self.graph.nodes if "<locals>" in getattr(n.target, "__qualname__", "")]
-        if not local:
+        # A graph still lists the nodes that passes have erased, by their names.
+        listed = [node for node in self.graph._graph_namespace._obj_to_name if isinstance(node, fx.Node)]
+        if not any(_is_local(node) for node in (*self.graph.nodes, *listed)):
             return CompiledGraph, (self.graph, self.is_edited)
         graph = copy.deepcopy(self).graph
         for node in graph.nodes:
-            if "<locals>" in getattr(node.target, "__qualname__", ""):
+            if _is_local(node):
                 node.target = _Reference(node.target.__module__, node.target.__name__)
         # Another copy: the first one still lists the old targets.
         return _restored, (copy.deepcopy(CompiledGraph(graph)).graph, self.is_edited)
@@ -81,6 +81,11 @@ class CompiledGraph:
         for old, new in values.items():
             new.meta = copy.copy(old.meta)
         return CompiledGraph(graph, self.is_edited)
+
+
+def _is_local(node: fx.Node) -> bool:
+    """Whether a node calls a function of torch, such as F.max_pool2d, that says it is local: no pickle finds it."""
+    return "<locals>" in getattr(node.target, "__qualname__", "")
 
 
 class _Reference(NamedTuple):

@@ -273,3 +273,23 @@ def test_an_activation_after_a_linear_layer_on_sequences_works_in_place() -> Non
         network(x).square().sum().backward()
     for left, right in zip(pruned.parameters(), dense.parameters(), strict=True):
         assert torch.equal(left.grad, right.grad)
+
+
+class _Pools(nn.Module):
+    """Functions of torch that say they are local ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.layer(x)), 2)
+        return F.adaptive_max_pool2d(x, 2)
+
+
+@pytest.mark.parametrize("config", [Config(density=0.5), Config(density=0.5, weight_storage="dense")])
+def test_a_pickle_of_functions_that_passes_replaced(config):
+    model = transform(_Pools(), config).train()
+    copied = pickle.loads(pickle.dumps(model))  # noqa: S301 -- made here
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(copied(x), model(x))
