@@ -106,17 +106,17 @@ def export_step(step: TrainingStep, target: Tensor, inputs: Sequence[Any]) -> Ex
     from torch.export.experimental import _export_forward_backward  # noqa: PLC0415 -- slow to import
 
     try:
-        with warnings.catch_warnings():
+        # Fused attention would be taken apart in the forward and not in the backward, which then gets something else
+        # than it expects of the forward: torch 2.13 exports wrong gradients without a word. Its results also lie in
+        # memory in another order than those of the plain form, which torch 2.10 minds.
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own use of what it deprecates
             forward = torch.export.export(step, (target, *inputs), strict=False)
             if unread := _unread(forward):
                 for name in unread:
                     step.get_parameter(name).requires_grad_(False)
                 forward = torch.export.export(step, (target, *inputs), strict=False)
-            # Fused attention would be taken apart in the forward and not in the backward, which then gets something
-            # else for what it expects of the forward: torch 2.13 exports wrong gradients without a word.
-            with sdpa_kernel(SDPBackend.MATH):
-                joint = _export_forward_backward(forward)
+            joint = _export_forward_backward(forward)
             return ExportedStep(forward, joint.run_decompositions({_POOL_BACKWARD: _scattered}))
     except Exception as error:
         raise ExportError(
