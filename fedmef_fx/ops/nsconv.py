@@ -52,6 +52,7 @@ __all__ = [
 
 EPS = 1e-6
 DEGENERATE = 1e-3
+_DOMINATED: Final = 1e-2  # of the energy that is left without the mean
 _NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 
 Statistics = Literal["active", "all"]
@@ -120,7 +121,10 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     counted = torch.full_like(number, rows.fan_in) if statistics == "all" else number.clamp_min(1.0)
     mean = rows.sum(base) / counted
     energy = rows.square_norm(base)
-    degenerate = (number <= 1) | (energy - counted * mean.square() <= DEGENERATE**2 * energy)
+    spread = energy - counted * mean.square()
+    if _has(spread < _DOMINATED * energy):
+        mean, spread = _precisely(base, rows, mean, counted)
+    degenerate = (number <= 1) | (spread <= DEGENERATE**2 * energy)
     mean = mean.masked_fill(degenerate, 0.0)
     base = rows.minus_(base, mean)
     # Summed again over the centred values: the difference above cancels when the mean dominates.
@@ -135,6 +139,26 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
         inverse_square=torch.where(square > EPS, normalizer.square(), 0.0),
         centring=torch.where(degenerate, 0.0, counted.reciprocal()),
     )
+
+
+def _has(condition: Tensor) -> bool:
+    """Whether a condition holds anywhere, where that can be known without waiting for a device."""
+    is_known = condition.device.type == "cpu" and not is_traced() and not has_no_values(condition)
+    return is_known and bool(condition.any())
+
+
+def _precisely(base: Tensor, rows: Rows, mean: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, rounded once, and counted times the variance, of rows whose mean may dominate.
+
+    Where the mean is 1,000 times the deviation, so is the effect of its rounding, and energy - counted mean^2 has no
+    digit left to tell which rows are degenerate. The kernels in C take both in float64.
+    """
+    rest = rows.minus_(base.clone(), mean)
+    outside = counted - rows.counts(base)  # weights that count as 0
+    correction = (rows.sum(rest) - outside * mean) / counted
+    better = mean + correction
+    rest = rows.minus_(rest, better - mean)
+    return better, rows.square_norm(rest) + outside * better.square()
 
 
 def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:

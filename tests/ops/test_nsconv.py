@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmef_fx.ops.nsconv import DEGENERATE, EPS, nsconv_weight
+from fedmef_fx.ops.nsconv import DEGENERATE, EPS, KernelForm, nsconv_weight, standardized
+from fedmef_fx.packing.bitmap import pack_bits
 
 
 def reference(weight, gain, mask, g, statistics):
@@ -132,3 +133,32 @@ def test_relu_gain_keeps_unit_variance():
     x = torch.randn(4096, 256).relu() * math.sqrt(2 / (1 - 1 / math.pi))
     kernel = nsconv_weight(torch.randn(64, 256), torch.ones(64))
     assert (x @ kernel.t()).var(0).mean().item() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("statistics", ["active", "all"])
+def test_a_mean_that_dominates_is_rounded_once(statistics):
+    # Nearly equal weights: the deviation is 2 to 9 thousandths of the mean, just above what counts as none.
+    generator = torch.Generator().manual_seed(1)
+    deviation = torch.linspace(0.002, 0.009, 200, dtype=torch.float64)[:, None]
+    weight = 0.37 * (1 + deviation * torch.randn(200, 9, dtype=torch.float64, generator=generator))
+    mask = torch.rand(200, 9, generator=generator) < (0.5 if statistics == "active" else 1.1)
+    weight = (weight * mask).float()
+
+    got = nsconv_weight(weight, torch.ones(200), mask, statistics=statistics).double()
+    exact = nsconv_weight(weight.double(), torch.ones(200, dtype=torch.float64), mask, statistics=statistics)
+
+    # Half a unit in the last place of the mean, over the deviation, times the root of nine weights.
+    bound = 3 * 2.0**-25 * 0.5 / (0.37 * 0.002 / 2)
+    assert (got - exact).abs().max() < bound
+
+
+def test_packed_and_dense_weights_have_one_kernel():
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.37 * (1 + 0.004 * torch.randn(200, 9, generator=generator))
+    mask = torch.rand(200, 9, generator=generator) < 0.4
+    form = KernelForm(1.0)
+    rows = form.packed_rows(pack_bits(mask), mask.shape)
+    values = weight[mask]
+    packed = standardized(values, rows, form.standardize(values, rows, torch.ones(200)))
+    dense = nsconv_weight(weight * mask, torch.ones(200), mask)[mask]
+    assert (packed - dense).abs().max() < 1e-6  # a rounding of the scale; 1e-4 where means differ in their last bit
