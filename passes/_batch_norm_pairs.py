@@ -23,7 +23,7 @@ from fedmef_fx.ops.nsconv import channel_affine
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
 from fedmef_fx.records.graphs import GraphMode
 
-__all__ = ["Pair", "affine_graphs", "find_pairs", "is_plain_batch_norm"]
+__all__ = ["Pair", "affine_graphs", "batch_norms", "find_pairs", "is_plain_batch_norm", "only_affine"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def find_pairs(program: Program, *, ignore: tuple[str | type, ...]) -> tuple[lis
     uses: dict[int, set[fx.Graph]] = {}
     for region, graph in graphs:
         weights = Counter(source_of_weight(region, node.args[1]) for node in layers(graph))
-        norms = list(_batch_norms(region, graph))
+        norms = list(batch_norms(region, graph))
         calls = Counter(path for _, path in norms)
         parts = [id(region.attribute(target)) for target in weights if target is not None]
         for part in (*parts, *(id(region.owner.get_submodule(path)) for path in calls)):
@@ -121,7 +121,7 @@ def _reason(
     return None
 
 
-def _batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+def batch_norms(region: Region, graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     """The BatchNorms of a graph with the path of the module that holds their parameters."""
     for node in graph.nodes:
         module = region.module(node)
@@ -190,9 +190,23 @@ def affine_graphs(norm: nn.Module) -> dict[GraphMode, fx.Graph] | None:
         for node in list(graph.nodes):
             if node.op != "call_function" or not _is_batch_norm(operator_of(node.target)):
                 continue
-            with graph.inserting_before(node):
-                weight, bias = graph.get_attr("weight"), graph.get_attr("bias")
-                affine = graph.call_function(channel_affine, (bound(node)["input"], weight, bias))
-            node.replace_all_uses_with(affine)
-            graph.erase_node(node)
+            only_affine(node)
     return graphs
+
+
+def only_affine(norm: fx.Node) -> fx.Node:
+    """Put `channel_affine` in the place of a `batch_norm`, in place; returns it."""
+    given = bound(norm)
+
+    def read(name: str) -> fx.Node:
+        value = given.get(name)
+        if isinstance(value, fx.Node) and value.op != "get_attr":
+            return value  # a masked read
+        return norm.graph.get_attr(str(value.target) if isinstance(value, fx.Node) else name)
+
+    with norm.graph.inserting_before(norm):
+        weight, bias = read("weight"), read("bias")
+        affine = norm.graph.call_function(channel_affine, (given["input"], weight, bias))
+    norm.replace_all_uses_with(affine)
+    norm.graph.erase_node(norm)
+    return affine

@@ -7,6 +7,8 @@ Rules
 3. A layer with an NSConv kernel whose BatchNorm is not the next to read its result, because another module took its
    place or a hook looks in between, gets its kernel with a gain of 1 (rule 3 of `normalize-kernels`). The BatchNorm
    scales and shifts where it is called.
+4. A call of `batch_norm` with the parameters of a BatchNorm that only scales and shifts -> `channel_affine`, wherever
+   rule 2 does not take it: it stands in the Python code of a subclass of BatchNorm that was traced in place.
 
 It runs after `functionalize-weights`. Nodes have the pass that is replayed as their origin.
 
@@ -21,10 +23,11 @@ from torch import nn
 
 from fedmef_fx.graph.dispatch import tables_in
 from fedmef_fx.graph.nodes import layers, source_of_weight
+from fedmef_fx.graph.origin import set_provenance
 from fedmef_fx.graph.program import Program
 from fedmef_fx.ops.nsconv import Statistics, channel_affine, nsconv_weight
 from fedmef_fx.ops.scale_and_shift import ScaleAndShift
-from fedmef_fx.passes._batch_norm_pairs import Pair, find_pairs
+from fedmef_fx.passes._batch_norm_pairs import Pair, batch_norms, find_pairs, only_affine
 from fedmef_fx.passes._masked_reads import bare_reads, read_through_mask
 from fedmef_fx.passes._nsconv_layers import normalize_layer, normalize_pair, stored_kernels
 from fedmef_fx.records.passes import PassResult
@@ -52,15 +55,18 @@ class ReplayRewrites:
     def run(self, program: Program) -> PassResult:
         """Apply the rules to every graph."""
         kernels, affine = _normalized(program.model)
-        return PassResult(self.name, self._rewrite(program, self._match(program, kernels, affine), kernels))
+        pairs = self._match(program, kernels, affine)
+        return PassResult(self.name, self._rewrite(program, pairs, kernels, affine))
 
     def _match(self, program: Program, kernels: Collection[int], affine: Collection[int]) -> list[Pair]:
         """The pairs for rule 2."""
         pairs = find_pairs(program, ignore=self.ignore)[0] if affine else []
         return [pair for pair in pairs if pair.parts[0] in kernels and pair.parts[1] in affine]
 
-    def _rewrite(self, program: Program, pairs: list[Pair], kernels: dict[int, dict[str, Any]]) -> tuple[str, ...]:
-        """Apply rule 1, then rule 2 to the pairs, then rule 3; returns the names of what changed."""
+    def _rewrite(
+        self, program: Program, pairs: list[Pair], kernels: dict[int, dict[str, Any]], affine: Collection[int]
+    ) -> tuple[str, ...]:
+        """Apply rule 1, then rule 2 to the pairs, then rules 3 and 4; returns the names of what changed."""
         names = _masked_parameters(program.model)
         rewrites: dict[str, None] = {}
         for region, _, graph in program.graphs():
@@ -79,6 +85,11 @@ class ReplayRewrites:
                 if target is not None and options is not None:
                     normalize_layer(region, layer, target, options, by=_NORMALIZE)
                     rewrites[region.full_name(target)] = None
+            for norm, path in list(batch_norms(region, graph)):
+                is_inlined = norm.op == "call_function" and norm.target is not channel_affine
+                if is_inlined and id(region.owner.get_submodule(path)) in affine:
+                    set_provenance(only_affine(norm), by=_NORMALIZE, origin=region.full_name(path))
+                    rewrites[region.full_name(path)] = None
         return tuple(rewrites)
 
 
