@@ -1,6 +1,7 @@
 """export_onnx: errors that say what to do, come early where they can, and leave the old file alone."""
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_a_file_system_that_refuses_writing(tmp_path: Path, monkeypatch: pytest.
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(ExportError, match=r"cannot be written: .*Permission denied"):
         _export(Net(F.relu), tmp_path / "m.onnx", X)
 
