@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _peers import TwoBitCodes, with_budget
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -29,12 +30,14 @@ class Method:
         build: From the original model and the masks that all sparse methods share to the model that trains.
         is_masked: Whether weights are multiplied by masks after each step.
         micro_batch: Samples per part; None for whole batches.
+        is_compiled: Whether torch compiles the model, inside of which the meter of live tensors sees nothing.
     """
 
     label: str
     build: Callable[[nn.Module], nn.Module]
     is_masked: bool = False
     micro_batch: int | None = None
+    is_compiled: bool = False
 
 
 def masked(model: nn.Module) -> nn.Module:
@@ -170,6 +173,7 @@ def _replaced(model: nn.Module, kinds: Any, make: Callable[[nn.Module], nn.Modul
     return model
 
 
+BUDGET = "activation_memory_budget"
 DENSE = {"weight_storage": "dense"}
 VALUES = {"activation_sparsity": 0.9}
 ONE_BIT = {"activation_bits": 1, "activation_rounding": "nearest", "activation_levels": "centroids"}
@@ -180,6 +184,11 @@ METHODS = {
     "dropit": Method("masked-dense, top-k and int32 indices", drop_it, is_masked=True),
     "checkpointing": Method("masked-dense, each block checkpointed", checkpointed, is_masked=True),
     "autocast": Method("masked-dense, bfloat16 autocast", autocast, is_masked=True),
+    "coded": Method(
+        "masked-dense, 2 bits for all that is saved", lambda model: TwoBitCodes(masked(model)), is_masked=True
+    ),
+    "budget-0.5": Method(f"masked-dense, {BUDGET} 0.5", with_budget(masked, 0.5), is_masked=True, is_compiled=True),
+    "budget-0.2": Method(f"masked-dense, {BUDGET} 0.2", with_budget(masked, 0.2), is_masked=True, is_compiled=True),
     "values": Method("ours: gamma 0.9, weights dense", ours(**VALUES, **DENSE)),
     "packed": Method("ours: gamma 0.9, weights packed", ours(**VALUES)),
     "default": Method("ours: 2 bits, weights packed (default)", ours()),
@@ -205,6 +214,10 @@ class Trainer:
         buffers = dict(self.model.named_buffers())
         found = ((p, buffers.get(f"{name}_mask")) for name, p in self.model.named_parameters())
         self.masks = [(p, mask) for p, mask in found if mask is not None] if self.method.is_masked else []
+
+    def tensors(self) -> list[Tensor]:
+        """What exists before a step."""
+        return [*self.model.parameters(), *self.model.buffers(), self.x, self.y]
 
     def loss(self, logits: Tensor) -> Tensor:
         """Cross entropy, of parts as well."""

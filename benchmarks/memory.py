@@ -3,12 +3,15 @@
     python benchmarks/memory.py [--models resnet18 mobilenet_v2] [--batch 64] [--runs 5] [--no-time] [--json]
 
 Float32, SGD with momentum, density 0.1; all sparse methods share their masks. Peers that trade time or precision for
-memory stand beside ours: checkpointing of each residual block, bfloat16 autocast, top-k with int32 indices.
+memory stand beside ours: checkpointing of each residual block, bfloat16 autocast, top-k with int32 indices, 2-bit codes
+of all that autograd saves (as in ActNN), and torch.compile with `activation_memory_budget`.
 
-- live peak: the most that is alive in tensors at any moment of a step, see docs/memory.md.
-- held: between forward and backward, weights and the batch left out.
+- live peak: the most that is alive in tensors at any moment of a step, see docs/memory.md. Inside compiled code nobody
+  sees tensors: there is no such figure of it.
+- held: between forward and backward, weights and the batch left out. Of compiled code: what its backward saved.
 - RSS growth: resident memory of a fresh process per row, over the process before the model was made, with glibc's mmap
-  threshold fixed. It holds what the others miss: workspaces of convolutions, the packing kernels' temporaries.
+  threshold fixed. It holds what the others miss: workspaces of convolutions, the packing kernels' temporaries. Of
+  compiled code: of steps after the compiler has run, and the model, so that the compiler's own memory does not count.
 - time: steps of all rows interleaved; median of the ratios to dense training, with their quartiles.
 
 Ratios are to masked-dense. The masked-dense baseline multiplies its weights by the masks after each step, so that it
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 from _machine import machine
 from _methods import METHODS, Trainer, applies
+from _peers import held_by
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +52,9 @@ SMALL_BATCH = 8
 def bytes_of(method: str, model: str, batch: int) -> dict[str, int | None]:
     """The three figures of a row."""
     trainer = Trainer(method, model, batch)
+    if trainer.method.is_compiled:
+        held = held_by(trainer.loss(trainer.model(trainer.x)), *trainer.tensors())
+        return {"peak": None, "held": held, "rss": resident_growth(method, model, batch)}
     report = memory(
         trainer.model,
         (trainer.x,),
@@ -70,6 +77,9 @@ def resident_growth(method: str, model: str, batch: int) -> int | None:
 
 def print_growth(method: str, model: str, batch: int) -> None:
     """What the process of a row does."""
+    if METHODS[method].is_compiled:
+        print(compiled_growth(Trainer(method, model, batch)))
+        return
     warm_up = Trainer(method, model, 2)  # everything that is set up once
     warm_up.step()
     del warm_up
@@ -83,6 +93,20 @@ def print_growth(method: str, model: str, batch: int) -> None:
     for _ in range(2):
         trainer.step()
     print(resident_bytes("VmHWM") - base)
+
+
+def compiled_growth(trainer: Trainer) -> int:
+    """The growth in steps after the first, which compiles, with the bytes of what was there before them."""
+    trainer.step()
+    trainer.optimizer.state.clear()
+    trainer.optimizer.zero_grad()
+    gc.collect()
+    return_free_memory()
+    base = resident_bytes()
+    forget_peak()
+    for _ in range(2):
+        trainer.step()
+    return resident_bytes("VmHWM") - base + sum(tensor.nbytes for tensor in trainer.tensors())
 
 
 def time_ratios(methods: list[str], model: str, batch: int, runs: int) -> dict[str, list[float]]:
