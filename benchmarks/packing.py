@@ -1,8 +1,9 @@
 """Time of the packing kernels against a plain copy: nanoseconds per element, for every backend and number of threads.
 
-    python benchmarks/packing.py [--elements 4194304] [--kept 0.1] [--repeats 15] [--threads 1 2]
+    python benchmarks/packing.py [--elements 4194304] [--kept 0.1] [--repeats 15] [--threads 1 2] [--docs FILE]
 
-A cell is the median over the repeats with the interquartile range after it. "first" is the first call of a backend's
+A cell is the median over the repeats with half of the interquartile range after it: with one thread of processor time,
+which other programs do not lengthen, with several of elapsed time. "first" is the first call of a backend's
 kernels together, compilation and imports included; "memory" is what the resident set of the process grew by in them.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _docs import fill
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,6 +37,8 @@ CODES = {
     "2 bits, stochastic": BlockCode(bits=2, rounding="stochastic"),
     "4 bits, stochastic": BlockCode(bits=4, rounding="stochastic"),
     "8 bits": BlockCode(),
+    "1 bit, centroids": BlockCode(bits=1, levels="centroids"),
+    "2 bits, centroids": BlockCode(bits=2, levels="centroids"),
 }
 
 
@@ -53,12 +57,13 @@ def processor() -> str:
 
 def timed(call: Callable[[], object], *, repeats: int, elements: int) -> str:
     """Median and interquartile range of a call, as text."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     call()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append((time.perf_counter() - start) / elements * 1e9)
+        times.append((clock() - start) / elements * 1e9)
     low, median, high = statistics.quantiles(times, n=4)
     return f"{median:.2f} ±{(high - low) / 2:.2f}"
 
@@ -97,6 +102,25 @@ def code_kernels(name: str, x: Tensor, code: BlockCode, text: str) -> dict[str, 
     }
 
 
+def markdown(measured: dict[int, dict[str, dict[str, str]]], caption: str) -> str:
+    """The best backend's figures for each number of threads, and the reference's for the first.
+
+    Args:
+        measured: By threads, backend and kernel.
+        caption: What was measured where.
+    """
+    first = next(iter(measured.values()))
+    best, *_, reference = (name for name in first if name != "copy")
+    head = ["kernel", *(f"{best}, {threads} thread(s)" for threads in measured), f"{reference}, {next(iter(measured))}"]
+    rows = [head, ["---"] * len(head)]
+    rows += [
+        [label, *(columns[best][label] for columns in measured.values()), first[reference][label]]
+        for label in first[best]
+    ]
+    rows.append(["a copy", *(columns["copy"]["copy"] for columns in measured.values()), ""])
+    return "\n".join([f"Nanoseconds per element, {caption}.", "", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,11 +128,15 @@ def main() -> None:
     parser.add_argument("--kept", type=float, default=0.1, help="share of elements that are kept")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--docs", type=Path, help="a page with marks for the table, which is filled in")
     options = parser.parse_args()
 
     console = Console()
-    console.print(f"{processor()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    console.print(f"torch {torch.__version__}, numpy {np.__version__}")
+    system = (
+        f"{processor()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, numpy {np.__version__}"
+    )
+    console.print(system)
     x = torch.randn(options.elements, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(x)
     threshold = ThresholdEstimator(kept_target=options.kept).threshold(x)
@@ -121,6 +149,7 @@ def main() -> None:
             call()
         first[name] = f"{time.perf_counter() - start:.2f} s, {(resident_bytes() - memory) / 1e6:.0f} MB"
 
+    measured: dict[int, dict[str, dict[str, str]]] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
         columns = {
@@ -140,6 +169,9 @@ def main() -> None:
         table.add_section()
         table.add_row("first, memory", *first.values())
         console.print(table)
+        measured[threads] = {**columns, "copy": {"copy": copy}}
+    if options.docs:
+        fill(options.docs, "packing", markdown(measured, f"{system}; {options.elements:,} float32"))
 
 
 if __name__ == "__main__":
