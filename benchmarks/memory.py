@@ -1,6 +1,7 @@
 """What a training step takes: bytes and time of each method, against masked-dense training with BatchNorm.
 
-    python benchmarks/memory.py [--models resnet18 mobilenet_v2] [--batch 64] [--runs 5] [--no-time] [--json]
+    python benchmarks/memory.py [--models resnet18 mobilenet_v2] [--methods masked default ...] [--batch 64] [--runs 5]
+        [--no-time] [--json]
 
 Float32, SGD with momentum, density 0.1; all sparse methods share their masks. Peers that trade time or precision for
 memory stand beside ours: checkpointing of each residual block, bfloat16 autocast, top-k with int32 indices, 2-bit codes
@@ -128,7 +129,7 @@ def time_ratios(methods: list[str], model: str, batch: int, runs: int) -> dict[s
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every figure of a model."""
-    methods = [method for method in METHODS if applies(method, model)]
+    methods = [method for method in options.methods if applies(method, model)]
     rows = {method: {"bytes": bytes_of(method, model, options.batch), "time": {}} for method in methods}
     if options.no_time:
         return rows
@@ -166,11 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"])
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=f"with {BASELINE}")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.methods = [name for name in METHODS if name in options.methods or name in (BASELINE, "dense")]
     if options.child:
         print_growth(options.child, options.models[0], options.batch)
         return

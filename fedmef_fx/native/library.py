@@ -150,20 +150,21 @@ def call(name: str, *arguments: Tensor | float | None) -> int:
     library, reason = _load()
     if library is None:
         raise ConfigError(f"native kernels: {reason}")
-    if any(isinstance(argument, FakeTensor) for argument in arguments):
-        return 0
-    addresses = [_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
-    result: int = getattr(library, f"fedmef_{name}")(*addresses)
+    passed: list[float | None] = []
+    for argument in arguments:  # in one loop: a step makes thousands of calls
+        if not isinstance(argument, Tensor):
+            passed.append(argument)
+        elif isinstance(argument, FakeTensor):
+            return 0
+        elif argument.is_cpu and argument.is_contiguous():
+            passed.append(argument.data_ptr())
+        elif not any(isinstance(other, FakeTensor) for other in arguments):
+            raise ValueError(
+                f"native kernels: got {list(argument.shape)}, strides {argument.stride()}, on {argument.device}; "
+                "expected a contiguous tensor on the CPU"
+            )
+    result: int = getattr(library, f"fedmef_{name}")(*passed)
     return result
-
-
-def _address(x: Tensor) -> int:
-    if x.device.type != "cpu" or not x.is_contiguous():
-        raise ValueError(
-            f"native kernels: got {list(x.shape)}, strides {x.stride()}, on {x.device}; "
-            "expected a contiguous tensor on the CPU"
-        )
-    return x.data_ptr()
 
 
 def threads_for(work: int) -> int:

@@ -272,10 +272,16 @@ class _Side:
         if not has_no_values(like):
             buffer[:reach], buffer[reach + size :] = 0, 0
         self._rows = Rows(buffer, self.count, distance, distance, first=reach, reach=(reach, behind))
+        self._of: dict[int, Rows] = {}
+        self._phases = _tensor(planes.phases, like)
 
     def of(self, x: Tensor) -> Rows:
         """The rows for so many images as `x` `[images, channels, height, width]` has."""
-        return dataclasses.replace(self._rows, length=_whole_vectors(x.shape[0] * self._layout.size))
+        rows = self._of.get(x.shape[0])  # of all parts of a batch but the last one they are the same
+        if rows is None:
+            rows = dataclasses.replace(self._rows, length=_whole_vectors(x.shape[0] * self._layout.size))
+            self._of[x.shape[0]] = rows
+        return rows
 
     def lay_out(self, x: Tensor) -> Rows:
         """The rows, filled with images."""
@@ -291,7 +297,7 @@ class _Side:
             kernel,
             FORMATS[x.dtype],
             source,
-            _tensor(self._planes.phases, x),
+            self._phases,
             len(self._planes.phases),
             *x.shape,
             *self._planes.stride,
