@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
+from fedmef_fx.capture.part_counts import counts_depend_on_shapes, has_counted_parts
 from fedmef_fx.capture.patches import traced_calls
 from fedmef_fx.capture.proxies import NumberProxy, TensorProxy, ValueProxy, concrete_value, shown_to_isinstance
 from fedmef_fx.capture.state import unchanged
@@ -90,6 +91,10 @@ def trace_call(
         graph = tracer.trace(module)
     tracer.erase_unused()
     graph.lint()
+    if tracer.counts_parts and not tracer.is_specialized:
+        with unchanged(module, executes=True):
+            names = _placeholder_names(call)
+            return graph, counts_depend_on_shapes(module, graph, dict(zip(names, call.tensors, strict=True)))
     return graph, tracer.is_specialized
 
 
@@ -99,6 +104,7 @@ class ValueTracer(BaseTracer):
     Attributes:
         is_specialized: Whether Python took a plain number out of a size.
         executes: Whether an operation runs at this moment, in which nothing is recorded.
+        counts_parts: Whether Python saw into how many parts a tensor or list fell.
     """
 
     looks_inside = True
@@ -109,6 +115,7 @@ class ValueTracer(BaseTracer):
         self.concrete_sizes = concrete_sizes
         self.is_specialized = concrete_sizes
         self.executes = False
+        self.counts_parts = False
         self._maybe_unused: list[fx.Node] = []
 
     def specialize(self, proxy: ValueProxy) -> None:
@@ -161,6 +168,7 @@ class ValueTracer(BaseTracer):
         reads = kind != "get_attr" and any(type(proxy) is TensorProxy for proxy in seen)
         if reads and isinstance(result, bool | int | float) and not _is_metadata(target, values):
             raise CaptureError(f"forward reads the value of a traced tensor with {_name(target, values)}")
+        self.counts_parts |= has_counted_parts(kind, target, result)
         of_kind = _is_one_of(target, values, _OF_KIND)
         return self._wrap(node, result, depends_on_data=depends, is_fixed=of_kind)
 
