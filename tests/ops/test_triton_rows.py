@@ -6,6 +6,8 @@ import torch
 from fedmef_fx.ops import nsconv
 from fedmef_fx.ops.nsconv import KernelForm, nsconv_kernel, nsconv_kernel_backward, nsconv_weight
 
+# Triton's interpreter makes numbers of NumPy's arrays of one element, which NumPy warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(5, 3, 3, 3), (4, 1, 5, 5), (3, 1500), (2, 4096), (1, 1)]
 
