@@ -48,7 +48,7 @@ def counts_depend_on_shapes(module: nn.Module, graph: fx.Graph, tensors: Mapping
             name: mode.from_tensor(tensor, symbolic_context=_unknown(tensor)) for name, tensor in tensors.items()
         }
         with mode, torch.no_grad():
-            watcher = _Watcher(fx.GraphModule(module, graph))
+            watcher = _Watcher(module, graph)
             watcher.run(*(unknown[str(node.target)] for node in graph.find_nodes(op="placeholder")))
     except Exception:
         return True
@@ -66,8 +66,8 @@ class _Watcher(fx.Interpreter):
         found: Whether an unknown size decided on a number of parts.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)  # of a module it takes the state alone
         self.found = False
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
