@@ -77,8 +77,8 @@ def is_traced() -> bool:
 
 def is_exported() -> bool:
     """Whether the record is for where this package may not be installed."""
-    if torch.compiler.is_dynamo_compiling():  # which need not look at the tracer; that of torch 2.11 takes it for one
-        return torch.compiler.is_exporting()
+    if torch.compiler.is_dynamo_compiling():  # of which torch 2.11 says that it exports, always
+        return False
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
