@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 __all__ = ["counts_depend_on_shapes", "has_counted_parts"]
 
 # The place of the dimension among the arguments, tensor included.
-_DIMENSION: Final = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2}
+_DIMENSION: Final = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "unsafe_split": 2, "unsafe_chunk": 2}
 _OF_ONE_DIMENSION: Final = {"vsplit": 0, "hsplit": 1, "dsplit": 2}
 _REPEATS: Final = (operator.mul, operator.imul)
 

@@ -287,7 +287,13 @@ def _findings(
     if limit is not None:
         parts = itertools.islice(parts, limit)
     if (size := _part_size(model, options, task=task, objective=objective)) is not None:
-        parts = (part for batch in parts for part, _ in micro_batches(batch, size, model=model))
+        is_given = transformation_of(model).config.micro_batch is not None
+        parts = itertools.chain.from_iterable(
+            (part for part, _ in micro_batches(batch, size, model=model))
+            if is_given or _has_a_label_per_sample(batch)
+            else (batch,)
+            for batch in parts
+        )
     return findings_of(model, objective.loss, parts, task)
 
 
@@ -304,3 +310,14 @@ def _part_size(model: nn.Module, options: LocalTraining, *, task: RoundTask, obj
     if is_sum and is_mean_of_samples and not batch_statistics_in(model):
         return max(options.batch_size // 2, 1)
     return None
+
+
+def _has_a_label_per_sample(batch: Batch) -> bool:
+    """Whether a batch is tensors of as many samples each, of which the last has one number per sample.
+
+    The mean loss of its parts, weighted by samples, is that of the batch then.
+    """
+    tensors = list(batch) if isinstance(batch, tuple | list) else []
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in tensors):
+        return False
+    return tensors[-1].dim() == 1 and len({tensor.shape[0] for tensor in tensors}) == 1

@@ -170,6 +170,21 @@ def test_half_batches_find_the_candidates_of_whole_ones(
         assert torch.allclose(found[1][name].values, whole.values, rtol=1e-9, atol=1e-12)
 
 
+def _with_a_scalar(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A batch of which not all tensors have a row per sample."""
+    images, labels = zip(*items, strict=True)
+    return {"input": torch.stack(images), "labels": torch.stack(labels), "temperature": torch.tensor(1.0)}
+
+
+def test_batches_that_have_no_parts_are_looked_at_whole(
+    sparse: Callable[..., nn.Module], clients: list[TensorDataset]
+) -> None:
+    model = sparse()
+    options = LocalTraining(batch_size=8, growth_batches=None)
+    update = train_locally(model, clients[0], options, task=_adjusting(model), collate=_with_a_scalar)
+    assert all(gradient.positions.numel() for gradient in update.gradients.values())
+
+
 def test_an_adjustment_takes_little_more_than_training() -> None:
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
