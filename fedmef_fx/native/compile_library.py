@@ -39,7 +39,7 @@ _FLAGS: Final = ("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-W
 # Undefined behaviour ends the process; the frame pointers are for the reports.
 _SANITIZE: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
 # Where products may be added without being rounded first. Elsewhere results are those of the reference to the last bit.
-_CONTRACTED: Final = ("sparse.c",)
+_CONTRACTED: Final = ("depthwise.c", "sparse.c")
 _TRIAL: Final = "#include <stdint.h>\n#include <string.h>\nint trial(void) { return 0; }\n"
 
 

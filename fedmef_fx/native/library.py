@@ -25,7 +25,7 @@ FOLDER_VARIABLE: Final = "FEDMEF_FX_KERNELS"
 """Environment variable that names another folder with compiled kernels, such as those with sanitizers."""
 
 _ISAS: Final = ("baseline", "avx2", "avx512")
-_ABI: Final = 4
+_ABI: Final = 5
 _TYPES: Final = {
     "i": ctypes.c_int,
     "n": ctypes.c_int64,
@@ -60,6 +60,8 @@ _SIGNATURES: Final = {
     "sparse_transpose": "ipppppnnnppp",
     "sparse_product": "ipppppnpnnnnni",
     "sparse_inner": "ipppnnpnpnnni",
+    "depthwise": "ippppnnnnnnnnnnnnnnnnnpni",
+    "depthwise_weight": "ipppnnnnnnnnnnnnnnpni",
 }
 # Elements from which a second thread is worth its start.
 _SMALLEST_PART: Final = 1 << 17

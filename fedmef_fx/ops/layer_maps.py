@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmef_fx.ops.sparse_convolution import Geometry
-from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, linear_way
+from fedmef_fx.ops.sparse_ways import MakeWay, convolution_way, depthwise_way, linear_way
 from fedmef_fx.packing.sample_parts import KeptSamples, samples_of
 
 __all__ = ["ConvolutionGeometry", "LinearMap"]
@@ -97,9 +97,12 @@ class ConvolutionGeometry(NamedTuple):
 
     def sparse_way(self, x: Tensor, active: int, weight_shape: torch.Size) -> MakeWay | None:
         """How it computes from so many active weights alone; None where a dense product is faster."""
-        if self.transposed or self.groups != 1:
+        if self.transposed:
             return None
-        return convolution_way(x, active, weight_shape, Geometry(self.stride, self.padding, self.dilation))
+        geometry = Geometry(self.stride, self.padding, self.dilation)
+        if self.groups == 1:
+            return convolution_way(x, active, weight_shape, geometry)
+        return depthwise_way(x, weight_shape, geometry) if self.groups == weight_shape[0] else None
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> Any:
         return torch.ops.aten.convolution_backward(

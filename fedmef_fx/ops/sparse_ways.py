@@ -18,13 +18,14 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from fedmef_fx.ops.depthwise import PackedDepthwise, depthwise_plan
 from fedmef_fx.ops.pointwise import PackedMatrix, has_long_rows
 from fedmef_fx.ops.sparse_convolution import Geometry, PackedConvolution, room_for_copies, row_layout
 from fedmef_fx.ops.sparse_linear import PackedLinear
 from fedmef_fx.packing import backend
 from fedmef_fx.packing.sample_parts import KeptSamples
 
-__all__ = ["MakeWay", "SparseWay", "convolution_way", "linear_way"]
+__all__ = ["MakeWay", "SparseWay", "convolution_way", "depthwise_way", "linear_way"]
 
 _DTYPES: Final = (torch.float32, torch.float64)
 _PER_PLACE: Final = 3.0
@@ -88,6 +89,23 @@ def convolution_way(x: Tensor, active: int, shape: torch.Size, geometry: Geometr
         copies=layout.image_size(shape) * x.shape[0],
     )
     return functools.partial(PackedConvolution, shape=shape, geometry=geometry) if is_faster else None
+
+
+def depthwise_way(x: Tensor, shape: torch.Size, geometry: Geometry) -> MakeWay | None:
+    """The same for a two-dimensional convolution of as many groups as channels, whatever share of it is active.
+
+    Args:
+        x: The input, [N, channels, height, width].
+        shape: Of the dense weight, [channels, 1, height, width].
+        geometry: Of the convolution.
+    """
+    is_fitting = len(shape) == 4 and x.dim() == 4 and x.shape[1] == shape[0] and shape[1] == 1
+    if not (is_fitting and _is_possible(x) and x.numel() and shape.numel()):
+        return None
+    plan = depthwise_plan(shape, x.shape[2:], geometry)
+    if plan is None or max(plan.scratch, plan.back_scratch) > room_for_copies(shape, x.shape):
+        return None
+    return functools.partial(PackedDepthwise, shape=shape, geometry=geometry)
 
 
 def linear_way(x: Tensor, active: int, shape: torch.Size) -> MakeWay | None:

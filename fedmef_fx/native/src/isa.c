@@ -28,4 +28,4 @@ EXPORT int fedmef_best_isa(void) { return 0; }
 #endif
 
 /* Raised with every change of an argument or a result. */
-EXPORT int fedmef_abi(void) { return 4; }
+EXPORT int fedmef_abi(void) { return 5; }

@@ -5,14 +5,7 @@
  * other convolution are this one product with different offsets (fedmef_fx/ops/sparse_layout.py).
  */
 #include "format_numbers.h"
-
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64 };
-#elif defined(__AVX2__)
-enum { VECTOR_BYTES = 32 };
-#else
-enum { VECTOR_BYTES = 16 };
-#endif
+#include "vectors.h"
 
 /* Vectors of a result that are summed up at once: they hide the latency of the additions. */
 enum { VECTORS = 8 };
