@@ -74,7 +74,9 @@ def depthwise_plan(shape: torch.Size, size: tuple[int, ...], geometry: Geometry)
     kernel = tuple(shape[2:])
     axes = list(zip(size, kernel, *geometry, strict=True))
     reaches = [dilation * (taps - 1) for _, taps, _, _, dilation in axes]
-    if shape[2:].numel() > _MOST_TAPS or any(padding > reach for (*_, padding, _), reach in zip(axes, reaches, strict=True)):
+    if shape[2:].numel() > _MOST_TAPS or any(
+        padding > reach for (*_, padding, _), reach in zip(axes, reaches, strict=True)
+    ):
         return None
     out = tuple(
         (pixels + 2 * padding - reach - 1) // stride + 1
@@ -193,7 +195,9 @@ class PackedDepthwise:
         Raises:
             ValueError: It does not fit the weight.
         """
-        plan = depthwise_plan(self._shape, x_shape[2:], self._geometry) if len(x_shape) == len(self._shape) == 4 else None
+        plan = (
+            depthwise_plan(self._shape, x_shape[2:], self._geometry) if len(x_shape) == len(self._shape) == 4 else None
+        )
         if plan is None or x_shape[1] != self._shape[0] or self._shape[1] != 1:
             raise ValueError(f"depthwise convolution: got an input {list(x_shape)} for a weight {list(self._shape)}")
         return plan

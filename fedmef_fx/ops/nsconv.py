@@ -78,6 +78,15 @@ class Columns(NamedTuple):
     centring: Tensor
 
 
+def _together(columns: Columns) -> Tensor:
+    """`[5, rows]`: what they were cut from, where that is all of it."""
+    whole, rows = columns.mean._base, columns.mean.numel()
+    if whole is None or whole.shape != (len(columns), rows) or not whole.is_contiguous():
+        return torch.stack(columns)
+    is_all = all(one._base is whole and one.storage_offset() == at * rows for at, one in enumerate(columns))
+    return whole if is_all else torch.stack(columns)
+
+
 def to_rows(weight: Tensor, *, groups: int, transposed: bool) -> Tensor:
     """A kernel as [out, fan_in]: [out, in/groups, *k], or [in, out/groups, *k] of a transposed convolution."""
     if not transposed:
@@ -110,7 +119,7 @@ def standardize(values: Tensor, rows: Rows, gain: Tensor, *, g: float, statistic
     if _is_native(rows, values):
         over = rows.fan_in if statistics == "all" else None
         limits = (g, EPS, DEGENERATE**2)
-        return Columns(*native_rows.statistics(values, rows.lengths, gain, limits=limits, fan_in=over).unbind())
+        return Columns(*native_rows.statistics(values, rows, gain, limits=limits, fan_in=over).unbind())
     kernels = _on_gpu(rows, values)
     if kernels is not None:
         limits, over_all = (g, EPS, DEGENERATE**2), statistics == "all"
@@ -169,7 +178,7 @@ def centred(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
 def standardized(values: Tensor, rows: Rows, columns: Columns) -> Tensor:
     """w_hat, in the form of `rows`; a new tensor."""
     if _is_native(rows, values):
-        return native_rows.scaled_values(values, rows.lengths, torch.stack(columns))
+        return native_rows.scaled_values(values, rows, _together(columns))
     kernels = _on_gpu(rows, values)
     if kernels is not None:
         scaled: Tensor = kernels.scaled_values(values, _mask_of(rows), torch.stack(columns))
@@ -200,7 +209,7 @@ def standardize_backward(
         The gradients of weight, in the form of `rows`, and gain, [out].
     """
     if _is_native(rows, values) and grad.dtype == values.dtype:
-        return native_rows.gradients(values, grad, rows.lengths, torch.stack(columns), g=g)
+        return native_rows.gradients(values, grad, rows, _together(columns), g=g)
     kernels = _on_gpu(rows, values)
     if kernels is not None and grad.dtype == values.dtype:
         both: tuple[Tensor, Tensor] = kernels.gradients(values, _mask_of(rows), grad, torch.stack(columns), g=g)

@@ -169,6 +169,11 @@ class SegmentRows(_PackedRows):
     fan_in: int
 
     @functools.cached_property
+    def total(self) -> int:
+        """Active weights of all rows."""
+        return int(self.lengths.sum())
+
+    @functools.cached_property
     def _segments(self) -> tuple[NDArray[np.intp], NDArray[np.bool_] | None]:
         """Where the rows that have values begin, and which these are; None for all."""
         lengths = self.lengths.numpy()

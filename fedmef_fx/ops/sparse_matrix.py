@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedmef_fx.native import call, threads_for
 from fedmef_fx.packing.backend_native import FORMATS
-from fedmef_fx.packing.backend_numpy import check_count
 from fedmef_fx.packing.bitmap import check_bitmap
 from fedmef_fx.packing.layout import has_no_values
 
@@ -177,7 +176,7 @@ class SparseMatrix:
         """
         check_bitmap(bitmap, rows * width)
         if not has_no_values(values):
-            check_count(bitmap, values)
+            _check_count(bitmap, values)
         starts = values.new_empty(rows + 1, dtype=torch.int64, requires_grad=False)
         columns = values.new_empty(values.numel(), dtype=torch.int32, requires_grad=False)
         call("sparse_matrix", bitmap, rows, width, starts, columns)
@@ -232,3 +231,9 @@ class SparseMatrix:
             rows_of_weight.values,
         )
         return rows_of_weight
+
+
+def _check_count(bitmap: Tensor, values: Tensor) -> None:
+    marked = call("count", bitmap, 8 * bitmap.numel())  # bits after the last element as well: they have to be 0
+    if values.numel() != marked:
+        raise ValueError(f"sparse matrix: got {values.numel()} values; expected one per set bit, that is {marked}")

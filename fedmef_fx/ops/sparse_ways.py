@@ -1,5 +1,7 @@
 """Which layers multiply by their active weights alone: convolutions of one group and linear layers, where it is faster.
 
+Depthwise convolutions have kernels of their own (`ops/depthwise.py`), which are always taken for packed weights.
+
 The estimate counts in multiplications of a large dense product; it was fitted to `benchmarks/sparse_layers.py` on one
 thread of a processor with AVX-512, where such a multiplication takes 15 ps:
 
@@ -92,7 +94,7 @@ def convolution_way(x: Tensor, active: int, shape: torch.Size, geometry: Geometr
 
 
 def depthwise_way(x: Tensor, shape: torch.Size, geometry: Geometry) -> MakeWay | None:
-    """The same for a two-dimensional convolution of as many groups as channels, whatever share of it is active.
+    """The same for a two-dimensional depthwise convolution, whatever share of it is active.
 
     Args:
         x: The input, [N, channels, height, width].

@@ -134,6 +134,12 @@ def _checked(name: str, source: str) -> str:
     return "native" if name == _FORMER else name
 
 
+@functools.cache
+def _from_environment() -> str:
+    """Looked up when something is first packed: kernels ask hundreds of times in a step."""
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
 def set_backend(name: BackendName) -> None:
     """Choose the implementation for CPU tensors in this process.
 
@@ -165,9 +171,9 @@ def backend(name: BackendName = "auto") -> Backend:
     Raises:
         ConfigError: An unknown name, or `"native"` where its kernels were not compiled.
     """
-    concrete = _checked(name, "backend")
+    concrete = name if name == "auto" else _checked(name, "backend")
     if concrete == "auto":
-        concrete = _chosen or _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+        concrete = _chosen or _from_environment()
     if concrete == "auto":
         concrete = "numpy" if why_missing() else "native"
     return _load(concrete)

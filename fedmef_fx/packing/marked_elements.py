@@ -3,6 +3,7 @@
 The kernels in C read them where they are, and decode them to where they belong; elsewhere they are gathered first.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,8 +78,9 @@ def places_within(places: Tensor, start: int, stop: int) -> Tensor:
         return places[start // 8 : bitmap_nbytes(stop)]
     if has_no_values(places):
         return places
-    first, last = torch.searchsorted(places, torch.tensor([start, stop], dtype=places.dtype)).tolist()
-    return places[first:last] - start
+    ends = places.numpy() if places.device.type == "cpu" else places.cpu().numpy()
+    first, last = (int(np.searchsorted(ends, np.int32(end))) for end in (start, stop))
+    return places[first:last] - start if start else places[:last]
 
 
 def places_of(value: float, flat: Tensor) -> Tensor | None:
@@ -100,8 +102,8 @@ def places_of(value: float, flat: Tensor) -> Tensor | None:
             return None
         return positions.to(torch.int32) if _fits(positions.numel(), numel) else pack_bits(marked)
     bitmap = torch.empty(bitmap_nbytes(numel), dtype=torch.uint8)
-    call("mark_equal", flat.dtype.itemsize, flat, int(word(value, flat.dtype)), bitmap, numel, threads_for(numel))
-    count = native_blocks.count_marked(bitmap, numel)
+    pattern = int(word(value, flat.dtype))
+    count = call("mark_equal", flat.dtype.itemsize, flat, pattern, bitmap, numel, threads_for(numel))
     if count == 0 or not _fits(count, numel):
         return bitmap if count else None
     at = torch.empty(count, dtype=torch.int32)

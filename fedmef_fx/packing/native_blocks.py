@@ -3,7 +3,7 @@
 They stand in for its operations on the CPU, as `fedmef_fx.packing.fused` decides.
 """
 
-from typing import Final
+from typing import Final, NoReturn
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ __all__ = ["LARGEST_BLOCK", "WORD", "count_marked", "pack_blocks", "pack_marked"
 
 LARGEST_BLOCK: Final = 4096
 """Elements of a block that kernels have room for."""
+
+# What the kernel says of a bitmap that marks another number of elements.
+_WRONG_COUNT: Final = 2
 
 WORD: Final = 64
 """Elements of a bitmap that kernels look at together."""
@@ -85,9 +88,12 @@ def pack_marked(
         False where a marked element is not finite, or a range overflows.
     """
     _check(code, codes, parameters, x, numel=count)
-    _check_count(bitmap, count, x.numel())
+    check_bitmap(bitmap, x.numel())
     arguments = (*_numbers(code), int(key is not None), key or 0, codes, parameters, threads_for(x.numel()))
-    return not call("pack_marked", FORMATS[x.dtype], bitmap, x, x.numel(), count, *arguments)
+    found = call("pack_marked", FORMATS[x.dtype], bitmap, x, x.numel(), count, *arguments)
+    if found == _WRONG_COUNT:
+        _refuse_count(count, count_marked(bitmap, x.numel()))
+    return found == 0
 
 
 def unpack_marked(
@@ -119,12 +125,13 @@ def unpack_marked(
     size = out.numel()
     numel = size if numel is None else numel
     _check(code, codes, parameters, out, numel=count)
-    _check_count(bitmap, count, numel)
+    check_bitmap(bitmap, numel)
     if start < 0 or start % WORD or start + size > numel:
         raise ValueError(f"native blocks: got elements [{start}, {start + size}); expected some of {numel}")
-    before = call("count", bitmap, start) if start else 0
-    arguments = (codes, parameters, *_numbers(code), out, size, before, count, threads_for(size))
-    call("unpack_marked", FORMATS[out.dtype], bitmap[start // 8 :], *arguments)
+    arguments = (codes, parameters, *_numbers(code), out, size, count, threads_for(size))
+    marked = call("unpack_marked", FORMATS[out.dtype], bitmap, numel, start, *arguments)
+    if marked != count:
+        _refuse_count(count, marked)
 
 
 def _numbers(code: BlockCode) -> tuple[int, int, int]:
@@ -132,15 +139,8 @@ def _numbers(code: BlockCode) -> tuple[int, int, int]:
     return code.bits, code.block, int(code.levels == "centroids")
 
 
-def _check_count(bitmap: Tensor, count: int, numel: int) -> None:
-    """Refuse a bitmap that marks another number of elements.
-
-    Raises:
-        ValueError: It does.
-    """
-    marked = count_marked(bitmap, numel)
-    if marked != count:
-        raise ValueError(f"native blocks: got codes of {count} elements; expected one per set bit, that is {marked}")
+def _refuse_count(count: int, marked: int) -> NoReturn:
+    raise ValueError(f"native blocks: got codes of {count} elements; expected one per set bit, that is {marked}")
 
 
 def _check(code: BlockCode, codes: Tensor, parameters: Tensor, elements: Tensor, *, numel: int | None = None) -> None:

@@ -129,10 +129,14 @@ EXPORT void fedmef_unpack_blocks(int format, uint8_t *codes, void *parameters, i
     run_parts(UNPACK[format], &work, count, block, threads);
 }
 
-/* Code the elements that a bitmap of `all` elements marks, `count` of them, as if they lay one after another. */
+/* Code the elements that a bitmap of `all` elements marks, `count` of them, as if they lay one after another.
+ *
+ * Returns 1 where there are exceptions, and 2, having written nothing, where another number of elements is marked.
+ */
 EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *source, int64_t all, int64_t count,
                                   int bits, int64_t block, int has_centroids, int is_stochastic, uint64_t key,
                                   uint8_t *codes, void *parameters, int threads) {
+    if (count_bits(marks, all) != count) return 2;
     atomic_int has_exceptions = 0;
     struct coded work = {.source = source,
                          .marks = marks,
@@ -150,22 +154,28 @@ EXPORT int64_t fedmef_pack_marked(int format, const uint8_t *marks, const void *
     return atomic_load(&has_exceptions);
 }
 
-/* Decode what `fedmef_pack_marked` coded to where the bitmap says, and write 0 elsewhere.
+/* Decode what `fedmef_pack_marked` coded to where the bitmap of `all` elements says, and write 0 elsewhere: `size`
+ * elements from `start` on, a multiple of the bits of a word.
  *
- * Of `count` codes the first `before` belong to elements in front of the bitmap's first one.
+ * Returns how many elements are marked; nothing is written where these are not `count`.
  */
-EXPORT void fedmef_unpack_marked(int format, const uint8_t *marks, uint8_t *codes, void *parameters, int bits,
-                                 int64_t block, int has_centroids, void *out, int64_t all, int64_t before,
-                                 int64_t count, int threads) {
+EXPORT int64_t fedmef_unpack_marked(int format, const uint8_t *marks, int64_t all, int64_t start, uint8_t *codes,
+                                    void *parameters, int bits, int64_t block, int has_centroids, void *out,
+                                    int64_t size, int64_t count, int threads) {
+    const int64_t before = count_bits(marks, start);
+    const uint8_t *own = marks + start / 8;
+    const int64_t marked = before + count_bits(own, all - start);
+    if (marked != count) return marked;
     struct coded work = {.out = out,
-                         .marks = marks,
+                         .marks = own,
                          .codes = codes,
                          .parameters = parameters,
                          .number = before,
                          .count = count,
                          .block = block,
-                         .all = all,
+                         .all = size,
                          .bits = bits,
                          .has_centroids = has_centroids};
-    run_parts(UNPACK_MARKED[format], &work, all, WORD_BITS, threads);
+    run_parts(UNPACK_MARKED[format], &work, size, WORD_BITS, threads);
+    return marked;
 }

@@ -42,10 +42,11 @@ EXPORT void fedmef_mark(int width, const void *source, uint64_t magnitude, uint6
 }
 
 /* Mark the elements that are a word. */
-EXPORT void fedmef_mark_equal(int width, const void *source, uint64_t word, uint8_t *bitmap, int64_t count,
-                              int threads) {
+EXPORT int64_t fedmef_mark_equal(int width, const void *source, uint64_t word, uint8_t *bitmap, int64_t count,
+                                 int threads) {
     struct flat work = {.source = source, .out_bitmap = bitmap, .limit = word, .count = count};
     run(width, (part_function *const[]){mark_equal16, mark_equal32, mark_equal64}, &work, threads);
+    return count_bits(bitmap, count);
 }
 
 /* Copy the marked elements to `values`, which has room for exactly these. */
