@@ -60,8 +60,8 @@ _SIGNATURES: Final = {
     "sparse_transpose": "ipppppnnnppp",
     "sparse_product": "ipppppnpnnnnni",
     "sparse_inner": "ipppnnpnpnnni",
-    "depthwise": "ippppnnnnnnnnnnnnnnnnnpni",
-    "depthwise_weight": "ipppnnnnnnnnnnnnnnpni",
+    "depthwise": "ippppnnnnnnnnnnnnnnnnnpnni",
+    "depthwise_weight": "ipppnnnnnnnnnnnnnnpnni",
 }
 # Elements from which a second thread is worth its start.
 _SMALLEST_PART: Final = 1 << 17

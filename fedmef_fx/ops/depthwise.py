@@ -24,6 +24,9 @@ _MOST_TAPS: Final = 128
 # Elements of the longest vector that is loaded at once.
 _VECTOR: Final = 16
 
+# Elements of the scratches of a thread, where one plane takes no more: they stay in the first-level cache.
+_BUFFER: Final = 1 << 12
+
 Pair = tuple[int, int]
 
 
@@ -101,6 +104,11 @@ def _scratch(places: Pair, reaches: list[int]) -> int:
     return (places[0] + reaches[0]) * columns + (places[0] - 1) * columns + places[1] + 2 * _VECTOR
 
 
+def _together(scratch: int) -> int:
+    """How many planes are laid out at once."""
+    return max(1, _BUFFER // scratch)
+
+
 class PackedDepthwise:
     """The weight of a depthwise convolution.
 
@@ -157,8 +165,9 @@ class PackedDepthwise:
                 *plan.geometry.dilation,
                 *plan.geometry.padding,
                 *plan.geometry.stride,
-                own.new_empty(threads, plan.scratch),
+                own.new_empty(threads, _together(plan.scratch), plan.scratch),
                 plan.scratch,
+                _together(plan.scratch),
                 threads,
             )
             del some, decoded  # or they would live until the next ones are there
@@ -184,8 +193,9 @@ class PackedDepthwise:
             *(geometry.stride if is_backward else (1, 1)),
             *((1, 1) if is_backward else geometry.stride),
             int(is_backward),
-            source.new_empty(threads, scratch),
+            source.new_empty(threads, _together(scratch), scratch),
             scratch,
+            _together(scratch),
             threads,
         )
 

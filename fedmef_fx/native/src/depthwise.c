@@ -2,7 +2,8 @@
  *
  * A plane, one channel of one image, is copied among zeros into a scratch that stays in the first-level cache. There a
  * tap of the kernel is one shift for all results, as fedmef_fx/ops/sparse_convolution.py says; what lies between rows of
- * results is worked out, too, and dropped. A result may be written over the plane that it was made of.
+ * results is worked out, too, and dropped. A result may be written over the plane that it was made of. Of small planes
+ * several are copied before the first one is read: what was just written in pieces cannot be loaded whole at once.
  */
 #include "format_numbers.h"
 #include "vectors.h"
@@ -17,7 +18,7 @@ struct depthwise {
     int64_t kernel[2], dilation[2], padding[2];
     int64_t spacing[2]; /* between the pixels of the source, with zeros in between */
     int64_t step[2];    /* between the results that are asked for */
-    int64_t is_flipped, scratch_size, parts;
+    int64_t is_flipped, scratch_size, together, parts;
 };
 
 /* Places of a row of the scratch. */
@@ -61,15 +62,15 @@ static inline int64_t find_taps(const struct depthwise *work, int64_t offsets[MO
  *
  * source [images, channels, height, width], of which pixel (u, v) stands at (u * spacing_y + padding_y, v * spacing_x +
  * padding_x), the rest being 0; weight [channels, kernel_y, kernel_x], whose taps are looked up from the end where
- * `is_flipped`; out [images, channels, out_height, out_width]. `scratch` has `scratch_size` elements for each of `parts`
- * parts; `bias` may be NULL, and `out` may be `source` where spacing and step are 1 and the sizes the same.
+ * `is_flipped`; out [images, channels, out_height, out_width]. `scratch` has `scratch_size` elements for each
+ * of the planes that each of `parts` parts takes `together`; `bias` may be NULL, and `out` may be `source` where spacing and step are 1 and the sizes the same.
  */
 EXPORT void fedmef_depthwise(int format, const void *source, const void *weight, const void *bias, void *out,
                              int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height,
                              int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t dilation_y,
                              int64_t dilation_x, int64_t padding_y, int64_t padding_x, int64_t spacing_y,
                              int64_t spacing_x, int64_t step_y, int64_t step_x, int64_t is_flipped, void *scratch,
-                             int64_t scratch_size, int parts) {
+                             int64_t scratch_size, int64_t together, int parts) {
     struct depthwise work = {.source = source,
                              .weight = weight,
                              .bias = bias,
@@ -88,6 +89,7 @@ EXPORT void fedmef_depthwise(int format, const void *source, const void *weight,
                              .step = {step_y, step_x},
                              .is_flipped = is_flipped,
                              .scratch_size = scratch_size,
+                             .together = together,
                              .parts = parts};
     run_parts(format == FLOAT64 ? convolve_float64 : convolve_float32, &work, parts, 1, parts);
 }
@@ -97,7 +99,8 @@ EXPORT void fedmef_depthwise_weight(int format, const void *source, const void *
                                     int64_t channels, int64_t height, int64_t width, int64_t out_height,
                                     int64_t out_width, int64_t kernel_y, int64_t kernel_x, int64_t dilation_y,
                                     int64_t dilation_x, int64_t padding_y, int64_t padding_x, int64_t step_y,
-                                    int64_t step_x, void *scratch, int64_t scratch_size, int parts) {
+                                    int64_t step_x, void *scratch, int64_t scratch_size, int64_t together,
+                                    int parts) {
     struct depthwise work = {.source = source,
                              .grad = grad,
                              .out = out,
@@ -114,6 +117,7 @@ EXPORT void fedmef_depthwise_weight(int format, const void *source, const void *
                              .spacing = {1, 1},
                              .step = {step_y, step_x},
                              .scratch_size = scratch_size,
+                             .together = together,
                              .parts = parts};
     run_parts(format == FLOAT64 ? correlate_float64 : correlate_float32, &work, parts, 1, parts);
 }

@@ -59,44 +59,59 @@ static inline __attribute__((always_inline)) void NAME(sum_run)(const FLOAT *ima
 /* Which of `count` a part takes first. */
 #define SHARE(work, count, part) ((count) * (part) / (work)->parts)
 
-static void NAME(convolve_planes)(const struct depthwise *work, FLOAT *image, int64_t first, int64_t last) {
+/* Copy so many rows of results to where they belong. */
+static inline __attribute__((always_inline)) void NAME(take)(const struct depthwise *work, const FLOAT *results,
+                                                             int64_t columns, int64_t count, FLOAT *out) {
+    for (int64_t u = 0; u < count; u++, results += columns, out += work->out_width) {
+        if (work->step[1] == 1)
+            NAME(copy)(out, results, work->out_width);
+        else
+            for (int64_t v = 0; v < work->out_width; v++) out[v] = results[v * work->step[1]];
+    }
+}
+
+static void NAME(convolve_planes)(const struct depthwise *work, FLOAT *images, int64_t first, int64_t last) {
     int64_t offsets[MOST_TAPS], taps = find_taps(work, offsets), columns = columns_of(work), rows = rows_of(work);
     int64_t lines = work->step[0] == 1 ? 1 : work->out_height; /* runs of places without rows that are dropped */
     int64_t per_line = work->out_height / lines, line_step = work->step[0] * columns;
     int64_t count = ((per_line - 1) * columns) + (work->out_width - 1) * work->step[1] + 1;
     int64_t size = work->height * work->width, out_size = work->out_height * work->out_width;
-    FLOAT *results = image + work->scratch_size - (count + LANES);
-    for (int64_t at = first; at < last; at++) {
-        int64_t channel = at % work->channels;
-        const FLOAT *weight = (const FLOAT *)work->weight + channel * taps;
-        const FLOAT bias = work->bias ? ((const FLOAT *)work->bias)[channel] : 0;
-        FLOAT *out = (FLOAT *)work->out + at * out_size;
-        NAME(place)((const FLOAT *)work->source + at * size, work->height, work->width, work->padding, work->spacing, rows,
-                    columns, image);
+    int64_t results = work->scratch_size - (count + LANES);
+    for (int64_t begin = first; begin < last; begin += work->together) {
+        int64_t end = least(begin + work->together, last);
+        for (int64_t at = begin; at < end; at++)
+            NAME(place)((const FLOAT *)work->source + at * size, work->height, work->width, work->padding, work->spacing,
+                        rows, columns, images + (at - begin) * work->scratch_size);
         for (int64_t line = 0; line < lines; line++) {
-            if (taps == COMMON_TAPS)
-                NAME(sum_run)(image + line * line_step, weight, offsets, COMMON_TAPS, bias, results, count);
-            else
-                NAME(sum_run)(image + line * line_step, weight, offsets, taps, bias, results, count);
-            for (int64_t u = 0; u < per_line; u++) {
-                const FLOAT *from = results + u * columns;
-                if (work->step[1] == 1)
-                    NAME(copy)(out, from, work->out_width);
+            for (int64_t at = begin; at < end; at++) {
+                const FLOAT *weight = (const FLOAT *)work->weight + at % work->channels * taps;
+                const FLOAT bias = work->bias ? ((const FLOAT *)work->bias)[at % work->channels] : 0;
+                FLOAT *image = images + (at - begin) * work->scratch_size;
+                if (taps == COMMON_TAPS)
+                    NAME(sum_run)(image + line * line_step, weight, offsets, COMMON_TAPS, bias, image + results, count);
                 else
-                    for (int64_t v = 0; v < work->out_width; v++) out[v] = from[v * work->step[1]];
-                out += work->out_width;
+                    NAME(sum_run)(image + line * line_step, weight, offsets, taps, bias, image + results, count);
             }
+            for (int64_t at = begin; at < end; at++)
+                NAME(take)(work, images + (at - begin) * work->scratch_size + results, columns, per_line,
+                           (FLOAT *)work->out + at * out_size + line * work->out_width);
         }
     }
+}
+
+/* The scratch of a part, without pixels. */
+static FLOAT *NAME(empty_scratch)(const struct depthwise *work, int64_t part) {
+    FLOAT *scratch = (FLOAT *)work->scratch + part * work->together * work->scratch_size;
+    memset(scratch, 0, (size_t)(work->together * work->scratch_size) * sizeof *scratch);
+    return scratch;
 }
 
 static void NAME(convolve)(const void *argument, int64_t first, int64_t last) {
     const struct depthwise *work = argument;
     for (int64_t part = first; part < last; part++) {
-        FLOAT *image = (FLOAT *)work->scratch + part * work->scratch_size;
         int64_t planes = work->images * work->channels;
-        memset(image, 0, (size_t)work->scratch_size * sizeof *image);
-        NAME(convolve_planes)(work, image, SHARE(work, planes, part), SHARE(work, planes, part + 1));
+        FLOAT *images = NAME(empty_scratch)(work, part);
+        NAME(convolve_planes)(work, images, SHARE(work, planes, part), SHARE(work, planes, part + 1));
     }
 }
 
@@ -113,22 +128,31 @@ static inline __attribute__((always_inline)) void NAME(add_products)(const FLOAT
     for (int64_t k = 0; k < taps; k++) sums[k] = own[k];
 }
 
-static void NAME(correlate_channel)(const struct depthwise *work, FLOAT *image, int64_t channel) {
+static void NAME(correlate_channel)(const struct depthwise *work, FLOAT *images, int64_t channel) {
     static const int64_t START[2] = {0, 0};
     int64_t offsets[MOST_TAPS], taps = find_taps(work, offsets), columns = columns_of(work), rows = rows_of(work);
     int64_t count = length_of(work), size = work->height * work->width, out_size = work->out_height * work->out_width;
-    FLOAT *grad = image + work->scratch_size - (count + LANES), *out = (FLOAT *)work->out + channel * taps;
+    int64_t gradients = work->scratch_size - (count + LANES);
+    FLOAT *out = (FLOAT *)work->out + channel * taps;
     VECTOR sums[MOST_TAPS];
     for (int64_t k = 0; k < taps; k++) sums[k] = (VECTOR){0};
-    for (int64_t n = 0; n < work->images; n++) {
-        int64_t at = n * work->channels + channel, done = 0;
-        NAME(place)((const FLOAT *)work->source + at * size, work->height, work->width, work->padding, work->spacing, rows,
-                    columns, image);
-        NAME(place)((const FLOAT *)work->grad + at * out_size, work->out_height, work->out_width, START, work->step, rows,
-                    columns, grad);
-        for (; done + COMMON_TAPS <= taps; done += COMMON_TAPS)
-            NAME(add_products)(grad, image, offsets + done, COMMON_TAPS, count, sums + done);
-        for (; done < taps; done++) NAME(add_products)(grad, image, offsets + done, 1, count, sums + done);
+    for (int64_t begin = 0; begin < work->images; begin += work->together) {
+        int64_t end = least(begin + work->together, work->images);
+        for (int64_t n = begin; n < end; n++) {
+            int64_t at = n * work->channels + channel;
+            FLOAT *image = images + (n - begin) * work->scratch_size;
+            NAME(place)((const FLOAT *)work->source + at * size, work->height, work->width, work->padding, work->spacing,
+                        rows, columns, image);
+            NAME(place)((const FLOAT *)work->grad + at * out_size, work->out_height, work->out_width, START, work->step,
+                        rows, columns, image + gradients);
+        }
+        for (int64_t n = begin; n < end; n++) {
+            const FLOAT *image = images + (n - begin) * work->scratch_size, *grad = image + gradients;
+            int64_t done = 0;
+            for (; done + COMMON_TAPS <= taps; done += COMMON_TAPS)
+                NAME(add_products)(grad, image, offsets + done, COMMON_TAPS, count, sums + done);
+            for (; done < taps; done++) NAME(add_products)(grad, image, offsets + done, 1, count, sums + done);
+        }
     }
     for (int64_t k = 0; k < taps; k++) out[k] += NAME(total)(sums[k]);
 }
@@ -136,10 +160,9 @@ static void NAME(correlate_channel)(const struct depthwise *work, FLOAT *image, 
 static void NAME(correlate)(const void *argument, int64_t first, int64_t last) {
     const struct depthwise *work = argument;
     for (int64_t part = first; part < last; part++) {
-        FLOAT *image = (FLOAT *)work->scratch + part * work->scratch_size;
-        memset(image, 0, (size_t)work->scratch_size * sizeof *image);
+        FLOAT *images = NAME(empty_scratch)(work, part);
         for (int64_t channel = SHARE(work, work->channels, part); channel < SHARE(work, work->channels, part + 1); channel++)
-            NAME(correlate_channel)(work, image, channel);
+            NAME(correlate_channel)(work, images, channel);
     }
 }
 
