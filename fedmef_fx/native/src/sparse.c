@@ -9,6 +9,12 @@
 
 /* Vectors of a result that are summed up at once: they hide the latency of the additions. */
 enum { VECTORS = 8 };
+/* Inner products that are summed up at once, in two vectors each: as many as there are registers for. */
+#if defined(__AVX512F__)
+enum { MOST_INNER = 8 };
+#else
+enum { MOST_INNER = 4 };
+#endif
 /* Elements of a dense row that inner products take at a time, so that rows stay in the second-level cache. */
 enum { STRIP = 4096 };
 

@@ -49,21 +49,25 @@ static void NAME(multiply)(const void *argument, int64_t first, int64_t last) {
     }
 }
 
-/* Four inner products of `left` at once: it is loaded once for all of them. */
-static void NAME(inner_four)(const FLOAT *left, const FLOAT *source, const int32_t *offsets, int64_t count,
-                             FLOAT *out) {
-    const FLOAT *right[4];
-    VECTOR sums[2][4] = {0};
+/* Several inner products of `left` at once, a constant number where this is inlined: it is loaded once for all. */
+static inline __attribute__((always_inline)) void NAME(inner_several)(const FLOAT *left, const FLOAT *source,
+                                                                      const int32_t *offsets, int64_t count, FLOAT *out,
+                                                                      const int several) {
+    const FLOAT *right[MOST_INNER];
+    VECTOR sums[2][MOST_INNER];
     int64_t i = 0;
-    for (int j = 0; j < 4; j++) right[j] = source + offsets[j];
+    for (int j = 0; j < several; j++) {
+        right[j] = source + offsets[j];
+        sums[0][j] = sums[1][j] = (VECTOR){0};
+    }
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
         const VECTOR first = NAME(load)(left + i), second = NAME(load)(left + i + LANES);
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < several; j++) {
             sums[0][j] += first * NAME(load)(right[j] + i);
             sums[1][j] += second * NAME(load)(right[j] + i + LANES);
         }
     }
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < several; j++) {
         FLOAT rest = 0;
         for (int64_t p = i; p < count; p++) rest += left[p] * right[j][p];
         out[j] += NAME(total)(sums[0][j] + sums[1][j]) + rest;
@@ -94,7 +98,10 @@ static void NAME(inner)(const void *argument, int64_t first, int64_t last) {
             for (int64_t row = first_row; k < last; row++) {
                 const FLOAT *left = (const FLOAT *)work->left + run * work->left_run + row * work->left_row + begin;
                 int64_t stop = least(work->starts[row + 1], last);
-                for (; k + 4 <= stop; k += 4) NAME(inner_four)(left, source, work->offsets + k, count, out + k);
+                for (; k + MOST_INNER <= stop; k += MOST_INNER)
+                    NAME(inner_several)(left, source, work->offsets + k, count, out + k, MOST_INNER);
+                for (; k + 4 <= stop; k += 4)
+                    NAME(inner_several)(left, source, work->offsets + k, count, out + k, 4);
                 for (; k < stop; k++) NAME(inner_one)(left, source + work->offsets[k], count, out + k);
             }
         }
