@@ -110,6 +110,7 @@ def shares(*, density: float, interval: int) -> list[Contender]:
         "top-k activations": {"activation_sparsity": 0.9, "activation_bits": None},
         "exact activations": {"activation_sparsity": 0.0, "activation_bits": None},
         "BatchNorm": {"normalization": "keep"},
+        "statistics over all weights": {"nsconv_statistics": "all"},
         "dense output layer": {"output_layer": "dense"},
     }
     found = [Contender(label=f"fedmef, {part}", config=own.replace(**change)) for part, change in parts.items()]

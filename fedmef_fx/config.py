@@ -92,7 +92,8 @@ class Config:
         allocation: How layers share the budget: `"erk"` (Erdos-Renyi-Kernel; Evci et al., ICML 2020) or `"uniform"`.
         mask_init: Initial masks: `"random"` (the paper's) or `"magnitude"` (for trained weights).
         normalization: `"nsconv"` turns Conv + BatchNorm into normalised sparse convolutions, `"keep"` leaves BatchNorm.
-        nsconv_statistics: Mean and deviation of an NSConv kernel over its `"active"` weights or over `"all"` of them.
+        nsconv_statistics: Mean and deviation of an NSConv kernel over its `"active"` weights or over `"all"` of them,
+            which is better where rows have few active weights, as depthwise kernels do, see docs/methods.md.
         residual: `"rescale"` divides the sum of two NSConv branches by sqrt(2), so that variance stays bounded with
             depth; `"none"` leaves the sum. Only graphs in which an NSConv was made are touched.
         activation_sparsity: gamma, the share of a saved activation that is dropped, in [0, 1). Forward and the
