@@ -13,7 +13,7 @@ from fedmef_fx.packing.codecs import KeptTensor
 __all__ = ["KeptSamples", "samples_of", "samples_together"]
 
 # Parts of fewer elements take longer than they save.
-_SMALLEST: Final = 1 << 18
+_SMALLEST: Final = 1 << 16
 _PARTS: Final = 16
 
 
