@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 from fedmef_fx.errors import ConfigError
 from fedmef_fx.export.examples import ExampleCall
-from fedmef_fx.export.onnx.checks import check_folded, check_graph
+from fedmef_fx.export.onnx.checks import check_folded, check_graph, serialized_in_memory
 from fedmef_fx.export.onnx.clock import Clock
 from fedmef_fx.export.onnx.codecs.tensor import EncodedTensor
 from fedmef_fx.export.onnx.convert import Converted
@@ -107,16 +107,17 @@ def build(converted: Converted, plan: BuildPlan, calibration: Sequence[ExampleCa
         strip(plain, plan.sizes)
         zero_is_positive(plain)
     with clock.stage("check"):
-        check_graph(plain)
+        serialized = serialized_in_memory(plain)
+        check_graph(plain, serialized)
         check_folded(plain, is_frozen=plan.is_frozen)
     built = Built(
         proto=plain,
         manifest=Manifest(plan.weights, plan.quantize, ()),
         plain=plain,
         reference=None,
-        plain_bytes=_size(plain),
+        plain_bytes=stored_bytes(plain) if serialized is None else len(serialized),
         plain_nodes=len(plain.graph.node),
-        bounds=entropy_bounds(plain, {}),
+        bounds=EntropyBounds(0.0, 0.0),
         tolerance=None if plan.quantize else _TOLERANCES[plan.weights],
         notices=(),
     )
@@ -127,27 +128,26 @@ def build(converted: Converted, plan: BuildPlan, calibration: Sequence[ExampleCa
             result = quantize_int8(
                 plain, calibration, method=plan.calibration_method, float32_layers=plan.float32_layers
             )
-            bounds = entropy_bounds(result.proto, {})
-            built = dataclasses.replace(
-                built, proto=result.proto, bounds=bounds, notices=result.notices, layers=result.layers
-            )
-    if plan.weights != "dense":
-        with clock.stage("encode"):
-            built = _encoded(built, plan, nodes)
-        with clock.stage("check encoded"):
-            check_graph(built.proto, what="encoded")
+            built = dataclasses.replace(built, proto=result.proto, notices=result.notices, layers=result.layers)
+            serialized = None  # of another graph
+    if plan.weights == "dense":
+        return dataclasses.replace(built, bounds=entropy_bounds(built.proto, {}))
+    with clock.stage("encode"):
+        built = _encoded(built, plan, nodes, serialized)
+    with clock.stage("check encoded"):
+        check_graph(built.proto, serialized_in_memory(built.proto), what="encoded")
     return built
 
 
-def _encoded(built: Built, plan: BuildPlan, nodes: Mapping[str, str]) -> Built:
-    """Encode the weights of a graph; the given one stays as it is."""
+def _encoded(built: Built, plan: BuildPlan, nodes: Mapping[str, str], serialized: bytes | None) -> Built:
+    """Encode the weights of a graph; the given one stays as it is, and `serialized` is that or None."""
     proto = copy.deepcopy(built.proto)
     encoding = encode(proto, plan.weights)
     tensors = encoding.tensors
     notices = [*built.notices, *encoding.notices]
     if not tensors:
         notices.append("no weight takes fewer bytes encoded: all are stored plainly")
-    bounds, reference = entropy_bounds(proto, tensors), _reference(proto, plan, tensors)
+    bounds, reference = entropy_bounds(proto, tensors), _reference(proto, plan, tensors, serialized)
     shrink_quantizers(proto)
     apply_encoding(proto, tensors)
     share_equal(proto)
@@ -163,11 +163,6 @@ def _encoded(built: Built, plan: BuildPlan, nodes: Mapping[str, str]) -> Built:
     )
 
 
-def _size(proto: ModelProto) -> int:
-    size = stored_bytes(proto)
-    return int(proto.ByteSize()) if size < LARGEST_FILE_BYTES // 2 else size
-
-
 def _slimmed(proto: ModelProto) -> ModelProto:
     try:
         import onnxslim  # noqa: PLC0415 -- optional
@@ -179,16 +174,20 @@ def _slimmed(proto: ModelProto) -> ModelProto:
     return slimmed
 
 
-def _reference(proto: ModelProto, plan: BuildPlan, encoded: Mapping[str, EncodedTensor]) -> bytes | None:
+def _reference(
+    proto: ModelProto, plan: BuildPlan, encoded: Mapping[str, EncodedTensor], serialized: bytes | None
+) -> bytes | None:
     """The graph with decoded weights in place of encoded ones, serialized."""
     decoded_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in encoded.values())
     if not encoded or stored_bytes(proto) + decoded_bytes > LARGEST_FILE_BYTES:
         return None
-    if plan.weights != "packed":  # which keeps every bit
+    if plan.weights == "packed" and serialized is not None:  # which keeps every bit
+        return serialized
+    if plan.weights != "packed":
         proto = copy.deepcopy(proto)
         round_weights(proto, encoded)
-    serialized: bytes = proto.SerializeToString()
-    return serialized
+    result: bytes = proto.SerializeToString()
+    return result
 
 
 def _manifest(

@@ -14,7 +14,7 @@ from fedmef_fx.sparse_model.transformation import is_transformed
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check_finite", "check_folded", "check_graph", "check_masked", "check_runs"]
+__all__ = ["check_finite", "check_folded", "check_graph", "check_masked", "check_runs", "serialized_in_memory"]
 
 _LAYERS: Final = ("Conv", "ConvTranspose")
 _CHECKED_IN_MEMORY_BYTES: Final = 2**31 - 2**24  # a protobuf message holds less than 2 GiB
@@ -81,7 +81,7 @@ def check_masked(model: nn.Module, plain: nn.Module) -> None:
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     for name, mask in masks(model).items():
         weight = parameters.get(name)
-        if weight is not None and weight.shape == mask.shape and bool((weight.detach()[~mask] != 0).any()):
+        if weight is not None and weight.shape == mask.shape and bool(weight.detach().masked_fill(mask, 0.0).any()):
             raise ExportError(
                 f"export_onnx: {name} is not zero where it is masked; expected zeros from freezing. The weight was "
                 "written past its mask: fedmef_fx.set_masks(model, fedmef_fx.masks(model)) zeroes it"
@@ -118,17 +118,31 @@ def check_folded(proto: "onnx.ModelProto", *, is_frozen: bool) -> None:
             )
 
 
-def check_graph(proto: "onnx.ModelProto", *, what: str = "exported") -> None:
+def serialized_in_memory(proto: "onnx.ModelProto") -> bytes | None:
+    """A graph as the bytes that checkers and runtimes read; None where one message cannot hold it."""
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > _CHECKED_IN_MEMORY_BYTES:
+        return None
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def check_graph(proto: "onnx.ModelProto", serialized: bytes | None = None, *, what: str = "exported") -> None:
     """Run onnx's own checker, with shape inference.
+
+    Args:
+        proto: The graph.
+        serialized: The same as bytes, where they are there already.
+        what: Which graph it is, for the error.
 
     Raises:
         ExportError: It refuses the graph.
     """
     import onnx  # noqa: PLC0415 -- only exports need it
 
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > _CHECKED_IN_MEMORY_BYTES:
-        return  # the checker serializes what it checks; onnxruntime checks the file when it loads it
+    serialized = serialized_in_memory(proto) if serialized is None else serialized
+    if serialized is None:
+        return  # too large; onnxruntime checks the file when it loads it
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(serialized, full_check=True)
     except Exception as error:  # the checker's and shape inference's errors have no other common base
         raise ExportError(f"export_onnx: onnx refuses the {what} graph: {error}") from error

@@ -38,6 +38,7 @@ _LARGEST_SMALL_NUMEL: Final = 8192
 _SMALL_SHARE: Final = 1 / 400
 _LARGEST_FLOAT16: Final = float(np.finfo(np.float16).max)
 _SPLIT_SHARE: Final = 0.04
+_NEGATIVE_ZERO: Final = np.uint32(0x80000000)  # bits of a float32
 _SMALLEST_BYTES: Final = 512  # less cannot pay for a decoder
 
 
@@ -63,7 +64,7 @@ def zero_is_positive(proto: ModelProto) -> None:
     for tensor in _candidates(proto):
         if tensor.data_type == TensorProto.FLOAT:
             array = numpy_helper.to_array(tensor)
-            if (np.signbit(array) & (array == 0)).any():
+            if (array.view(np.uint32) == _NEGATIVE_ZERO).any():
                 tensor.CopyFrom(numpy_helper.from_array(array + np.float32(0.0), tensor.name))
 
 

@@ -38,7 +38,7 @@ class Runtime:
     Attributes:
         nodes: Operators that it runs, after it has folded what is constant.
         plain_nodes: Likewise for the plain file; equal where no decoder is left.
-        session_seconds: To create a session.
+        session_seconds: To create a session that also writes down what runs.
         plain_session_seconds: Likewise for the plain file.
         latency_ratio: How many times longer one run takes: minima of a few runs taken in turns, a rough figure
             (`fedmef-fx bench onnx` measures it properly).
