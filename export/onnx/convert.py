@@ -19,6 +19,7 @@ from fedmef_fx.display.source_names import source_name, with_source_names
 from fedmef_fx.errors import ExportError
 from fedmef_fx.export.examples import ExampleCall, Examples, evaluating
 from fedmef_fx.export.onnx.attention import FourDimensionalAttention
+from fedmef_fx.export.onnx.dropout import IdleDropoutIsInput
 from fedmef_fx.export.onnx.possible_sizes import changed_sizes, possible_sizes
 from fedmef_fx.export.results import Wanted, output_name
 
@@ -123,7 +124,7 @@ def _convert(model: nn.Module, examples: Examples, call: ExampleCall, *, dynamic
     shapes = examples.dynamic_shapes() if dynamic else None
     with evaluating(model), _returning_containers(model, examples.wanted) as traced, torch.no_grad(), _quiet():
         try:
-            with FourDimensionalAttention():
+            with FourDimensionalAttention(), IdleDropoutIsInput():
                 exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever Python in the model's forward raises
             raise ExportError(
