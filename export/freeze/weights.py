@@ -8,6 +8,7 @@ Rules
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,10 +38,11 @@ def fold_weights(region: Region, graph: fx.Graph) -> None:
             stored = _stored(region, node)
             identity = (id(stored.gain), id(stored.mask), stored.form)
             by_parameter[stored.weight][identity].append(node)
+    reading = _readers_of_all(region, graph, by_parameter)
     for parameter, forms in by_parameter.items():
         values = [effective_weight(_stored(region, nodes[0])).clone() for nodes in forms.values()]
         folded = {node for nodes in forms.values() for node in nodes}
-        others = (reader for reader in readers(region, graph, parameter) if reader.target != "new_ones")
+        others = (reader for reader in reading[parameter] if reader.target != "new_ones")
         is_read_otherwise = any(reader not in folded for reader in others)
         for index, (nodes, value) in enumerate(zip(forms.values(), values, strict=True)):
             names = [str(node.all_input_nodes[0].target) for node in nodes]
@@ -75,13 +77,19 @@ def _read_instead(node: fx.Node, name: str) -> None:
 
 def readers(region: Region, graph: fx.Graph, tensor: Tensor) -> list[fx.Node]:
     """The nodes that read a parameter or buffer, under any of its names: its users, and the modules that hold it."""
-    found: list[fx.Node] = []
+    return _readers_of_all(region, graph, [tensor])[tensor]
+
+
+def _readers_of_all(region: Region, graph: fx.Graph, tensors: Iterable[Tensor]) -> dict[Tensor, list[fx.Node]]:
+    """`readers` of each tensor, in one walk through the graph."""
+    found: dict[Tensor, list[fx.Node]] = {tensor: [] for tensor in tensors}
     for node in graph.nodes:
-        module = region.module(node)
-        if region.tensor(node) is tensor:
-            found += node.users
-        elif module is not None and any(held is tensor for held in (*module.parameters(), *module.buffers())):
-            found.append(node)
+        module, read = region.module(node), region.tensor(node)
+        if read is not None and read in found:
+            found[read] += node.users
+        elif module is not None:
+            for held in {*module.parameters(), *module.buffers()} & found.keys():
+                found[held].append(node)
     return found
 
 

@@ -15,6 +15,7 @@ from fedmef_fx.export.onnx.parity import OutputMismatchError, check_parity
 from fedmef_fx.export.onnx.report import Parity, Runtime
 from fedmef_fx.export.onnx.sessions import Session, latency_ratio, open_session
 from fedmef_fx.export.onnx.targets import Target, check_target_runtime
+from fedmef_fx.transformation.late_capture import capturing_nothing_more
 
 __all__ = ["verify_file"]
 
@@ -65,9 +66,10 @@ def verify_file(
             )
         del plain
     try:
-        parity, more_notices = check_parity(
-            model, session, examples, dynamic=converted.is_dynamic, tolerance=built.tolerance, more=more
-        )
+        with capturing_nothing_more(model):
+            parity, more_notices = check_parity(
+                model, session, examples, dynamic=converted.is_dynamic, tolerance=built.tolerance, more=more
+            )
     except OutputMismatchError as mismatch:
         raise ExportError(f"{mismatch}. {explain(mismatch, model, converted, built)}") from mismatch
     more_notices += check_target_runtime(
