@@ -15,7 +15,7 @@ from fedmef_fx.export.onnx.parity import OutputMismatchError, check_parity
 from fedmef_fx.export.onnx.report import Parity, Runtime
 from fedmef_fx.export.onnx.sessions import Session, latency_ratio, open_session
 from fedmef_fx.export.onnx.targets import Target, check_target_runtime
-from fedmef_fx.transformation.late_capture import capturing_nothing_more
+from fedmef_fx.graph.uncaptured import capturing_nothing_more
 
 __all__ = ["verify_file"]
 

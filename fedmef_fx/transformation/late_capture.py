@@ -1,8 +1,7 @@
 """Capturing what comes up after the transformation: another kind of call, and modules that were changed since."""
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from torch import fx, nn
@@ -11,7 +10,7 @@ from fedmef_fx.budget.layer_sparsity import apply_layer_levels
 from fedmef_fx.capture import capture_call, capture_every_call, has_weights, neutral_surroundings
 from fedmef_fx.config import Config
 from fedmef_fx.errors import CaptureError, PassError
-from fedmef_fx.graph.dispatch import RegionTable, capture_when_called, paused_regions, tables_in
+from fedmef_fx.graph.dispatch import RegionTable, capture_when_called, paused_regions
 from fedmef_fx.graph.hooks import has_user_hooks, silent_hooks
 from fedmef_fx.graph.pipeline import Pass, Pipeline
 from fedmef_fx.graph.program import Program, Region
@@ -30,7 +29,7 @@ from fedmef_fx.sparse_model.transformation import Transformation
 from fedmef_fx.transformation.packed_capture import dense_weights
 from fedmef_fx.transformation.recipe import memory_passes
 
-__all__ = ["capturing_nothing_more", "extend_region"]
+__all__ = ["extend_region"]
 
 _ONCE: Final = (InsertMasks, NormalizeKernels, PackWeights)
 """What changes the stored weights, once for all graphs."""
@@ -64,30 +63,6 @@ def extend_region(
         _extend(module, table, call, config, passes, rescales)
         if transformation is not None:
             set_late_thresholds(transformation, module, table.path)
-
-
-@contextlib.contextmanager
-def capturing_nothing_more(model: nn.Module) -> Iterator[None]:
-    """A block in which calls that no graph serves yet run the original forward over the layers with their masks.
-
-    That computes what a graph for them would, at no price of a capture. Where passes of the caller's own may have
-    changed what graphs compute, or a graph that is to serve all calls was dropped, it would not: these are captured.
-    """
-    held = [
-        (table, table.attempts)
-        for _, table in tables_in(model)
-        if not table.serves_all
-        and isinstance(table.extend, functools.partial)
-        and table.extend.func is extend_region
-        and not table.extend.keywords.get("passes")
-    ]
-    for table, _ in held:
-        table.attempts = 0
-    try:
-        yield
-    finally:
-        for table, attempts in held:
-            table.attempts = attempts
 
 
 def _extend(
