@@ -16,7 +16,7 @@ INSTALLED := .venv/.installed
 # The kernels in C; installing the project compiles them.
 KERNEL_TESTS := tests/packing/test_backends.py tests/packing/test_backend_native.py \
 	tests/packing/test_native_blocks.py tests/packing/test_marked_elements.py tests/ops/test_rows.py \
-	tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
+	tests/ops/test_depthwise.py tests/ops/test_pointwise.py tests/ops/test_sparse_products.py
 KERNELS := fedmef_fx/native/compile_library.py $(wildcard fedmef_fx/native/src/*)
 ECOSYSTEM := .venv-ecosystem
 FLOWER := .venv-flower
